@@ -1,0 +1,44 @@
+# Every target sets up what it needs by itself (tools/bootstrap.py); running it again is quick.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+
+bootstrap = $(PYTHON) tools/bootstrap.py --torch '$(TORCH)'
+in-env = PATH="$$(dirname "$$(cat build/python-path)"):$$PATH"
+cpp-files = $(shell find csrc tests/cpp -name '*.[ch]*')
+cmake := $(shell command -v cmake 2> /dev/null)
+
+.PHONY: help demo test lint format clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## train three models on real data, with native and fused losses side by side
+	$(bootstrap)
+	$(in-env) python -m examples.demo
+
+test: ## run every test that this machine can run
+	$(bootstrap)
+	$(in-env) python -m pytest -rs
+ifdef cmake
+	$(in-env) cmake -G Ninja -S . -B build/cmake
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure
+else
+	@echo "Skipped the C++ tests: there is no cmake."
+endif
+
+lint: ## check style and formatting
+	$(bootstrap) --no-build
+	$(in-env) ruff check .
+	$(in-env) ruff format --check .
+	$(in-env) clang-format --dry-run -Werror $(cpp-files)
+
+format: ## repair style and formatting
+	$(bootstrap) --no-build
+	$(in-env) ruff check --fix .
+	$(in-env) ruff format .
+	$(in-env) clang-format -i $(cpp-files)
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info fusedloss/_C*.so .hypothesis .pytest_cache .ruff_cache

@@ -1,0 +1,88 @@
+// Arguments of the losses over classes. A tensor of logits is seen as (outer, classes, inner): (N, C) has inner 1,
+// (N, C, H, W) has inner H * W, and so has channels_last, with other strides. A position is one (outer, inner) pair,
+// numbered outer * inner_size + inner; everything that exists once for each position lies in that order without gaps.
+
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace fusedloss {
+
+struct ClassShape {
+  std::int64_t outer = 1;
+  std::int64_t classes = 1;
+  std::int64_t inner = 1;
+
+  std::int64_t positions() const { return outer * inner; }
+};
+
+// A tensor of shape (outer, classes, inner); strides count elements. data is null where the tensor is absent.
+struct ClassTensor {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  std::int64_t outer_stride = 0;
+  std::int64_t class_stride = 0;
+  std::int64_t inner_stride = 0;
+};
+
+// A tensor of shape (positions,), or one element for all positions (stride 0).
+struct PositionTensor {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  std::int64_t stride = 1;
+};
+
+// The target of a position is a class index, and these are the options that go with it.
+struct ClassTarget {
+  PositionTensor index;           // an integer type
+  std::int64_t ignore_index = 0;  // any value; positions with it count for nothing
+};
+
+struct CrossEntropyArgs {
+  ClassShape shape;
+  ClassTensor logits;
+  bool has_probabilities = false;  // which of the next two the target is; a pointer would not tell, without classes
+  ClassTarget target;
+  ClassTensor probabilities;     // (outer, classes, inner)
+  const void* weight = nullptr;  // (classes,) of the accumulate type, or null
+  double label_smoothing = 0;
+  double z_loss = 0;
+  double logit_softcap = 0;  // 0: none
+  bool every_lse = false;    // the lse of ignored positions is wanted too
+
+  // Forward writes these; backward reads them. All of the accumulate type.
+  void* row_max = nullptr;      // (positions,)
+  void* row_log_sum = nullptr;  // (positions,)
+
+  // Forward
+  PositionTensor loss;          // (positions,), or null when the loss is reduced
+  void* lse = nullptr;          // (positions,) of the accumulate type, or null
+  Partial* partials = nullptr;  // (blocks,)
+
+  // Backward
+  PositionTensor grad_loss;
+  double grad_scale = 1;           // one over the mean's divisor
+  const void* grad_lse = nullptr;  // (positions,) of the accumulate type, or null
+  ClassTensor grad_logits;
+  ClassTensor grad_probabilities;
+};
+
+struct NllArgs {
+  ClassShape shape;
+  ClassTensor log_probs;
+  ClassTarget target;
+  const void* weight = nullptr;  // (classes,) of the accumulate type, or null
+
+  // Forward
+  PositionTensor loss;  // null when the loss is reduced
+  Partial* partials = nullptr;
+
+  // Backward. grad_log_probs holds zeros; the targets' entries are written.
+  PositionTensor grad_loss;
+  double grad_scale = 1;
+  ClassTensor grad_log_probs;
+};
+
+}  // namespace fusedloss

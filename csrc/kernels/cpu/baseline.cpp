@@ -1,0 +1,2 @@
+#define FUSEDLOSS_TABLE kBaseline
+#include "table.inl"

@@ -1,0 +1,41 @@
+// How the CPU kernels cut their work: a table of sizes, and which block holds what.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../class_loss.h"
+#include "../elementwise.h"
+
+namespace fusedloss::cpu {
+
+// Entries of a row converted at a time: two buffers of doubles fit in the first-level cache.
+inline constexpr int kChunk = 1024;
+// Positions treated together. In column order they are the lanes of the vector loops.
+inline constexpr int kLanes = 64;
+// Classes of a tile of kLanes positions that are converted at a time.
+inline constexpr int kTileClasses = 32;
+// Elements in a block: large enough to hide the start of a thread, small enough to balance.
+inline constexpr std::int64_t kBlockElements = 32768;
+// Rows shorter than this leave most lanes of a vector loop over classes idle; lanes across positions do better.
+inline constexpr std::int64_t kRowClasses = 64;
+
+// Row order runs along the classes of one position, column order along positions.
+inline bool row_order(const ClassShape& shape, const ClassTensor& tensor) {
+  return tensor.class_stride == 1 && shape.classes >= kRowClasses;
+}
+
+inline std::int64_t positions_per_block(const CrossEntropyArgs& args) {
+  const std::int64_t by_size = kBlockElements / std::max<std::int64_t>(args.shape.classes, 1);
+  const std::int64_t least = row_order(args.shape, args.logits) ? 1 : kLanes;
+  return std::max(by_size, least);
+}
+
+inline std::int64_t positions_per_block(const NllArgs&) { return kBlockElements / 8; }
+
+// Elements of one block, and of one turn of the vector loop.
+inline constexpr std::int64_t kElementwiseBlock = kBlockElements / 2;
+inline constexpr int kElementwiseRun = 512;
+
+}  // namespace fusedloss::cpu

@@ -1,0 +1,158 @@
+// Losses of one element on the CPU. A block of elements is loaded run by run into the accumulate type, the formula of
+// `Loss` is applied in one vector loop, and the results are stored or added up. A formula is a struct of four
+// functions: in_domain, loss, input_grad and target_grad (see csrc/math/bce.h). It knows nothing of dtypes, strides or
+// broadcasts.
+
+#include "../../math/bce.h"
+#include "../../math/bce_with_logits.h"
+#include "../elementwise.h"
+#include "blocks.h"
+#include "memory.h"
+
+namespace fusedloss::cpu {
+namespace {
+
+// Calls body(offset, stride, first, count) for the pieces of elements [begin, begin + count) that lie at one stride.
+template <class F>
+void for_each_piece(const ElementwiseShape& shape, const ElementwiseTensor& tensor, std::int64_t begin,
+                    std::int64_t count, F body) {
+  if (tensor.linear) return body(begin, std::int64_t(1), std::int64_t(0), count);
+  const int last = shape.dims - 1;
+  std::array<std::int64_t, kMaxDims> index{};
+  std::int64_t offset = 0;
+  for (int d = last, rest_is_done = 0; d >= 0 && !rest_is_done; --d) {
+    index[d] = begin % shape.sizes[d];
+    begin /= shape.sizes[d];
+    offset += index[d] * tensor.strides[d];
+    rest_is_done = begin == 0;
+  }
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t piece = std::min(count - done, shape.sizes[last] - index[last]);
+    body(offset, tensor.strides[last], done, piece);
+    done += piece;
+    offset += piece * tensor.strides[last];
+    index[last] += piece;
+    for (int d = last; d > 0 && index[d] == shape.sizes[d]; --d) {
+      offset += tensor.strides[d - 1] - index[d] * tensor.strides[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+template <class Acc>
+struct Run {
+  const ElementwiseShape& shape;
+  std::int64_t begin;
+  std::int64_t count;
+
+  // The tensor's elements, or `absent` for each where there is no tensor.
+  const Acc* load(const ElementwiseTensor& tensor, Acc absent, Acc* buffer) const {
+    if (!tensor.data) {
+      std::fill_n(buffer, count, absent);
+      return buffer;
+    }
+    const Acc* values = buffer;
+    for_each_piece(shape, tensor, begin, count, [&](auto offset, auto stride, auto first, auto piece) {
+      const Acc* loaded = cpu::load(tensor.data, tensor.dtype, offset, stride, piece, buffer + first);
+      if (loaded == buffer + first) return;
+      if (piece == count) {
+        values = loaded;
+      } else {
+        std::copy_n(loaded, piece, buffer + first);
+      }
+    });
+    return values;
+  }
+
+  void store(const ElementwiseTensor& tensor, const Acc* values) const {
+    for_each_piece(shape, tensor, begin, count, [&](auto offset, auto stride, auto first, auto piece) {
+      cpu::store(tensor.data, tensor.dtype, offset, stride, piece, values + first);
+    });
+  }
+};
+
+template <class Acc, class F>
+void for_each_run(const ElementwiseArgs& args, std::int64_t block, F body) {
+  const std::int64_t end = std::min(args.shape.numel, (block + 1) * kElementwiseBlock);
+  for (std::int64_t begin = block * kElementwiseBlock; begin < end; begin += kElementwiseRun) {
+    body(Run<Acc>{args.shape, begin, std::min<std::int64_t>(kElementwiseRun, end - begin)});
+  }
+}
+
+// Equal to no target when nothing is to be ignored.
+template <class Acc>
+Acc ignored_target(const ElementwiseArgs& args) {
+  return args.has_ignore_index ? static_cast<Acc>(args.ignore_index) : math::kNaN<Acc>;
+}
+
+template <class Loss>
+void elementwise_forward(const ElementwiseArgs& args, std::int64_t first_block, std::int64_t last_block) {
+  with_accumulate(args.dtype, [&]<class Acc>() {
+    const Acc ignored = ignored_target<Acc>(args);
+    Acc x_buffer[kElementwiseRun], t_buffer[kElementwiseRun], w_buffer[kElementwiseRun], p_buffer[kElementwiseRun];
+    Acc loss[kElementwiseRun];
+    for (std::int64_t block = first_block; block < last_block; ++block) {
+      Partial& partial = args.partials[block];
+      for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
+        const Acc* x = run.load(args.input, Acc(0), x_buffer);
+        const Acc* t = run.load(args.target, Acc(0), t_buffer);
+        const Acc* w = run.load(args.weight, Acc(1), w_buffer);
+        const Acc* p = run.load(args.pos_weight, Acc(1), p_buffer);
+        Acc sum = 0, counted = 0, invalid = 0;  // counts of one run are exact, and keep the loop at one width
+#pragma omp simd reduction(+ : sum, counted, invalid)
+        for (std::int64_t i = 0; i < run.count; ++i) {
+          const Acc counts = t[i] == ignored ? Acc(0) : Acc(1);
+          const Acc outside = Loss::in_domain(x[i]) && Loss::in_domain(t[i]) ? Acc(0) : Acc(1);
+          const Acc value = w[i] * Loss::loss(x[i], t[i], p[i]);
+          loss[i] = t[i] == ignored ? Acc(0) : value;
+          sum += loss[i];
+          counted += counts;
+          invalid += counts * outside;
+        }
+        partial.loss += double(sum);
+        partial.divisor += double(counted);
+        if (invalid > 0 && partial.invalid < 0) partial.invalid = run.begin;
+        if (args.loss.data) run.store(args.loss, loss);
+      });
+    }
+  });
+}
+
+template <class Loss>
+void elementwise_backward(const ElementwiseArgs& args, std::int64_t first_block, std::int64_t last_block) {
+  with_accumulate(args.dtype, [&]<class Acc>() {
+    const Acc ignored = ignored_target<Acc>(args);
+    const Acc scale = static_cast<Acc>(args.grad_scale);
+    Acc x_buffer[kElementwiseRun], t_buffer[kElementwiseRun], w_buffer[kElementwiseRun], p_buffer[kElementwiseRun];
+    Acc g_buffer[kElementwiseRun], grad[kElementwiseRun];
+    for (std::int64_t block = first_block; block < last_block; ++block) {
+      for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
+        const Acc* x = run.load(args.input, Acc(0), x_buffer);
+        const Acc* t = run.load(args.target, Acc(0), t_buffer);
+        const Acc* w = run.load(args.weight, Acc(1), w_buffer);
+        const Acc* p = run.load(args.pos_weight, Acc(1), p_buffer);
+        const Acc* g = run.load(args.grad_loss, Acc(0), g_buffer);
+        if (args.grad_input.data) {
+#pragma omp simd
+          for (std::int64_t i = 0; i < run.count; ++i) {
+            const Acc value = Loss::input_grad(x[i], t[i], p[i], g[i] * scale * w[i]);
+            grad[i] = t[i] == ignored ? Acc(0) : value;
+          }
+          run.store(args.grad_input, grad);
+        }
+        if (args.grad_target.data) {
+#pragma omp simd
+          for (std::int64_t i = 0; i < run.count; ++i) {
+            const Acc value = Loss::target_grad(x[i], t[i], p[i], g[i] * scale * w[i]);
+            grad[i] = t[i] == ignored ? Acc(0) : value;
+          }
+          run.store(args.grad_target, grad);
+        }
+      });
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fusedloss::cpu

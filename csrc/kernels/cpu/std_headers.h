@@ -1,0 +1,12 @@
+// Every standard header the kernels use. Included before an instruction set is switched on: an inline function of the
+// standard library compiled for wider instructions would be merged with the baseline's copy by the linker.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>

@@ -1,0 +1,44 @@
+// Binary cross entropy of one probability p against a target t.
+//
+//   loss = -t log(p) - (1 - t) log(1 - p)                  logarithms no smaller than -100, so that the loss is finite
+//   dloss/dp = (p - t) / (p (1 - p))                       denominator no smaller than 1e-12, likewise
+//   dloss/dt = log(1 - p) - log(p)                         infinite where p is 0 or 1
+//
+// The limits are native torch's. Probabilities and targets outside [0, 1], NaN among them, are not in the domain.
+
+#pragma once
+
+#include "portable.h"
+
+namespace fusedloss::math {
+
+struct Bce {
+  template <class Acc>
+  FUSEDLOSS_FN static bool in_domain(Acc value) {
+    return value >= Acc(0) && value <= Acc(1);
+  }
+
+  template <class Acc>
+  FUSEDLOSS_FN static Acc at_least_minus_100(Acc value) {
+    return value < Acc(-100) ? Acc(-100) : value;
+  }
+
+  template <class Acc>
+  FUSEDLOSS_FN static Acc loss(Acc p, Acc t, Acc) {
+    return (t - Acc(1)) * at_least_minus_100(log1p(-p)) - t * at_least_minus_100(log(p));
+  }
+
+  template <class Acc>
+  FUSEDLOSS_FN static Acc input_grad(Acc p, Acc t, Acc, Acc grad_loss) {
+    const Acc least = Acc(1e-12f);  // native's constant is a float, in float64 too
+    const Acc variance = (Acc(1) - p) * p;
+    return grad_loss * (p - t) / (variance < least ? least : variance);
+  }
+
+  template <class Acc>
+  FUSEDLOSS_FN static Acc target_grad(Acc p, Acc, Acc, Acc grad_loss) {
+    return grad_loss * (log1p(-p) - log(p));
+  }
+};
+
+}  // namespace fusedloss::math

@@ -1,0 +1,50 @@
+// Binary cross entropy of one logit x against a target t, with a weight P on the positive side.
+//
+//   loss = (1 - t) softplus(x) + P t softplus(-x)          softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|))
+//   dloss/dx = (1 - t) sigmoid(x) - P t sigmoid(-x)
+//   dloss/dt = (P - 1) softplus(-x) - x
+//
+// No two large terms cancel: a confident right answer keeps its small loss and its small gradient.
+
+#pragma once
+
+#include "portable.h"
+
+namespace fusedloss::math {
+
+struct BceWithLogits {
+  template <class Acc>
+  FUSEDLOSS_FN static bool in_domain(Acc) {
+    return true;
+  }
+
+  template <class Acc>
+  FUSEDLOSS_FN static Acc loss(Acc x, Acc t, Acc pos_weight) {
+    const Acc tail = log1p(exp(-abs(x)));
+    // Half the sum rather than a comparison: -inf gives NaN, as in native torch, where -inf + inf meet.
+    const Acc positive_part = Acc(0.5) * x + Acc(0.5) * abs(x);
+    const Acc negative_part = x < Acc(0) ? -x : Acc(0);
+    return (Acc(1) - t) * (positive_part + tail) + pos_weight * t * (negative_part + tail);
+  }
+
+  template <class Acc>
+  FUSEDLOSS_FN static Acc input_grad(Acc x, Acc t, Acc pos_weight, Acc grad_loss) {
+    // The sigmoid's smaller side, which is known with full relative accuracy; the other is 1 - smaller.
+    const Acc e = exp(-abs(x));
+    const Acc smaller = e / (Acc(1) + e);
+    const Acc positive = pos_weight * t, negative = Acc(1) - t;
+    const Acc both = smaller * (negative + positive);
+    // positive - positive is 0, or NaN where an infinite pos_weight makes native's gradient NaN.
+    return grad_loss * ((x < Acc(0) ? both - positive : negative - both) + (positive - positive));
+  }
+
+  template <class Acc>
+  FUSEDLOSS_FN static Acc target_grad(Acc x, Acc, Acc pos_weight, Acc grad_loss) {
+    const Acc softplus = (x < Acc(0) ? -x : Acc(0)) + log1p(exp(-abs(x)));
+    // Without a pos_weight the term is left out: 0 * inf would turn an infinite gradient into NaN.
+    const Acc weighted = pos_weight == Acc(1) ? Acc(0) : (pos_weight - Acc(1)) * softplus;
+    return grad_loss * (weighted - x);
+  }
+};
+
+}  // namespace fusedloss::math

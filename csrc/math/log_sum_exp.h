@@ -1,0 +1,47 @@
+// The running statistics of a softmax row: its maximum and the sum of exp(x - maximum).
+//
+// A finished row is known by max and log(sum), kept apart: one rounded number max + log(sum) would lose the digits of
+// log(sum) when logits are large. And log(sum) rather than sum: near 1 a rounded sum has lost the digits of sum - 1.
+// A part of a row gives a value, parts are merged, and merging with an empty part changes nothing.
+
+#pragma once
+
+#include "portable.h"
+
+namespace fusedloss::math {
+
+// What to subtract from a part's entries before exp. A part of -inf only must give zeros, not exp(-inf + inf).
+template <class Acc>
+FUSEDLOSS_FN Acc finite_shift(Acc max) {
+  return max == -kInfinity<Acc> ? Acc(0) : max;
+}
+
+// A part's sum, relative to a maximum that is no smaller than its own. Equal maxima need no factor, and two infinite
+// ones would give exp(inf - inf).
+template <class Acc, class Sum>
+FUSEDLOSS_FN Sum rescale(Sum sum, Acc max, Acc larger) {
+  const Acc factor = exp(max - larger);
+  return sum * Sum(max == larger ? Acc(1) : factor);
+}
+
+// Sum may be wider than Acc: where one entry dominates, the others are added to a 1, and what that loses is most of
+// what log(sum) is.
+template <class Acc, class Sum = Acc>
+struct LogSumExp {
+  Acc max = -kInfinity<Acc>;
+  Sum sum = Sum(0);  // of exp(x - max)
+
+  FUSEDLOSS_FN void merge(Acc other_max, Sum other_sum) {
+    const Acc larger = other_max > max ? other_max : max;
+    sum = rescale(sum, max, larger) + rescale(other_sum, other_max, larger);
+    max = larger;
+  }
+};
+
+// log(sum(exp(x))) from the row's statistics.
+template <class Acc>
+FUSEDLOSS_FN Acc log_sum_exp(Acc max, Acc log_sum) {
+  return max == kInfinity<Acc> ? max : max + log_sum;
+}
+
+}  // namespace fusedloss::math

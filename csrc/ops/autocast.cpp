@@ -1,0 +1,44 @@
+#include "autocast.h"
+
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "checks.h"
+#include "dispatch.h"
+
+namespace fusedloss::autocast {
+namespace {
+
+constexpr c10::DispatchKeySet kAutocastKeys{c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA};
+
+}  // namespace
+
+CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                                  int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                  bool return_lse, bool) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
+  return FUSEDLOSS_OPERATOR(cross_entropy)
+      .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse, true);
+}
+
+LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                   int64_t ignore_index, bool) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
+  return FUSEDLOSS_OPERATOR(nll).call(log_probs, target, weight, reduction, ignore_index, true);
+}
+
+LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,
+                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
+  return FUSEDLOSS_OPERATOR(bce_with_logits).call(input, target, weight, pos_weight, reduction, ignore_index, true);
+}
+
+LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                   OptionalIndex ignore_index, bool) {
+  TORCH_CHECK(!input.is_cuda(),
+              "binary_cross_entropy is unsafe to autocast on CUDA, as in native torch: the sigmoid before it loses the "
+              "loss in half precision. Use binary_cross_entropy_with_logits, or leave autocast for this call.");
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
+  return FUSEDLOSS_OPERATOR(bce).call(input, target, weight, reduction, ignore_index, true);
+}
+
+}  // namespace fusedloss::autocast

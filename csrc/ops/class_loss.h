@@ -1,0 +1,44 @@
+// What the losses over classes share: which dimension holds the classes, the checks of a class-index target, and
+// tensors as (outer, classes, inner).
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../kernels/class_loss.h"
+#include "losses.h"
+
+namespace fusedloss::ops {
+
+inline int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
+
+// The shape of the unreduced loss: the logits' shape without the classes.
+c10::SymDimVector position_sizes(const Tensor& logits);
+
+// `name` is what the loss calls its first argument.
+void check_class_target(const char* loss, const char* name, const Tensor& logits, const Tensor& target);
+void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor weight);
+[[noreturn]] void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target,
+                                             int64_t position);
+
+// An output with the logits' shape, type and, where a kernel can write it, memory layout.
+Tensor empty_like_logits(const Tensor& logits);
+
+// A tensor with the logits' shape that a kernel can address; a copy where the inner dimensions cannot be merged.
+Tensor addressable(const Tensor& tensor);
+
+// Fills `shape` and the strides of all tensors, which are addressable; positions that lie at one stride in all of
+// them are merged into the inner dimension.
+struct ClassOperand {
+  const Tensor& tensor;
+  ClassTensor& view;
+};
+void fill_class_views(ClassShape& shape, std::initializer_list<ClassOperand> operands);
+
+// A tensor with an element for each position, or for all of them together. The result keeps the memory alive.
+Tensor position_view(const Tensor& tensor, PositionTensor& view);
+
+// (classes,) of the accumulate type, or an undefined tensor.
+Tensor accumulate_weight(OptionalTensor weight, at::ScalarType dtype);
+
+}  // namespace fusedloss::ops

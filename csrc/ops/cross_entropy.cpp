@@ -1,0 +1,178 @@
+// Cross entropy over tensors. Which kernel arguments the checks and allocations below become is all there is here; the
+// formulas are in csrc/math/cross_entropy.h and the loops in csrc/kernels.
+
+#include <ATen/ops/empty.h>
+
+#include "../kernels/class_loss.h"
+#include "checks.h"
+#include "class_loss.h"
+#include "launch.h"
+#include "losses.h"
+
+namespace fusedloss::ops {
+namespace {
+
+constexpr const char* kName = "cross_entropy";
+
+// A target of the input's own shape holds probabilities.
+bool has_probabilities(const Tensor& logits, const Tensor& target) {
+  return target.dim() == logits.dim() && target.sym_sizes() == logits.sym_sizes();
+}
+
+void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction, int64_t ignore_index,
+           double label_smoothing, double z_loss, double logit_softcap, bool upcast) {
+  check_reduction(kName, reduction);
+  check_devices(kName, {{"input", logits}, {"target", target}, {"weight", weight}});
+  if (has_probabilities(logits, target)) {
+    TORCH_CHECK(is_supported_floating(target.scalar_type()), kName,
+                ": target has the input's shape and so must hold probabilities in a floating-point type, got ",
+                target.scalar_type(), " of shape ", target.sym_sizes());
+    TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
+    TORCH_CHECK(ignore_index < 0, kName, ": ignore_index is not supported for a target of probabilities, got ",
+                ignore_index);
+    check_floating(kName, "input", logits);
+  } else {
+    TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
+    check_floating(kName, "input", logits);
+    check_class_target(kName, "input", logits, target);
+    TORCH_CHECK(
+        !is_present(weight) || upcast_type(weight->scalar_type(), upcast) == upcast_type(logits.scalar_type(), upcast),
+        kName, ": weight must have the input's type ", logits.scalar_type(), ", got ", weight->scalar_type());
+  }
+  check_class_weight(kName, logits, weight);
+  TORCH_CHECK(!(label_smoothing > 1), kName, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
+  TORCH_CHECK_VALUE(std::isfinite(z_loss), kName, ": z_loss must be finite, got ", z_loss);
+  TORCH_CHECK_VALUE(std::isfinite(logit_softcap) && logit_softcap >= 0, kName,
+                    ": logit_softcap must be positive and finite, got ", logit_softcap);
+  // Class indices are compared as 32-bit integers in the vector loops.
+  TORCH_CHECK(logits.sym_size(class_dim(logits)) <= std::numeric_limits<int32_t>::max(), kName,
+              ": input has more than 2^31 - 1 classes: ", logits.sym_sizes());
+}
+
+at::ScalarType loss_type(const Tensor& logits, const Tensor& target, OptionalTensor weight, bool upcast) {
+  auto type = upcast_type(logits.scalar_type(), upcast);
+  if (!has_probabilities(logits, target)) return type;
+  type = c10::promoteTypes(type, upcast_type(target.scalar_type(), upcast));
+  return is_present(weight) ? c10::promoteTypes(type, upcast_type(weight->scalar_type(), upcast)) : type;
+}
+
+// Everything that forward and backward tell the kernel alike, and the tensors that must outlive it.
+struct Problem {
+  CrossEntropyArgs args;
+  Tensor logits, target, weight;
+
+  Problem(const Tensor& logits_, const Tensor& target_, OptionalTensor weight_, int64_t ignore_index,
+          double label_smoothing, double z_loss, double logit_softcap, Tensor grad_logits = {}, Tensor grad_target = {})
+      : logits(addressable(logits_)), weight(accumulate_weight(weight_, logits_.scalar_type())) {
+    // Without a gradient, the logits stand in: a second view of them changes nothing in what can be merged.
+    const Tensor& logits_like = grad_logits.defined() ? grad_logits : logits;
+    args.has_probabilities = has_probabilities(logits_, target_);
+    if (args.has_probabilities) {
+      target = addressable(target_);
+      const Tensor& target_like = grad_target.defined() ? grad_target : target;
+      fill_class_views(args.shape, {{logits, args.logits},
+                                    {target, args.probabilities},
+                                    {logits_like, args.grad_logits},
+                                    {target_like, args.grad_probabilities}});
+      if (!grad_target.defined()) args.grad_probabilities.data = nullptr;
+    } else {
+      fill_class_views(args.shape, {{logits, args.logits}, {logits_like, args.grad_logits}});
+      target = position_view(target_, args.target.index);
+      args.target.ignore_index = ignore_index;
+    }
+    if (!grad_logits.defined()) args.grad_logits.data = nullptr;
+    args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+    args.label_smoothing = label_smoothing > 0 ? label_smoothing : 0;  // NaN and negative values count as 0
+    args.z_loss = z_loss;
+    args.logit_softcap = logit_softcap;
+  }
+};
+
+}  // namespace
+
+CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                                  int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                  bool return_lse, bool upcast) {
+  check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
+
+  const auto positions = position_sizes(logits);
+  const auto statistics = logits.options().dtype(accumulate_type(logits.scalar_type()));
+  const auto loss_options = logits.options().dtype(loss_type(logits, target, weight, upcast));
+  const bool reduced = reduction != int64_t(Reduction::none);
+  Tensor loss = reduced ? at::empty({}, loss_options) : at::empty_symint(positions, loss_options);
+  Tensor lse = return_lse ? at::empty_symint(positions, statistics) : at::empty({0}, statistics);
+  Tensor row_max = at::empty_symint(positions, statistics);
+  Tensor row_log_sum = at::empty_symint(positions, statistics);
+  Tensor divisor = at::empty({}, logits.options().dtype(at::kDouble));
+
+  if (!logits.is_meta()) {
+    Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap);
+    CrossEntropyArgs& args = problem.args;
+    args.every_lse = return_lse;
+    args.row_max = row_max.data_ptr();
+    args.row_log_sum = row_log_sum.data_ptr();
+    args.lse = return_lse ? lse.data_ptr() : nullptr;
+    if (!reduced) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
+
+    Partial total = run_forward(cpu_kernels().cross_entropy.forward, args);
+    if (total.invalid >= 0) raise_target_out_of_bounds(kName, logits, target, total.invalid);
+    // Native torch divides by the number of logits over the number of classes.
+    if (args.has_probabilities && args.shape.classes == 0) total.divisor = 0;
+    finish_reduction(total, reduction, loss, divisor);
+  }
+  return {loss, lse, row_max, row_log_sum, divisor};
+}
+
+TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
+                                const Tensor& target, OptionalTensor weight, const Tensor& row_max,
+                                const Tensor& row_log_sum, const Tensor& divisor, int64_t reduction,
+                                int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                std::array<bool, 2> output_mask) {
+  const bool upcast = true;  // forward has checked the types, under autocast or not
+  check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
+  check_devices(kName, {{"input", logits},
+                        {"grad_loss", grad_loss},
+                        {"grad_lse", grad_lse},
+                        {"row_max", row_max},
+                        {"row_log_sum", row_log_sum},
+                        {"divisor", divisor}});
+  const auto positions = position_sizes(logits);
+  const auto statistics = accumulate_type(logits.scalar_type());
+  const bool reduced = reduction != int64_t(Reduction::none);
+  TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : c10::SymIntArrayRef(positions)), kName,
+              ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
+  check_floating(kName, "grad_loss", grad_loss);
+  for (const auto& [name, tensor] :
+       {NamedTensor{"row_max", row_max}, NamedTensor{"row_log_sum", row_log_sum}, NamedTensor{"grad_lse", grad_lse}}) {
+    TORCH_CHECK(
+        !tensor || (tensor->scalar_type() == statistics && tensor->sym_sizes() == c10::SymIntArrayRef(positions)),
+        kName, ": ", name, " must be ", statistics, " of shape ", c10::SymIntArrayRef(positions), ", got ",
+        tensor->scalar_type(), " of shape ", tensor->sym_sizes());
+  }
+  TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, kName, ": divisor must be one float64, got ",
+              divisor.scalar_type(), " of shape ", divisor.sym_sizes());
+  TORCH_CHECK(!output_mask[1] || has_probabilities(logits, target), kName,
+              ": a target of class indices has no gradient");
+
+  Tensor grad_logits = output_mask[0] ? empty_like_logits(logits) : Tensor();
+  Tensor grad_target = output_mask[1] ? empty_like_logits(target) : Tensor();
+
+  if (!logits.is_meta()) {
+    Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad_logits,
+                    grad_target);
+    CrossEntropyArgs& args = problem.args;
+    const Tensor max = row_max.contiguous(), sum = row_log_sum.contiguous();
+    const Tensor lse = is_present(grad_lse) ? grad_lse->contiguous() : Tensor();
+    args.row_max = max.data_ptr();
+    args.row_log_sum = sum.data_ptr();
+    args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
+    const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
+    if (reduced) args.grad_loss.stride = 0;
+    args.grad_scale = grad_scale(divisor, reduction);
+    run_backward(cpu_kernels().cross_entropy.backward, args);
+  }
+  const auto absent = [](const Tensor& like) { return at::empty({0}, like.options()); };
+  return {output_mask[0] ? grad_logits : absent(logits), output_mask[1] ? grad_target : absent(target)};
+}
+
+}  // namespace fusedloss::ops

@@ -1,0 +1,202 @@
+#include "elementwise.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <numeric>
+
+#include "checks.h"
+#include "launch.h"
+
+namespace fusedloss::ops {
+namespace {
+
+void check_broadcasts(const ElementwiseLoss& loss, const char* name, const Tensor& tensor, const Tensor& input) {
+  if (!tensor.defined()) return;
+  TORCH_CHECK(!at::isComplexType(tensor.scalar_type()), loss.name, ": ", name, " must be real, got ",
+              tensor.scalar_type());
+  const auto sizes = tensor.sym_sizes(), input_sizes = input.sym_sizes();
+  bool fits = sizes.size() <= input_sizes.size();
+  for (size_t d = 1; fits && d <= sizes.size(); ++d) {
+    const auto& size = sizes[sizes.size() - d];
+    fits = size == 1 || size == input_sizes[input_sizes.size() - d];
+  }
+  TORCH_CHECK(fits, loss.name, ": ", name, " of shape ", sizes, " does not broadcast to the input's shape ",
+              input_sizes);
+}
+
+void check(const ElementwiseLoss& loss, const ElementwiseInputs& in, bool upcast) {
+  check_reduction(loss.name, in.reduction);
+  const std::optional<Tensor> weight(in.weight), pos_weight(in.pos_weight);
+  check_devices(loss.name,
+                {{"input", in.input}, {"target", in.target}, {"weight", weight}, {"pos_weight", pos_weight}});
+  TORCH_CHECK_VALUE(in.target.sym_sizes() == in.input.sym_sizes(), loss.name, ": target must have the input's shape ",
+                    in.input.sym_sizes(), ", got ", in.target.sym_sizes());
+  const auto input_type = in.input.scalar_type(), target_type = in.target.scalar_type();
+  const bool integral_target = at::isIntegralType(target_type, /*includeBool=*/true);
+  TORCH_CHECK(
+      !loss.probabilities || integral_target || upcast_type(target_type, upcast) == upcast_type(input_type, upcast),
+      loss.name, ": target must have the input's type ", input_type, ", or an integer or bool one, got ", target_type);
+  check_floating(loss.name, "input", in.input);
+  if (!integral_target) check_floating(loss.name, "target", in.target);
+  check_broadcasts(loss, "weight", in.weight, in.input);
+  check_broadcasts(loss, "pos_weight", in.pos_weight, in.input);
+}
+
+// The tensors of one kernel launch: views are filled when all operands are known, since dimensions can be merged only
+// where the strides of every operand allow it.
+class Operands {
+ public:
+  explicit Operands(const Tensor& input) : sizes_(input.sizes()) {}
+
+  void add(const Tensor& tensor, ElementwiseTensor& view) {
+    if (!tensor.defined()) return;
+    operands_.push_back({tensor.expand(sizes_), &view});
+  }
+
+  void fill(ElementwiseShape& shape) {
+    merge();
+    if (dims_.size() > kMaxDims) {
+      for (auto& operand : operands_) operand.tensor = operand.tensor.contiguous();
+      merge();
+    }
+    shape.dims = static_cast<int>(dims_.size());
+    shape.numel = c10::multiply_integers(sizes_);
+    for (size_t d = 0; d < dims_.size(); ++d) shape.sizes[d] = dims_[d].size;
+    for (size_t i = 0; i < operands_.size(); ++i) {
+      auto& [tensor, view] = operands_[i];
+      view->data = tensor.data_ptr();
+      view->dtype = dtype_of(tensor.scalar_type());
+      view->linear = true;
+      int64_t expected = 1;
+      for (size_t d = dims_.size(); d-- > 0; expected *= dims_[d].size) {
+        view->strides[d] = dims_[d].strides[i];
+        view->linear = view->linear && dims_[d].strides[i] == expected;
+      }
+    }
+  }
+
+ private:
+  struct Operand {
+    Tensor tensor;
+    ElementwiseTensor* view;
+  };
+
+  struct Dim {
+    int64_t size;
+    c10::SmallVector<int64_t, 6> strides;  // one for each operand
+  };
+
+  // Outermost first by the first operand's strides; neighbours that all operands walk with one stride become one.
+  void merge() {
+    dims_.clear();
+    c10::SmallVector<int64_t, 8> order(sizes_.size());
+    std::iota(order.begin(), order.end(), 0);
+    const Tensor& first = operands_.front().tensor;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return first.stride(a) > first.stride(b); });
+    for (const int64_t d : order) {
+      if (sizes_[d] == 1) continue;
+      Dim dim{sizes_[d], {}};
+      for (const auto& operand : operands_) dim.strides.push_back(operand.tensor.stride(d));
+      bool mergeable = !dims_.empty();
+      for (size_t i = 0; mergeable && i < operands_.size(); ++i) {
+        mergeable = dims_.back().strides[i] == dim.strides[i] * dim.size;
+      }
+      if (mergeable) {
+        dim.size *= dims_.back().size;
+        dims_.back() = std::move(dim);
+      } else {
+        dims_.push_back(std::move(dim));
+      }
+    }
+  }
+
+  at::IntArrayRef sizes_;
+  c10::SmallVector<Operand, 8> operands_;
+  c10::SmallVector<Dim, kMaxDims> dims_;
+};
+
+ElementwiseArgs arguments(const ElementwiseInputs& in, Operands& operands, ElementwiseArgs& args) {
+  args.dtype = dtype_of(in.input.scalar_type());
+  args.has_ignore_index = in.ignore_index.has_value();
+  args.ignore_index = in.ignore_index.value_or(0);
+  operands.add(in.input, args.input);
+  operands.add(in.target, args.target);
+  operands.add(in.weight, args.weight);
+  operands.add(in.pos_weight, args.pos_weight);
+  return args;
+}
+
+[[noreturn]] void raise_out_of_domain(const ElementwiseLoss& loss, const ElementwiseInputs& in) {
+  const Tensor input = in.input.detach().to(at::kDouble).contiguous();
+  const Tensor target = in.target.detach().to(at::kDouble).contiguous();
+  const double* x = input.const_data_ptr<double>();
+  const double* t = target.const_data_ptr<double>();
+  for (int64_t i = 0; i < input.numel(); ++i) {
+    if (in.ignore_index.has_value() && t[i] == double(*in.ignore_index)) continue;
+    TORCH_CHECK(x[i] >= 0 && x[i] <= 1, loss.name, ": all elements of input should be between 0 and 1, got ", x[i],
+                " at position ", i);
+    TORCH_CHECK(t[i] >= 0 && t[i] <= 1, loss.name, ": all elements of target should be between 0 and 1, got ", t[i],
+                " at position ", i);
+  }
+  TORCH_CHECK(false, loss.name, ": input or target changed while the loss was computed");
+}
+
+}  // namespace
+
+LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, const ElementwiseInputs& in, bool upcast) {
+  check(loss, in, upcast);
+
+  // A floating-point target decides the result's type, as in native torch; other targets have no say.
+  const auto& decides = at::isFloatingType(in.target.scalar_type()) ? in.target : in.input;
+  const auto options = in.input.options().dtype(upcast_type(decides.scalar_type(), upcast));
+  const bool reduced = in.reduction != int64_t(Reduction::none);
+  Tensor result = reduced ? at::empty({}, options) : at::empty_like(in.input, options);
+  Tensor divisor = at::empty({}, in.input.options().dtype(at::kDouble));
+
+  if (!in.input.is_meta()) {
+    ElementwiseArgs args;
+    Operands operands(in.input);
+    arguments(in, operands, args);
+    if (!reduced) operands.add(result, args.loss);
+    operands.fill(args.shape);
+    const Partial total = run_forward((cpu_kernels().*loss.cpu_kernels).forward, args);
+    if (total.invalid >= 0) raise_out_of_domain(loss, in);
+    finish_reduction(total, in.reduction, result, divisor);
+  }
+  return {result, divisor};
+}
+
+TwoGrads elementwise_backward(const ElementwiseLoss& loss, const ElementwiseInputs& in, const Tensor& grad_loss,
+                              const Tensor& divisor, std::array<bool, 2> output_mask) {
+  check(loss, in, /*upcast=*/true);  // forward has checked the types, under autocast or not
+  check_devices(loss.name, {{"input", in.input}, {"grad_loss", grad_loss}, {"divisor", divisor}});
+  check_floating(loss.name, "grad_loss", grad_loss);
+  const bool reduced = in.reduction != int64_t(Reduction::none);
+  TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : in.input.sym_sizes()), loss.name,
+              ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
+  TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, loss.name,
+              ": divisor must be one float64, got ", divisor.scalar_type(), " of shape ", divisor.sym_sizes());
+  TORCH_CHECK(!output_mask[1] || at::isFloatingType(in.target.scalar_type()), loss.name, ": a target of ",
+              in.target.scalar_type(), " has no gradient");
+
+  Tensor grad_input = output_mask[0] ? at::empty_like(in.input) : at::empty({0}, in.input.options());
+  Tensor grad_target = output_mask[1] ? at::empty_like(in.target) : at::empty({0}, in.target.options());
+
+  if (!in.input.is_meta()) {
+    ElementwiseArgs args;
+    Operands operands(in.input);
+    arguments(in, operands, args);
+    operands.add(grad_loss, args.grad_loss);
+    if (output_mask[0]) operands.add(grad_input, args.grad_input);
+    if (output_mask[1]) operands.add(grad_target, args.grad_target);
+    operands.fill(args.shape);
+    args.grad_scale = grad_scale(divisor, in.reduction);
+    run_backward((cpu_kernels().*loss.cpu_kernels).backward, args);
+  }
+  return {grad_input, grad_target};
+}
+
+}  // namespace fusedloss::ops

@@ -1,0 +1,31 @@
+// What the losses of one element share: checks, the merged shape, and the two operators over a pair of kernels.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../kernels/cpu/cpu.h"
+#include "losses.h"
+
+namespace fusedloss::ops {
+
+struct ElementwiseLoss {
+  const char* name;
+  cpu::Loss<ElementwiseArgs> cpu::Kernels::* cpu_kernels;
+  bool probabilities;  // input and target must lie in [0, 1] and, as in native torch, have one type
+};
+
+struct ElementwiseInputs {
+  const Tensor& input;
+  const Tensor& target;
+  const Tensor weight;      // undefined: absent; else it broadcasts to the input's shape
+  const Tensor pos_weight;  // likewise
+  int64_t reduction;
+  OptionalIndex ignore_index;
+};
+
+LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, const ElementwiseInputs& inputs, bool upcast);
+TwoGrads elementwise_backward(const ElementwiseLoss& loss, const ElementwiseInputs& inputs, const Tensor& grad_loss,
+                              const Tensor& divisor, std::array<bool, 2> output_mask);
+
+}  // namespace fusedloss::ops

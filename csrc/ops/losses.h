@@ -1,0 +1,52 @@
+// The operators, as functions over tensors: check, allocate, launch. One function serves every device; on the meta
+// device (fake tensors, torch.compile, torch.export) it stops before the launch. The schemas, with the same names in
+// the same order, are in csrc/register.cpp.
+//
+//   upcast   treat half precision as float32 when the result's type is decided: what native torch gives under autocast
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace fusedloss::ops {
+
+using at::Tensor;
+using OptionalTensor = const std::optional<Tensor>&;
+using OptionalIndex = std::optional<int64_t>;
+
+using CrossEntropyOutputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // loss, lse, row_max, row_log_sum, divisor
+using LossAndDivisor = std::tuple<Tensor, Tensor>;
+using TwoGrads = std::tuple<Tensor, Tensor>;  // each empty, of shape (0,), where its place in output_mask is false
+
+CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                                  int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                  bool return_lse, bool upcast);
+TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
+                                const Tensor& target, OptionalTensor weight, const Tensor& row_max,
+                                const Tensor& row_log_sum, const Tensor& divisor, int64_t reduction,
+                                int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                std::array<bool, 2> output_mask);
+
+LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                   int64_t ignore_index, bool upcast);
+Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
+                    const Tensor& divisor, int64_t reduction, int64_t ignore_index);
+
+LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,
+                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast);
+TwoGrads bce_with_logits_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                                  OptionalTensor weight, OptionalTensor pos_weight, const Tensor& divisor,
+                                  int64_t reduction, OptionalIndex ignore_index, std::array<bool, 2> output_mask);
+
+LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                   OptionalIndex ignore_index, bool upcast);
+TwoGrads bce_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, OptionalTensor weight,
+                      const Tensor& divisor, int64_t reduction, OptionalIndex ignore_index,
+                      std::array<bool, 2> output_mask);
+
+}  // namespace fusedloss::ops

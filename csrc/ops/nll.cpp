@@ -1,0 +1,86 @@
+// Negative log likelihood over tensors.
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "../kernels/class_loss.h"
+#include "checks.h"
+#include "class_loss.h"
+#include "launch.h"
+#include "losses.h"
+
+namespace fusedloss::ops {
+namespace {
+
+constexpr const char* kName = "nll_loss";
+
+void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction, bool upcast) {
+  check_reduction(kName, reduction);
+  check_devices(kName, {{"input", log_probs}, {"target", target}, {"weight", weight}});
+  check_class_target(kName, "input", log_probs, target);
+  check_floating(kName, "input", log_probs);
+  TORCH_CHECK(
+      !is_present(weight) || upcast_type(weight->scalar_type(), upcast) == upcast_type(log_probs.scalar_type(), upcast),
+      kName, ": weight must have the input's type ", log_probs.scalar_type(), ", got ", weight->scalar_type());
+  check_class_weight(kName, log_probs, weight);
+}
+
+}  // namespace
+
+LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                   int64_t ignore_index, bool upcast) {
+  check(log_probs, target, weight, reduction, upcast);
+
+  const auto options = log_probs.options().dtype(upcast_type(log_probs.scalar_type(), upcast));
+  const bool reduced = reduction != int64_t(Reduction::none);
+  Tensor loss = reduced ? at::empty({}, options) : at::empty_symint(position_sizes(log_probs), options);
+  Tensor divisor = at::empty({}, log_probs.options().dtype(at::kDouble));
+
+  if (!log_probs.is_meta()) {
+    NllArgs args;
+    const Tensor input = addressable(log_probs);
+    fill_class_views(args.shape, {{input, args.log_probs}});
+    const Tensor index = position_view(target, args.target.index);
+    args.target.ignore_index = ignore_index;
+    const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
+    args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
+    if (!reduced) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
+
+    const Partial total = run_forward(cpu_kernels().nll.forward, args);
+    if (total.invalid >= 0) raise_target_out_of_bounds(kName, log_probs, target, total.invalid);
+    finish_reduction(total, reduction, loss, divisor);
+  }
+  return {loss, divisor};
+}
+
+Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
+                    const Tensor& divisor, int64_t reduction, int64_t ignore_index) {
+  const bool upcast = true;  // forward has checked the types, under autocast or not
+  check(log_probs, target, weight, reduction, upcast);
+  check_devices(kName, {{"input", log_probs}, {"grad_loss", grad_loss}, {"divisor", divisor}});
+  check_floating(kName, "grad_loss", grad_loss);
+  const auto positions = position_sizes(log_probs);
+  const bool reduced = reduction != int64_t(Reduction::none);
+  TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : c10::SymIntArrayRef(positions)), kName,
+              ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
+  TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, kName, ": divisor must be one float64, got ",
+              divisor.scalar_type(), " of shape ", divisor.sym_sizes());
+
+  Tensor grad = empty_like_logits(log_probs).zero_();
+  if (!log_probs.is_meta()) {
+    NllArgs args;
+    fill_class_views(args.shape, {{grad, args.grad_log_probs}});
+    args.log_probs.dtype = args.grad_log_probs.dtype;
+    const Tensor index = position_view(target, args.target.index);
+    args.target.ignore_index = ignore_index;
+    const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
+    args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
+    const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
+    if (reduced) args.grad_loss.stride = 0;
+    args.grad_scale = grad_scale(divisor, reduction);
+    run_backward(cpu_kernels().nll.backward, args);
+  }
+  return grad;
+}
+
+}  // namespace fusedloss::ops

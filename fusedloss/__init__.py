@@ -1,0 +1,36 @@
+"""Fused losses for PyTorch: drop-in cross entropy, NLL and binary cross entropy.
+
+The functions have the signatures of torch.nn.functional, the modules those of torch.nn. The way down from here:
+modules.py -> functional.py -> the operators in csrc/register.cpp -> csrc/ops -> csrc/kernels -> csrc/math.
+"""
+
+from fusedloss._library import build_info
+from fusedloss import double_backward, reference
+from fusedloss.functional import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    nll_loss,
+)
+from fusedloss.modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, NLLLoss
+from fusedloss.patching import patch, replace_losses, unpatch
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "NLLLoss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "build_info",
+    "cross_entropy",
+    "nll_loss",
+    "patch",
+    "reference",
+    "replace_losses",
+    "unpatch",
+]
+
+double_backward.register("fusedloss")

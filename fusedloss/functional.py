@@ -1,0 +1,249 @@
+"""The losses as functions, with the signatures and behaviour of torch.nn.functional.
+
+Each function checks what an operator's schema cannot, and calls one operator. What is routed to native torch instead
+(fusedloss/reference.py), because fused kernels have nothing to offer there:
+
+- calls under functorch transforms (torch.func.grad, vmap, jvp, ...) and forward-mode AD,
+- cross entropy with probability targets whose class weight requires a gradient.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import _reduction as native_reduction
+
+from fusedloss import reference
+from fusedloss._library import ops
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Cross entropy between logits and targets; :func:`torch.nn.functional.cross_entropy` in one pass.
+
+    For a position with logits :math:`x`, :math:`\mathrm{lse} = \log \sum_c \exp x_c` and target masses :math:`a`,
+    the loss is :math:`\sum_c a_c (\mathrm{lse} - x_c) + z\,\mathrm{lse}^2`. A class index :math:`t` puts the mass
+    :math:`w_t` on class :math:`t`, probabilities :math:`q` put :math:`w_c q_c` on class :math:`c`, and label
+    smoothing moves a part of it to all classes.
+
+    Args:
+        input: logits, (C), (N, C) or (N, C, d1, d2, ...); float32, float64, bfloat16 or float16, any strides.
+        target: class indices of shape (), (N) or (N, d1, d2, ...) in int64, int32 or uint8; or probabilities in the
+            shape of ``input`` and any of its types.
+        weight: (C), a weight for each class; with class indices in the type of ``input``.
+        size_average, reduce: deprecated, as in native torch.
+        ignore_index: class indices equal to it give no loss and no gradient; any int64. Not for probabilities.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the weights of the targets that count, or over
+            all positions for probabilities.
+        label_smoothing: at most 1; the part of the mass spread evenly over the classes (arXiv:1512.00567).
+        z_loss: adds ``z_loss * lse ** 2`` to the loss of each position that counts (arXiv:2204.02311, section 5).
+        logit_softcap: replaces the logits by ``cap * tanh(logits / cap)`` first (arXiv:2408.00118, section 2).
+        return_lse: also return lse, differentiable, for every position, ignored or not; float32, or float64 for
+            float64 logits.
+
+    Returns:
+        The loss in the type of ``input`` (promoted with probabilities' and weight's; float32 under autocast), a
+        scalar or, unreduced, of the shape of ``input`` without C. With ``return_lse``, the pair (loss, lse).
+
+    Raises:
+        IndexError: a class index is outside [0, C) and not ``ignore_index`` (CPU).
+        ValueError: the batch sizes differ, or ``reduction`` is unknown.
+        RuntimeError: other shapes or types do not fit, ``label_smoothing`` is above 1, tensors are on different
+            devices, ``weight`` requires grad beside class indices.
+        NotImplementedError: ``input`` is not a floating-point tensor of a supported type.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = native_reduction.legacy_get_string(size_average, reduce)
+    if input.__class__ is not Tensor or target.__class__ is not Tensor:
+        _check_tensors(TypeError, "cross_entropy", input=input, target=target)
+    _check_int("cross_entropy", "ignore_index", ignore_index)
+    _check_number("cross_entropy", "label_smoothing", label_smoothing)
+    if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
+        options = dict(z_loss=z_loss, logit_softcap=logit_softcap, return_lse=return_lse)
+        return reference.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing, **options
+        )
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"cross_entropy: logit_softcap must be positive, got {logit_softcap}")
+    loss, lse, _, _, _ = ops.cross_entropy.default(
+        input,
+        target,
+        weight,
+        _reduction_code(reduction),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        logit_softcap or 0.0,
+        return_lse,
+    )
+    return (loss, lse) if return_lse else loss
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood of log-probabilities; :func:`torch.nn.functional.nll_loss`.
+
+    The loss of a position is :math:`-w_t x_t`. Only the targets' entries of ``input`` are read.
+
+    Args:
+        input: log-probabilities, (C), (N, C) or (N, C, d1, d2, ...); float32, float64, bfloat16 or float16.
+        target: class indices of shape (), (N) or (N, d1, d2, ...) in int64, int32 or uint8.
+        weight: (C), a weight for each class, in the type of ``input``.
+        size_average, reduce: deprecated, as in native torch.
+        ignore_index: targets equal to it give no loss and no gradient; any int64.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the weights of the targets that count.
+
+    Returns:
+        The loss in the type of ``input`` (float32 under autocast), a scalar or of the shape of ``target``.
+
+    Raises:
+        IndexError: a target is outside [0, C) and not ``ignore_index`` (CPU).
+        ValueError, RuntimeError, NotImplementedError: as :func:`cross_entropy`.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = native_reduction.legacy_get_string(size_average, reduce)
+    if input.__class__ is not Tensor or target.__class__ is not Tensor:
+        _check_tensors(TypeError, "nll_loss", input=input, target=target)
+    _check_int("nll_loss", "ignore_index", ignore_index)
+    if _native_road():
+        return reference.nll_loss(input, target, weight, ignore_index, reduction)
+    return ops.nll.default(input, target, weight, _reduction_code(reduction), ignore_index)[0]
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Binary cross entropy on logits; :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    The loss of an element is
+    :math:`w\,[(1 - t)\,\mathrm{softplus}(x) + P\,t\,\mathrm{softplus}(-x)]` with the positive weight :math:`P`.
+
+    Args:
+        input: logits of any shape; float32, float64, bfloat16 or float16, any strides.
+        target: of the same shape; any floating-point type, or integer or bool.
+        weight: broadcasts to the shape of ``input``; multiplies the loss.
+        size_average, reduce: deprecated, as in native torch.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the elements that are not ignored.
+        pos_weight: broadcasts to the shape of ``input``; multiplies the loss of the positive part.
+        ignore_index: elements whose target equals it give no loss and no gradient and do not count in the mean.
+
+    Returns:
+        The loss in the type of a floating-point ``target``, else of ``input`` (float32 under autocast).
+
+    Raises:
+        ValueError: ``target`` has another shape, or ``reduction`` is unknown.
+        RuntimeError: ``weight`` or ``pos_weight`` does not broadcast or requires grad; devices differ.
+        NotImplementedError: ``input`` is not a floating-point tensor of a supported type.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = native_reduction.legacy_get_string(size_average, reduce)
+    if input.__class__ is not Tensor or target.__class__ is not Tensor:
+        _check_tensors(AttributeError, "binary_cross_entropy_with_logits", input=input, target=target)
+    if ignore_index is not None:
+        _check_int("binary_cross_entropy_with_logits", "ignore_index", ignore_index)
+    if _native_road():
+        return reference.binary_cross_entropy_with_logits(
+            input, target, weight, reduction, pos_weight, ignore_index=ignore_index
+        )
+    code = _reduction_code(reduction)
+    return ops.bce_with_logits.default(input, target, weight, pos_weight, code, ignore_index)[0]
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Binary cross entropy on probabilities; :func:`torch.nn.functional.binary_cross_entropy`.
+
+    The loss of an element is :math:`-w\,[t \log p + (1 - t) \log(1 - p)]`, logarithms no smaller than -100.
+
+    Args:
+        input: probabilities of any shape; float32, float64, bfloat16 or float16, any strides.
+        target: of the same shape and type, in [0, 1]; or integer or bool.
+        weight: broadcasts to the shape of ``input``; multiplies the loss.
+        size_average, reduce: deprecated, as in native torch.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the elements that are not ignored.
+        ignore_index: elements whose target equals it give no loss and no gradient and do not count in the mean.
+
+    Returns:
+        The loss in the type of ``input`` (float32 under CPU autocast; CUDA autocast refuses, as native does).
+
+    Raises:
+        ValueError: ``target`` has another shape, or ``reduction`` is unknown.
+        RuntimeError: ``input`` or ``target`` is outside [0, 1] or NaN (CPU), or of another type; ``weight`` does
+            not broadcast or requires grad; devices differ.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = native_reduction.legacy_get_string(size_average, reduce)
+    if input.__class__ is not Tensor or target.__class__ is not Tensor:
+        _check_tensors(AttributeError, "binary_cross_entropy", input=input, target=target)
+    if ignore_index is not None:
+        _check_int("binary_cross_entropy", "ignore_index", ignore_index)
+    if _native_road():
+        return reference.binary_cross_entropy(input, target, weight, reduction, ignore_index=ignore_index)
+    return ops.bce.default(input, target, weight, _reduction_code(reduction), ignore_index)[0]
+
+
+def _native_road() -> bool:
+    """Whether a functorch transform or a forward-mode AD level is active: a C++ autograd Function refuses both."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _reduction_code(reduction: str) -> int:
+    code = _REDUCTIONS.get(reduction)
+    # Native's function raises for an unknown reduction, and warns of one that it has renamed.
+    return native_reduction.get_enum(reduction) if code is None else code
+
+
+def _check_tensors(error: type[Exception], loss: str, **arguments) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise error(f"{loss}: {name} must be a Tensor, got {type(value).__name__}: {value!r}")
+
+
+def _check_int(loss: str, name: str, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{loss}: {name} must be an int, got {type(value).__name__}: {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{loss}: {name} must fit in 64 bits, got {value}")
+
+
+def _check_number(loss: str, name: str, value: float) -> None:
+    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{loss}: {name} must be a float, got {type(value).__name__}: {value!r}")

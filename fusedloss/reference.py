@@ -1,0 +1,123 @@
+"""The four losses in plain torch: native's functions, composed with what fusedloss adds to them.
+
+This is the specification. Tests judge the kernels by it (in float64), benchmarks measure against it, double backward
+differentiates it, and calls under functorch transforms and forward-mode AD are routed to it. Outside those it is never
+a fallback. The arguments are those of fusedloss.functional, without native's legacy size_average and reduce.
+"""
+
+import torch
+from torch import Tensor
+
+# Bound when fusedloss is imported: inside fusedloss.patch() the names in torch.nn.functional lead back here.
+from torch.nn.functional import (
+    binary_cross_entropy as _native_binary_cross_entropy,
+    binary_cross_entropy_with_logits as _native_binary_cross_entropy_with_logits,
+    cross_entropy as _native_cross_entropy,
+    nll_loss as _native_nll_loss,
+)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    return_lse: bool = False,
+):
+    if logit_softcap is not None:
+        input = logit_softcap * torch.tanh(input / logit_softcap)
+    target = _class_indices(target)
+    options = dict(weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    loss = _native_cross_entropy(input, target, reduction=reduction, **options)
+    if z_loss == 0 and not return_lse:
+        return loss
+    wide = input if input.dtype == torch.float64 else input.float()
+    lse = torch.logsumexp(wide, dim=0 if input.dim() == 1 else 1)
+    if z_loss != 0:
+        counts = torch.ones_like(lse, dtype=torch.bool)
+        divisor = torch.tensor(float(lse.numel()), dtype=torch.float64, device=input.device)
+        if not target.is_floating_point():
+            target = target.reshape(lse.shape)
+            counts = target != ignore_index
+            weights = torch.ones_like(input[:, 0] if input.dim() > 1 else input[0]) if weight is None else weight
+            if weight is not None:
+                weights = weights.flatten()[target.where(counts, torch.zeros_like(target))]
+            divisor = (weights.double() * counts).sum()
+        added = _reduce(torch.where(counts, z_loss * lse.square(), torch.zeros_like(lse)), reduction, divisor)
+        loss = loss + added.to(loss.dtype)
+    return (loss, lse) if return_lse else loss
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+):
+    target = _class_indices(target)
+    return _native_nll_loss(input, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = None,
+):
+    def native(input, target, reduction):
+        return _native_binary_cross_entropy_with_logits(
+            input, target, weight=weight, pos_weight=pos_weight, reduction=reduction
+        )
+
+    return _without_ignored(native, input, target, reduction, ignore_index)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    ignore_index: int | None = None,
+):
+    def native(input, target, reduction):
+        return _native_binary_cross_entropy(input, target, weight=weight, reduction=reduction)
+
+    return _without_ignored(native, input, target, reduction, ignore_index)
+
+
+def _class_indices(target):
+    """Native takes uint8 targets for (N, C) only, and int32 ones never."""
+    return target.long() if target.dtype in (torch.uint8, torch.int32) else target
+
+
+def _without_ignored(native, input, target, reduction, ignore_index):
+    """Elements whose target is ignore_index give no loss and no gradient, and do not count in the mean."""
+    ignored = None if ignore_index is None else target == ignore_index
+    if not target.is_floating_point() and not target.is_complex():
+        target = target.to(input.dtype)
+    if ignored is None:
+        return native(input, target, reduction)
+    # A value that every loss accepts, so that nothing an ignored element holds, NaN included, meets a formula.
+    half = torch.full((), 0.5, device=input.device)
+    input = input.where(~ignored, half.to(input.dtype))
+    target = target.where(~ignored, half.to(target.dtype))
+    loss = native(input, target, "none")
+    loss = torch.where(ignored, torch.zeros_like(loss), loss)
+    return _reduce(loss, reduction, (~ignored).sum())
+
+
+def _reduce(loss, reduction, divisor):
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / divisor.to(total.dtype)

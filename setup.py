@@ -1,0 +1,95 @@
+"""Builds fusedloss._C. Metadata is in pyproject.toml; what an extension built here looks like, in docs and README.
+
+FUSEDLOSS_CUDA=auto|1|0 decides whether the CUDA kernels are built: auto means if nvcc is found. The build machine's
+GPU, or the lack of one, decides nothing. Build with --no-build-isolation: an isolated build would download another
+torch, and the result would not load beside yours.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError:
+    sys.exit(
+        "fusedloss builds against the torch that is installed, and there is none. Install torch 2.11 to 2.13 first,\n"
+        "then build with: pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build"
+CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # overridden by TORCH_CUDA_ARCH_LIST
+CXX_FLAGS = "-std=c++20 -O3 -g0 -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall".split()
+NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --threads 2 -Xfatbin -compress-all".split()
+
+
+def find_cuda_home():
+    """A folder with bin/nvcc and the headers; the nvcc on the PATH may be a wrapper far from both."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    for home in (Path(candidate) for candidate in candidates if candidate):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return str(home)
+
+
+def decide_cuda(sources):
+    """The toolkit to build the CUDA kernels with, or None; says what was decided and why."""
+    wish = os.environ.get("FUSEDLOSS_CUDA", "auto")
+    if wish not in ("auto", "1", "0"):
+        sys.exit(f"FUSEDLOSS_CUDA must be auto, 1 or 0, got {wish!r}")
+    home = find_cuda_home()
+    lacking = "this version has no CUDA sources" if not sources else "no CUDA toolkit (nvcc) was found"
+    possible = bool(sources and home)
+    if wish == "1" and not possible:
+        sys.exit(f"FUSEDLOSS_CUDA=1, but {lacking}")
+    build = possible and wish != "0"
+    reason = f"nvcc in {home}" if build else "FUSEDLOSS_CUDA=0" if wish == "0" else lacking
+    print(f"fusedloss: {'building' if build else 'not building'} the CUDA kernels: {reason}", file=sys.stderr)
+    return home if build else None
+
+
+def write_build_info(cuda_archs):
+    """A header for csrc/module.cpp alone: as compiler flags, a new commit would recompile every file."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    facts = {
+        "VERSION": (ROOT / "fusedloss/version.txt").read_text().strip(),
+        "GIT_REVISION": git.stdout.strip() or "unknown",
+        "TORCH_VERSION": torch.__version__,
+        "CUDA_ARCHS": cuda_archs.replace(";", " "),
+    }
+    text = "".join(f'#define FUSEDLOSS_{name} "{value}"\n' for name, value in facts.items())
+    header = BUILD / "fusedloss_build_info.h"
+    if not header.exists() or header.read_text() != text:
+        BUILD.mkdir(exist_ok=True)
+        header.write_text(text)
+
+
+def extension():
+    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+    cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/kernels/cuda/*.cu"))
+    cuda_home = decide_cuda(cuda_sources)
+    options = {"extra_link_args": ["-fopenmp"], "libraries": []}
+    if cuda_home:
+        cpp_extension.CUDA_HOME = cuda_home
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+        sources += cuda_sources
+        # One CUDA runtime in the process: torch's where it has one, else our own.
+        options["libraries"] = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
+        options["library_dirs"] = [f"{cuda_home}/lib64"]
+    write_build_info(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "")
+    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+    # Not CUDAExtension, which links libraries that a CPU build of torch does not have.
+    return cpp_extension.CppExtension(
+        "fusedloss._C", sources, include_dirs=[str(BUILD)], extra_compile_args=flags, **options
+    )
+
+
+# torch looks for ninja on the PATH; in a virtual environment that is not activated it is beside the interpreter.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

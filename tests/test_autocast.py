@@ -1,0 +1,112 @@
+"""Under autocast: native's result dtype, the accuracy of float32, and gradients in the logits' dtype."""
+
+import pytest
+import torch
+from support import LOSSES, differentiate, each, judge, short, widen
+
+import fusedloss
+
+HALVES = [torch.bfloat16, torch.float16]
+each_half = pytest.mark.parametrize("dtype", HALVES, ids=short)
+
+
+def autocast(dtype=torch.bfloat16, device="cpu"):
+    return torch.autocast(device, dtype=dtype)
+
+
+@each_half
+@pytest.mark.parametrize("cast", HALVES, ids=lambda dtype: f"autocast to {short(dtype)}")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@each()
+def test_half_precision_logits(loss, reduction, cast, dtype):
+    input, target = loss.sample(33, 10, dtype=dtype)
+    truth = differentiate(loss.reference, input.double(), widen(target), reduction=reduction)
+    with autocast(cast):
+        ours, native = (
+            differentiate(f, input, target, reduction=reduction) for f in (loss.ours, loss.native)
+        )
+    for trio in zip(ours, native, truth, strict=True):
+        judge(*trio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
+@each()
+def test_wide_logits_are_left_alone(loss, dtype):
+    input, target = loss.sample(33, 10, dtype=dtype)
+    expected = differentiate(loss.ours, input, target)
+    with autocast():
+        actual, native = differentiate(loss.ours, input, target), differentiate(loss.native, input, target)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert [tensor.dtype for tensor in actual] == [tensor.dtype for tensor in native]
+
+
+@each_half
+@each()
+def test_a_float32_weight_for_half_precision_logits(loss, dtype):
+    """Refused outside autocast, welcome inside: that is where a mixed-precision model needs it."""
+    input, target = loss.sample(33, 10, dtype=dtype)
+    weight = torch.rand(10)
+    truth = differentiate(loss.reference, input.double(), widen(target), weight=weight.double())
+    with autocast():
+        ours, native = (differentiate(f, input, target, weight=weight) for f in (loss.ours, loss.native))
+    for trio in zip(ours, native, truth, strict=True):
+        judge(*trio)
+
+
+@each("cross_entropy", "nll")
+def test_a_float32_weight_for_float64_logits_is_refused(loss):
+    input, target = loss.sample(4, 3, dtype=torch.float64)
+    with autocast(), pytest.raises(RuntimeError, match="weight"):
+        loss.ours(input, target, torch.rand(3))
+
+
+@each_half
+@each("cross_entropy_soft", "bce_with_logits", "bce")
+def test_a_float32_target_for_half_precision_logits(loss, dtype):
+    input, target = loss.sample(33, 10, dtype=dtype)
+    target = target.float()
+    truth = differentiate(loss.reference, input.double(), target.double())
+    with autocast():
+        ours, native = (differentiate(f, input, target) for f in (loss.ours, loss.native))
+    for trio in zip(ours, native, truth, strict=True):
+        judge(*trio)
+
+
+@each_half
+@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"logit_softcap": 2.0}, {"return_lse": True}], ids=str)
+def test_additions_are_computed_in_float32(options, dtype):
+    input, target = LOSSES["cross_entropy"].sample(33, 10, dtype=dtype)
+    truth = differentiate(fusedloss.reference.cross_entropy, input.double(), target, **options)
+    wide = differentiate(fusedloss.reference.cross_entropy, input.float(), target, **options)
+    with autocast():
+        ours = differentiate(fusedloss.cross_entropy, input, target, **options)
+    for our, theirs, true in zip(ours, wide, truth, strict=True):
+        judge(our, theirs.to(our.dtype), true)
+    assert {tensor.dtype for tensor in ours[:-1]} == {torch.float32}
+
+
+@each_half
+@each("bce_with_logits", "bce")
+def test_integer_targets(loss, dtype):
+    input, target = loss.sample(33, 10, dtype=dtype)
+    target = target.round()
+    with autocast():
+        expected = differentiate(loss.ours, input, target)[:2]
+        torch.testing.assert_close(differentiate(loss.ours, input, target.byte()), expected, rtol=0, atol=0)
+
+
+@each()
+def test_a_model_trains_under_autocast(loss):
+    """The gradient of a float32 parameter through bfloat16 logits is native's."""
+    features, target = torch.randn(8, 4), loss.sample(8, 3)[1]
+    layer = torch.nn.Linear(4, 3)
+    activation = {"NLLLoss": torch.nn.LogSoftmax(1), "BCELoss": torch.nn.Sigmoid()}.get(
+        loss.module, torch.nn.Identity()
+    )
+
+    def gradient(function):
+        with autocast():
+            value = function(activation(layer(features)), target)
+        return torch.autograd.grad(value, layer.weight)[0]
+
+    torch.testing.assert_close(gradient(loss.ours), gradient(loss.native), rtol=1e-2, atol=1e-3)

@@ -1,0 +1,138 @@
+"""torch.compile without graph breaks, torch.export, and no recompilation native would not do."""
+
+import pytest
+import torch
+from support import LOSSES, differentiate, each, each_reduction
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+
+import fusedloss
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def same_bits(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@each_reduction
+@each()
+def test_compiled_is_eager(loss, reduction):
+    input, target = loss.sample(8, 5)
+    actual = differentiate(compiled(loss.ours), input, target, reduction=reduction)
+    same_bits(actual, differentiate(loss.ours, input, target, reduction=reduction))
+
+
+EXTRAS = {
+    "weight, smoothing": {"weight": torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1]), "label_smoothing": 0.1},
+    "z_loss, softcap, lse": {"z_loss": 0.1, "logit_softcap": 2.0, "return_lse": True},
+}
+
+
+@pytest.mark.parametrize("options", EXTRAS.values(), ids=EXTRAS)
+@each("cross_entropy", "cross_entropy_soft")
+def test_options_compiled(loss, options):
+    input, target = loss.sample(8, 5)
+    same_bits(
+        differentiate(compiled(loss.ours), input, target, **options),
+        differentiate(loss.ours, input, target, **options),
+    )
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "bce_with_logits"])
+def test_a_model_through_inductor(name):
+    """The loss behind a layer, as in a training step."""
+    loss = LOSSES[name]
+    features, target = torch.randn(8, 4), loss.sample(8, 5)[1]
+    weight = torch.randn(5, 4)
+
+    def step(weight, target):
+        return loss.ours(features @ weight.T * 2, target)
+
+    actual = differentiate(compiled(step, "inductor"), weight, target)[:2]
+    torch.testing.assert_close(actual, differentiate(step, weight, target)[:2])
+
+
+@pytest.mark.parametrize("layout", ["channels last", "classes last"])
+@each("cross_entropy", "bce_with_logits")
+def test_layouts_compiled(loss, layout):
+    """The fake kernels promise the strides the real ones return."""
+    input, target = loss.sample(2, 3, 4, 5)
+    input = input.contiguous(memory_format=torch.channels_last) if layout == "channels last" else input.mT
+    target = target if layout == "channels last" else target.mT
+    same_bits(differentiate(compiled(loss.ours), input, target), differentiate(loss.ours, input, target))
+
+
+def recompilations(function, first, *others, **options):
+    """How often calls after the first compile again. The first may compile twice: floats are found to be constants."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(function, backend=counter, fullgraph=True, **options)
+    step(*first)
+    before = counter.frame_count
+    for call in others:
+        step(*call)
+    return counter.frame_count - before
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@each()
+def test_new_sizes_recompile_no_more_than_natively(loss, dynamic):
+    calls = [loss.sample(rows, 5) for rows in (4, 5, 6, 7, 8)]
+    ours, native = (recompilations(f, *calls, dynamic=dynamic) for f in (loss.ours, loss.native))
+    assert ours <= native
+
+
+@each()
+def test_dynamic_sizes_give_eager_s_results(loss):
+    step = compiled(loss.ours, dynamic=True)
+    for shape in [(4, 5), (7, 5), (7, 9)]:
+        input, target = loss.sample(*shape)
+        same_bits(differentiate(step, input, target), differentiate(loss.ours, input, target))
+
+
+@each()
+def test_modules_compile(loss):
+    module = getattr(fusedloss, loss.module)()
+    input, target = loss.sample(8, 5)
+    same_bits(differentiate(compiled(module), input, target), differentiate(module, input, target))
+
+
+@each()
+def test_autocast_inside_the_compiled_function(loss):
+    input, target = loss.sample(8, 5, dtype=torch.bfloat16)
+
+    def step(input, target):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss.ours(input, target)
+
+    actual, expected = differentiate(compiled(step), input, target), differentiate(step, input, target)
+    assert actual[0].dtype == torch.float32
+    same_bits(actual, expected)
+
+
+@each()
+def test_patched_code_compiles(loss):
+    module = getattr(torch.nn, loss.module)()
+    input, target = loss.sample(8, 5)
+    with fusedloss.patch():
+        same_bits(differentiate(compiled(module), input, target), differentiate(loss.ours, input, target))
+
+
+@each()
+def test_export_with_a_dynamic_batch(loss):
+    input, target = loss.sample(8, 5)
+    rows = Dim("rows", min=2, max=64)
+    program = torch.export.export(
+        getattr(fusedloss, loss.module)(), (input, target), dynamic_shapes=({0: rows}, {0: rows})
+    )
+    assert any("fusedloss" in str(node.target) for node in program.graph.nodes)
+    other = loss.sample(13, 5)
+    same_bits(program.module()(*other), loss.ours(*other))

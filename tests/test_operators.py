@@ -1,0 +1,191 @@
+"""The operators under torch.ops.fusedloss: schemas, fakes, autograd registration, strides."""
+
+import pytest
+import torch
+from support import LOSSES, differentiate
+from torch.library import opcheck
+
+OPS = torch.ops.fusedloss
+NONE, MEAN, SUM = 0, 1, 2
+
+
+def sample(name, *shape, dtype=torch.float32):
+    """Fixed data: the tables below are made when the file is imported."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LOSSES[name].sample(*shape, dtype=dtype)
+
+
+def image(name, dtype=torch.float32):
+    input, target = sample(name, 2, 3, 4, 5, dtype=dtype)
+    return input.contiguous(memory_format=torch.channels_last), target
+
+
+def integers(pair):
+    return pair[0], pair[1].round().byte()
+
+
+WEIGHT = torch.tensor([0.5, 2.0, 1.0])
+# The arguments of each forward operator; its backward operator is called on what they return.
+ARGUMENTS = {
+    "cross_entropy": {
+        "plain": (*sample("cross_entropy", 4, 3), None, MEAN, -100, 0.0, 0.0, 0.0, False),
+        "no batch": (*sample("cross_entropy", 3), None, NONE, -100, 0.0, 0.0, 0.0, True),
+        "all options": (*sample("cross_entropy", 4, 3), WEIGHT, SUM, 1, 0.1, 0.01, 2.0, True),
+        "half precision image": (
+            *image("cross_entropy", torch.bfloat16),
+            None,
+            NONE,
+            2,
+            0.0,
+            0.0,
+            0.0,
+            True,
+            True,
+        ),
+        "probabilities": (*sample("cross_entropy_soft", 4, 3), WEIGHT, MEAN, -100, 0.1, 0.01, 2.0, True),
+        "empty": (*sample("cross_entropy", 0, 3), None, SUM, -100, 0.0, 0.0, 0.0, True),
+    },
+    "nll": {
+        "plain": (*sample("nll", 4, 3), None, MEAN, -100),
+        "weighted image": (*image("nll"), WEIGHT, NONE, 1),
+        "half precision": (*sample("nll", 4, 3, dtype=torch.bfloat16), None, SUM, -100, True),
+    },
+    "bce_with_logits": {
+        "plain": (*sample("bce_with_logits", 4, 3), None, None, MEAN, None),
+        "weights": (*sample("bce_with_logits", 4, 3), WEIGHT, WEIGHT, NONE, None),
+        "ignored integers": (*integers(sample("bce_with_logits", 4, 3)), None, WEIGHT, MEAN, 1),
+        "half precision image": (*image("bce_with_logits", torch.bfloat16), None, None, SUM, None, True),
+    },
+    "bce": {
+        "plain": (*sample("bce", 4, 3), None, MEAN, None),
+        "weighted": (*sample("bce", 4, 3), WEIGHT, NONE, None),
+        "ignored integers": (*integers(sample("bce", 4, 3)), None, MEAN, 1),
+        "half precision image": (*image("bce", torch.bfloat16), None, SUM, None, True),
+    },
+}
+each_call = pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param(name, row, id=f"{name} {what}")
+        for name, rows in ARGUMENTS.items()
+        for what, row in rows.items()
+    ],
+)
+
+
+def operator(name):
+    return getattr(OPS, name).default
+
+
+def wanting_gradients(arguments):
+    """The input and a floating target become leaves."""
+    leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in arguments[:2]]
+    return (*leaves, *arguments[2:])
+
+
+def backward_arguments(name, arguments):
+    """What autograd passes to the backward operator after this call of the forward one."""
+    outputs = [output.detach() for output in operator(name)(*arguments)]
+    input, target, *rest = arguments
+    mask = [True, target.is_floating_point()]
+    grad_loss = torch.ones_like(outputs[0])
+    if name == "cross_entropy":
+        weight, reduction, ignore_index, smoothing, z_loss, softcap, return_lse, *_ = rest
+        grad_lse = torch.ones_like(outputs[1]) if return_lse else None
+        options = (reduction, ignore_index, smoothing, z_loss, softcap)
+        return grad_loss, grad_lse, input, target, weight, *outputs[2:], *options, mask
+    weights = 2 if name == "bce_with_logits" else 1
+    common = (grad_loss, input, target, *rest[:weights], outputs[1], *rest[weights : weights + 2])
+    return common if name == "nll" else (*common, mask)
+
+
+def tensors_of(outputs):
+    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    return [output for output in outputs if output is not None]
+
+
+def to_meta(arguments):
+    return [value.to("meta") if isinstance(value, torch.Tensor) else value for value in arguments]
+
+
+def same_layout(actual, expected):
+    actual, expected = (
+        [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors_of(outputs)]
+        for outputs in (actual, expected)
+    )
+    assert actual == expected
+
+
+@each_call
+def test_forward_operator(name, arguments):
+    opcheck(operator(name), wanting_gradients(arguments))
+
+
+@each_call
+def test_backward_operator(name, arguments):
+    arguments = list(backward_arguments(name, arguments))
+    opcheck(operator(f"{name}_backward"), tuple(arguments))
+    arguments[0] = arguments[0].requires_grad_()
+    opcheck(operator(f"{name}_backward"), tuple(arguments))
+
+
+@each_call
+def test_meta_tensors_have_the_real_layout(name, arguments):
+    same_layout(operator(name)(*to_meta(arguments)), operator(name)(*arguments))
+    arguments = backward_arguments(name, arguments)
+    backward = operator(f"{name}_backward")
+    same_layout(backward(*to_meta(arguments)), backward(*arguments))
+
+
+def test_operators_are_differentiable_themselves():
+    input, target = sample("cross_entropy", 4, 3)
+
+    def raw(input, target):
+        return OPS.cross_entropy(input, target, None, MEAN, -100, 0.0, 0.0, 0.0, False)[0]
+
+    expected = differentiate(torch.nn.functional.cross_entropy, input, target)
+    torch.testing.assert_close(differentiate(raw, input, target), expected)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_upcast_gives_a_float32_loss_of_half_precision_logits(upcast):
+    input, target = sample("cross_entropy", 4, 3, dtype=torch.bfloat16)
+    loss = OPS.cross_entropy(input, target, None, MEAN, -100, 0.0, 0.0, 0.0, False, upcast)[0]
+    assert loss.dtype == (torch.float32 if upcast else torch.bfloat16)
+    expected = torch.nn.functional.cross_entropy(input.float(), target).to(loss.dtype)
+    torch.testing.assert_close(loss, expected)
+
+
+def shortened(arguments, position):
+    """The same call with a row missing from one tensor."""
+    return [value[1:] if place == position else value for place, value in enumerate(arguments)]
+
+
+MISMATCHED = {  # positions of the tensors that a backward operator must check against its input
+    "cross_entropy": (0, 3, 5, 6),
+    "nll": (0, 2),
+    "bce_with_logits": (0, 2),
+    "bce": (0, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "position"), [(name, position) for name, places in MISMATCHED.items() for position in places]
+)
+def test_backward_operators_check_what_they_are_given(name, position):
+    """Called by hand, a tensor that is too short is refused, not read beyond its end."""
+    row = list(ARGUMENTS[name]["plain"])
+    reduction = {"cross_entropy": 3, "nll": 3, "bce_with_logits": 4, "bce": 3}[name]
+    row[reduction] = NONE
+    arguments = backward_arguments(name, row)
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        operator(f"{name}_backward")(*shortened(arguments, position))
+
+
+def test_backward_operator_writes_nothing_for_a_target_out_of_range():
+    arguments = list(backward_arguments("nll", ARGUMENTS["nll"]["plain"]))
+    arguments[2] = torch.tensor([1000, -1, 2**40, 3])
+    grad = OPS.nll_backward(*arguments)
+    assert grad.shape == (4, 3)
+    assert grad.eq(0).all()

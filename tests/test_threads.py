@@ -1,0 +1,83 @@
+"""Threads change the time, never the result."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from support import LOSSES, differentiate, each, each_reduction, short
+
+# More rows, and more elements, than one thread gets: (rows, classes) and an image.
+BIG = [(4096, 33), (4, 19, 64, 65)]
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def on_threads(count, function):
+    torch.set_num_threads(count)
+    return function()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("shape", BIG, ids=str)
+@each_reduction
+@each()
+def test_one_thread_and_two_give_the_same_bits(loss, reduction, shape, dtype, two_threads):
+    input, target = loss.sample(*shape, dtype=dtype)
+    options = {"reduction": reduction}
+    if loss.target != "element":
+        options["weight"] = torch.rand(shape[1], dtype=dtype)
+    two, again, one = (
+        on_threads(n, lambda: differentiate(loss.ours, input, target, **options)) for n in (2, 2, 1)
+    )
+    torch.testing.assert_close(two, again, rtol=0, atol=0)
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
+def test_two_python_threads_at_once(two_threads):
+    """Each repeats its own loss while the other runs, and always gets the result it gets alone."""
+    cases = {name: (loss, *loss.sample(512, 33)) for name, loss in LOSSES.items()}
+    alone = {name: differentiate(loss.ours, input, target) for name, (loss, input, target) in cases.items()}
+    failures = []
+    start = threading.Barrier(2)
+
+    def work(order):
+        start.wait()
+        for name in list(cases)[::order] * 20:
+            loss, input, target = cases[name]
+            result = differentiate(loss.ours, input, target)
+            if not all(map(torch.equal, result, alone[name])):
+                failures.append(name)
+
+    threads = [threading.Thread(target=work, args=(order,)) for order in (1, -1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+COUNT_WORKERS = """
+import os, sys, torch, fusedloss
+torch.set_num_threads(int(sys.argv[1]))
+x, y = torch.randn(8192, 100), torch.randint(100, (8192,))
+before = len(os.listdir("/proc/self/task"))
+with torch.no_grad():
+    fusedloss.cross_entropy(x, y)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts a process's threads in /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_loss_uses_the_threads_it_is_given(threads):
+    """With two, one worker joins the caller; with one, none does."""
+    arguments = [sys.executable, "-c", COUNT_WORKERS, str(threads)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == threads - 1
