@@ -94,8 +94,6 @@ def test_valid_calls(loss):
         input, target, options = call
         native = outcome(loss.native, input.contiguous(), target.contiguous(), options)
         ours = outcome(loss.ours, input, target, options)
-        if ours is NotImplementedError and not input.numel():
-            return  # native meets the dtype in its loop over elements, and so accepts any where there are none
         if isinstance(native, type) or isinstance(ours, type):
             assert ours is native
         else:

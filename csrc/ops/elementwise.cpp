@@ -39,6 +39,7 @@ void check(const ElementwiseLoss& loss, const ElementwiseInputs& in, bool upcast
       !loss.probabilities || integral_target || upcast_type(target_type, upcast) == upcast_type(input_type, upcast),
       loss.name, ": target must have the input's type ", input_type, ", or an integer or bool one, got ", target_type);
   check_floating(loss.name, "input", in.input);
+  TORCH_CHECK(!at::isComplexType(target_type), loss.name, ": target must be real, got ", target_type);
   if (!integral_target) check_floating(loss.name, "target", in.target);
   check_broadcasts(loss, "weight", in.weight, in.input);
   check_broadcasts(loss, "pos_weight", in.pos_weight, in.input);
