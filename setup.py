@@ -25,8 +25,8 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # overridden by TORCH_CUDA_ARCH_LIST
-CXX_FLAGS = "-std=c++20 -O3 -g0 -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall".split()
-NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --threads 2 -Xfatbin -compress-all".split()
+CXX_FLAGS = "-std=c++20 -O3 -g0 -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall"
+NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --threads 2 -Xfatbin -compress-all"
 
 
 def find_cuda_home():
@@ -83,7 +83,7 @@ def extension():
         options["libraries"] = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
         options["library_dirs"] = [f"{cuda_home}/lib64"]
     write_build_info(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "")
-    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+    flags = {"cxx": CXX_FLAGS.split(), "nvcc": NVCC_FLAGS.split()}
     # Not CUDAExtension, which links libraries that a CPU build of torch does not have.
     return cpp_extension.CppExtension(
         "fusedloss._C", sources, include_dirs=[str(BUILD)], extra_compile_args=flags, **options

@@ -2,8 +2,6 @@
 
 #include <torch/library.h>
 
-#include "ops/autocast.h"
-#include "ops/autograd.h"
 #include "ops/losses.h"
 
 namespace fusedloss {

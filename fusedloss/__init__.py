@@ -4,8 +4,8 @@ The functions have the signatures of torch.nn.functional, the modules those of t
 modules.py -> functional.py -> the operators in csrc/register.cpp -> csrc/ops -> csrc/kernels -> csrc/math.
 """
 
-from fusedloss._library import build_info
 from fusedloss import double_backward, reference
+from fusedloss._library import build_info
 from fusedloss.functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,

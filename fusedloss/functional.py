@@ -72,10 +72,8 @@ def cross_entropy(
     _check_int("cross_entropy", "ignore_index", ignore_index)
     _check_number("cross_entropy", "label_smoothing", label_smoothing)
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
-        options = dict(z_loss=z_loss, logit_softcap=logit_softcap, return_lse=return_lse)
-        return reference.cross_entropy(
-            input, target, weight, ignore_index, reduction, label_smoothing, **options
-        )
+        options = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
+        return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, **options)
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"cross_entropy: logit_softcap must be positive, got {logit_softcap}")
     loss, lse, _, _, _ = ops.cross_entropy.default(

@@ -11,8 +11,14 @@ from torch import Tensor
 # Bound when fusedloss is imported: inside fusedloss.patch() the names in torch.nn.functional lead back here.
 from torch.nn.functional import (
     binary_cross_entropy as _native_binary_cross_entropy,
+)
+from torch.nn.functional import (
     binary_cross_entropy_with_logits as _native_binary_cross_entropy_with_logits,
+)
+from torch.nn.functional import (
     cross_entropy as _native_cross_entropy,
+)
+from torch.nn.functional import (
     nll_loss as _native_nll_loss,
 )
 
@@ -32,24 +38,17 @@ def cross_entropy(
     if logit_softcap is not None:
         input = logit_softcap * torch.tanh(input / logit_softcap)
     target = _class_indices(target)
-    options = dict(weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    is_indices = not target.is_floating_point()
+    options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     loss = _native_cross_entropy(input, target, reduction=reduction, **options)
     if z_loss == 0 and not return_lse:
         return loss
     wide = input if input.dtype == torch.float64 else input.float()
     lse = torch.logsumexp(wide, dim=0 if input.dim() == 1 else 1)
     if z_loss != 0:
-        counts = torch.ones_like(lse, dtype=torch.bool)
-        divisor = torch.tensor(float(lse.numel()), dtype=torch.float64, device=input.device)
-        if not target.is_floating_point():
-            target = target.reshape(lse.shape)
-            counts = target != ignore_index
-            weights = torch.ones_like(input[:, 0] if input.dim() > 1 else input[0]) if weight is None else weight
-            if weight is not None:
-                weights = weights.flatten()[target.where(counts, torch.zeros_like(target))]
-            divisor = (weights.double() * counts).sum()
-        added = _reduce(torch.where(counts, z_loss * lse.square(), torch.zeros_like(lse)), reduction, divisor)
-        loss = loss + added.to(loss.dtype)
+        counts, weights = _counts(target.reshape(lse.shape) if is_indices else None, weight, ignore_index, lse)
+        added = torch.where(counts, z_loss * lse.square(), torch.zeros_like(lse))
+        loss = loss + _reduce(added, reduction, weights.sum()).to(loss.dtype)
     return (loss, lse) if return_lse else loss
 
 
@@ -98,6 +97,16 @@ def binary_cross_entropy(
 def _class_indices(target):
     """Native takes uint8 targets for (N, C) only, and int32 ones never."""
     return target.long() if target.dtype in (torch.uint8, torch.int32) else target
+
+
+def _counts(indices, weight, ignore_index, like):
+    """Which positions count, and their weights in the mean, float64; all of them alike for probabilities."""
+    if indices is None:
+        return torch.ones_like(like, dtype=torch.bool), torch.ones_like(like, dtype=torch.float64)
+    counts = indices != ignore_index
+    if weight is None:
+        return counts, counts.double()
+    return counts, weight.double().flatten()[indices.where(counts, torch.zeros_like(indices))] * counts
 
 
 def _without_ignored(native, input, target, reduction, ignore_index):

@@ -31,9 +31,7 @@ def test_large_logits_with_label_smoothing(loss, scale, dtype, device):
 
 
 @each_scale
-@pytest.mark.parametrize(
-    "options", [{"z_loss": 1e-4}, {"logit_softcap": 30.0}, {"return_lse": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{"z_loss": 1e-4}, {"logit_softcap": 30.0}, {"return_lse": True}], ids=str)
 @each("cross_entropy", "cross_entropy_soft")
 def test_large_logits_with_additions(loss, scale, options, device):
     compare(loss, *loss.sample(33, 100, device=device, scale=scale), **options)

@@ -22,9 +22,7 @@ def test_half_precision_logits(loss, reduction, cast, dtype):
     input, target = loss.sample(33, 10, dtype=dtype)
     truth = differentiate(loss.reference, input.double(), widen(target), reduction=reduction)
     with autocast(cast):
-        ours, native = (
-            differentiate(f, input, target, reduction=reduction) for f in (loss.ours, loss.native)
-        )
+        ours, native = (differentiate(f, input, target, reduction=reduction) for f in (loss.ours, loss.native))
     for trio in zip(ours, native, truth, strict=True):
         judge(*trio)
 

@@ -77,9 +77,7 @@ def test_special_logits_of_cross_entropy(row, options, reduction, dtype, device)
 @each_extra
 def test_special_logits_with_probability_targets(row, share, options, device):
     input, target = surrounded(row, torch.float32, device), torch.tensor([share] * 3, device=device)
-    compare(
-        LOSSES["cross_entropy_soft"], input, target, reduction="none", **as_tensors(options, None, device)
-    )
+    compare(LOSSES["cross_entropy_soft"], input, target, reduction="none", **as_tensors(options, None, device))
 
 
 @each_logits
@@ -150,9 +148,7 @@ def test_special_class_weights(loss, value, reduction, device):
 @each("cross_entropy", "cross_entropy_soft", "nll")
 def test_classes_whose_weights_are_all_zero(loss, reduction, device):
     """The mean and its gradient are 0 / 0 for class indices."""
-    compare(
-        loss, *loss.sample(4, 3, device=device), reduction=reduction, weight=torch.zeros(3, device=device)
-    )
+    compare(loss, *loss.sample(4, 3, device=device), reduction=reduction, weight=torch.zeros(3, device=device))
 
 
 EMPTY = {"no rows": (0, 3), "no positions": (2, 3, 0), "no pixels": (2, 3, 0, 5), "neither": (0, 3, 4, 5)}
@@ -172,9 +168,7 @@ def test_nothing_to_average(loss, shape, reduction, dtype, device):
 def test_no_classes(loss, shape, reduction, device):
     """Every class index is out of range then, unless it is ignored."""
     input = torch.empty(shape, device=device)
-    target = (
-        torch.full(shape[:1] + shape[2:], -100, device=device) if loss.target == "index" else input.clone()
-    )
+    target = torch.full(shape[:1] + shape[2:], -100, device=device) if loss.target == "index" else input.clone()
     compare(loss, input, target, reduction=reduction)
 
 

@@ -111,11 +111,7 @@ def reshaped(tensor, draw):
         return tensor.unsqueeze(0)
     if change == "drop":
         return tensor.sum(dim).to(tensor.dtype)
-    return (
-        tensor.repeat_interleave(2, dim)
-        if change == "repeat"
-        else tensor.narrow(dim, 0, tensor.shape[dim] // 2)
-    )
+    return tensor.repeat_interleave(2, dim) if change == "repeat" else tensor.narrow(dim, 0, tensor.shape[dim] // 2)
 
 
 BAD_DTYPES = [torch.int16, torch.complex64, torch.bool, torch.float64, torch.float16, torch.float8_e5m2]
@@ -133,9 +129,7 @@ BAD_OPTIONS = [
 def broken(draw, loss):
     """A good call with one thing about it changed; it may still be good."""
     input, target, options = draw(calls(loss))
-    what = draw(
-        st.sampled_from(["input shape", "target shape", "input dtype", "target dtype", "value", "option"])
-    )
+    what = draw(st.sampled_from(["input shape", "target shape", "input dtype", "target dtype", "value", "option"]))
     if what == "input shape":
         input = reshaped(input, draw)
     elif what == "target shape":

@@ -36,9 +36,7 @@ each_case = pytest.mark.parametrize(
 def case(loss, shape, options, reduction):
     """A function of the floating tensors alone, and those tensors; one index target of several is ignored."""
     input, target = loss.sample(*shape, dtype=torch.float64)
-    options = options | {
-        name: input.new_tensor(options[name]) for name in ("weight", "pos_weight") if name in options
-    }
+    options = options | {name: input.new_tensor(options[name]) for name in ("weight", "pos_weight") if name in options}
     if loss.target != "index":
         return lambda *pair: loss.ours(*pair, reduction=reduction, **options), [input, target]
     if target.numel() > 1:

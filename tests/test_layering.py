@@ -15,9 +15,7 @@ FORBIDDEN = {  # folder: what none of its files may contain
 
 
 def sources(folder):
-    return [
-        path for path in (ROOT / folder).rglob("*") if path.suffix in {".h", ".cuh", ".cpp", ".cu", ".py"}
-    ]
+    return [path for path in (ROOT / folder).rglob("*") if path.suffix in {".h", ".cuh", ".cpp", ".cu", ".py"}]
 
 
 @pytest.mark.parametrize(("folder", "pattern"), FORBIDDEN.items(), ids=FORBIDDEN)
@@ -36,8 +34,6 @@ def test_a_layer_stays_below_the_next(folder, pattern):
 def test_only_the_python_module_includes_all_of_torch():
     """torch/extension.h costs seconds in every file that includes it."""
     including = [
-        path.name
-        for path in sources("csrc")
-        if re.search(r"#include\s*<torch/extension\.h>", path.read_text())
+        path.name for path in sources("csrc") if re.search(r"#include\s*<torch/extension\.h>", path.read_text())
     ]
     assert including in ([], ["module.cpp"])

@@ -29,9 +29,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, torch.tensor(expected, device=actual.device), rtol=0, atol=6e-5)
 
 
-@pytest.mark.parametrize(
-    ("function", "options", "none", "total", "mean"), CLASS_LOSSES.values(), ids=CLASS_LOSSES
-)
+@pytest.mark.parametrize(("function", "options", "none", "total", "mean"), CLASS_LOSSES.values(), ids=CLASS_LOSSES)
 def test_class_losses(function, options, none, total, mean, device):
     input, target = torch.tensor(LOGITS, device=device), torch.tensor(CLASSES, device=device)
     options = {name: torch.tensor(value, device=device) for name, value in options.items()}

@@ -66,11 +66,7 @@ ARGUMENTS = {
 }
 each_call = pytest.mark.parametrize(
     ("name", "arguments"),
-    [
-        pytest.param(name, row, id=f"{name} {what}")
-        for name, rows in ARGUMENTS.items()
-        for what, row in rows.items()
-    ],
+    [pytest.param(name, row, id=f"{name} {what}") for name, rows in ARGUMENTS.items() for what, row in rows.items()],
 )
 
 

@@ -170,9 +170,7 @@ def test_lse_of_half_precision_logits_is_float32(device):
 def test_no_small_gradient_is_dropped(device):
     """A class of probability 1e-12 still gets its gradient, to float32's precision."""
     input = torch.tensor([[0.0, -27.631]], device=device)
-    grad = differentiate(
-        fusedloss.cross_entropy, input, torch.tensor([0], device=device), input.new_ones(())
-    )[1]
+    grad = differentiate(fusedloss.cross_entropy, input, torch.tensor([0], device=device), input.new_ones(()))[1]
     torch.testing.assert_close(grad[0, 1].double(), input[0, 1].double().sigmoid(), rtol=1e-6, atol=0)
 
 

@@ -33,9 +33,7 @@ def test_one_thread_and_two_give_the_same_bits(loss, reduction, shape, dtype, tw
     options = {"reduction": reduction}
     if loss.target != "element":
         options["weight"] = torch.rand(shape[1], dtype=dtype)
-    two, again, one = (
-        on_threads(n, lambda: differentiate(loss.ours, input, target, **options)) for n in (2, 2, 1)
-    )
+    two, again, one = (on_threads(n, lambda: differentiate(loss.ours, input, target, **options)) for n in (2, 2, 1))
     torch.testing.assert_close(two, again, rtol=0, atol=0)
     torch.testing.assert_close(two, one, rtol=0, atol=0)
 

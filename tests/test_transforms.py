@@ -74,8 +74,7 @@ ADDITIONS = [
 def test_transform_of_additions(loss, name, options):
     input, target = loss.sample(4, 3, dtype=torch.float64)
     ours, reference = (
-        TRANSFORMS[name](lambda x, y, f=f: f(x, y, **options), input, target)
-        for f in (loss.ours, loss.reference)
+        TRANSFORMS[name](lambda x, y, f=f: f(x, y, **options), input, target) for f in (loss.ours, loss.reference)
     )
     torch.testing.assert_close(ours, reference)
 

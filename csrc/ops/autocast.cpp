@@ -1,11 +1,17 @@
-#include "autocast.h"
-
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "checks.h"
 #include "dispatch.h"
+#include "losses.h"
 
 namespace fusedloss::autocast {
+
+using at::Tensor;
+using ops::CrossEntropyOutputs;
+using ops::LossAndDivisor;
+using ops::OptionalIndex;
+using ops::OptionalTensor;
+
 namespace {
 
 constexpr c10::DispatchKeySet kAutocastKeys{c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA};

@@ -4,15 +4,21 @@
 // In an ordinary backward pass no graph is built, and the backward operator goes straight to its kernel. With
 // create_graph=True it passes the Autograd key, where fusedloss/double_backward.py differentiates it.
 
-#include "autograd.h"
-
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "checks.h"
 #include "dispatch.h"
+#include "losses.h"
 
 namespace fusedloss::autograd {
+
+using at::Tensor;
+using ops::CrossEntropyOutputs;
+using ops::LossAndDivisor;
+using ops::OptionalIndex;
+using ops::OptionalTensor;
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -109,13 +115,15 @@ struct Nll : torch::autograd::Function<Nll> {
   }
 };
 
-struct BceWithLogits : torch::autograd::Function<BceWithLogits> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast) {
+// A loss of one element. Weights is std::optional<Tensor> for each tensor behind the target; Operators names the loss
+// and its two operators.
+template <class Operators, class... Weights>
+struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...>> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
+                               const Weights&... weights, int64_t reduction, OptionalIndex ignore_index, bool upcast) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, divisor] =
-        FUSEDLOSS_OPERATOR(bce_with_logits).call(input, target, weight, pos_weight, reduction, ignore_index, upcast);
-    ctx->save_for_backward({input, target, to_tensor(weight), to_tensor(pos_weight), divisor});
+    auto [loss, divisor] = Operators::forward().call(input, target, weights..., reduction, ignore_index, upcast);
+    ctx->save_for_backward({input, target, divisor, to_tensor(weights)...});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->mark_non_differentiable({divisor});
@@ -123,39 +131,46 @@ struct BceWithLogits : torch::autograd::Function<BceWithLogits> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return backward(ctx, grads[0], std::index_sequence_for<Weights...>());
+  }
+
+  // What every dispatch of the loss under the Autograd key does.
+  static LossAndDivisor dispatch(const Tensor& input, const Tensor& target, const Weights&... weights,
+                                 int64_t reduction, OptionalIndex ignore_index, bool upcast) {
+    if (!wants_grad(input) && !wants_grad(target)) {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      return Operators::forward().call(input, target, weights..., reduction, ignore_index, upcast);
+    }
+    const auto out = Elementwise::apply(input, target, weights..., reduction, ignore_index, upcast);
+    return {out[0], out[1]};
+  }
+
+ private:
+  template <std::size_t... I>
+  static variable_list backward(AutogradContext* ctx, const Tensor& grad_loss, std::index_sequence<I...>) {
     const auto saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &target = saved[1], &divisor = saved[2];
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [grad_input, grad_target] = call_backward([&] {
-      return FUSEDLOSS_OPERATOR(bce_with_logits_backward)
-          .call(grads[0], saved[0], saved[1], to_optional(saved[2]), to_optional(saved[3]), saved[4],
-                ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toOptional<int64_t>(), wanted);
+      return Operators::backward().call(grad_loss, input, target, to_optional(saved[3 + I])..., divisor,
+                                        ctx->saved_data["reduction"].toInt(),
+                                        ctx->saved_data["ignore_index"].template toOptional<int64_t>(), wanted);
     });
-    return {masked(grad_input, wanted[0]), masked(grad_target, wanted[1]), {}, {}, {}, {}, {}};
+    variable_list input_grads(5 + sizeof...(Weights));  // one for each argument of forward
+    input_grads[0] = masked(grad_input, wanted[0]);
+    input_grads[1] = masked(grad_target, wanted[1]);
+    return input_grads;
   }
 };
 
-struct Bce : torch::autograd::Function<Bce> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, OptionalTensor weight,
-                               int64_t reduction, OptionalIndex ignore_index, bool upcast) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, divisor] = FUSEDLOSS_OPERATOR(bce).call(input, target, weight, reduction, ignore_index, upcast);
-    ctx->save_for_backward({input, target, to_tensor(weight), divisor});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->mark_non_differentiable({divisor});
-    return {loss, divisor};
-  }
+struct BceWithLogits {
+  static const auto& forward() { return FUSEDLOSS_OPERATOR(bce_with_logits); }
+  static const auto& backward() { return FUSEDLOSS_OPERATOR(bce_with_logits_backward); }
+};
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-    auto [grad_input, grad_target] = call_backward([&] {
-      return FUSEDLOSS_OPERATOR(bce_backward)
-          .call(grads[0], saved[0], saved[1], to_optional(saved[2]), saved[3], ctx->saved_data["reduction"].toInt(),
-                ctx->saved_data["ignore_index"].toOptional<int64_t>(), wanted);
-    });
-    return {masked(grad_input, wanted[0]), masked(grad_target, wanted[1]), {}, {}, {}, {}};
-  }
+struct Bce {
+  static const auto& forward() { return FUSEDLOSS_OPERATOR(bce); }
+  static const auto& backward() { return FUSEDLOSS_OPERATOR(bce_backward); }
 };
 
 }  // namespace
@@ -190,23 +205,15 @@ LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, Option
                                OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast) {
   check_no_grad("binary_cross_entropy_with_logits", "weight", weight);
   check_no_grad("binary_cross_entropy_with_logits", "pos_weight", pos_weight);
-  if (!wants_grad(input) && !wants_grad(target)) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return FUSEDLOSS_OPERATOR(bce_with_logits).call(input, target, weight, pos_weight, reduction, ignore_index, upcast);
-  }
-  const auto out = BceWithLogits::apply(input, target, weight, pos_weight, reduction, ignore_index, upcast);
-  return {out[0], out[1]};
+  using Loss = Elementwise<BceWithLogits, std::optional<Tensor>, std::optional<Tensor>>;
+  return Loss::dispatch(input, target, weight, pos_weight, reduction, ignore_index, upcast);
 }
 
 LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
                    OptionalIndex ignore_index, bool upcast) {
   check_no_grad("binary_cross_entropy", "weight", weight);
-  if (!wants_grad(input) && !wants_grad(target)) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return FUSEDLOSS_OPERATOR(bce).call(input, target, weight, reduction, ignore_index, upcast);
-  }
-  const auto out = Bce::apply(input, target, weight, reduction, ignore_index, upcast);
-  return {out[0], out[1]};
+  using Loss = Elementwise<Bce, std::optional<Tensor>>;
+  return Loss::dispatch(input, target, weight, reduction, ignore_index, upcast);
 }
 
 }  // namespace fusedloss::autograd

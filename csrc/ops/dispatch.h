@@ -8,7 +8,7 @@
 
 namespace fusedloss::ops {
 
-// NAME is a string literal; Function is the op's signature, decltype(ops::NAME).
+// Looked up once; ops::NAME gives the signature.
 #define FUSEDLOSS_OPERATOR(NAME)                                                                              \
   ([]() -> const auto& {                                                                                      \
     static const auto handle =                                                                                \

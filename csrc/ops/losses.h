@@ -50,3 +50,24 @@ TwoGrads bce_backward(const Tensor& grad_loss, const Tensor& input, const Tensor
                       std::array<bool, 2> output_mask);
 
 }  // namespace fusedloss::ops
+
+// The forward operators under the Autograd key: with their gradients.
+namespace fusedloss::autograd {
+
+decltype(ops::cross_entropy) cross_entropy;
+decltype(ops::nll) nll;
+decltype(ops::bce_with_logits) bce_with_logits;
+decltype(ops::bce) bce;
+
+}  // namespace fusedloss::autograd
+
+// The forward operators under the Autocast keys. Native torch casts the logits to float32 first, a copy forward and
+// another backward; these read half precision as it is and return the float32 loss that native returns.
+namespace fusedloss::autocast {
+
+decltype(ops::cross_entropy) cross_entropy;
+decltype(ops::nll) nll;
+decltype(ops::bce_with_logits) bce_with_logits;
+decltype(ops::bce) bce;
+
+}  // namespace fusedloss::autocast

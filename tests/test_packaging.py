@@ -1,0 +1,56 @@
+"""The source distribution holds what git does, and a build without torch says so."""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import fusedloss
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, **options):
+    return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_the_source_distribution_has_every_file(tmp_path):
+    tracked = run("git", "ls-files")
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    made = run(sys.executable, "setup.py", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path)
+    assert made.returncode == 0, made.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    of_the_checkout_only = {".gitignore", ".ci/run"}
+    assert set(tracked.stdout.split()) - of_the_checkout_only <= packed
+
+
+def test_building_without_torch_says_what_to_install():
+    """-S hides the installed packages; setuptools itself is on the path, torch is not."""
+    stub = "import sys, types; sys.modules['setuptools'] = types.SimpleNamespace(setup=None); import runpy; "
+    built = run(sys.executable, "-S", "-c", stub + "runpy.run_path('setup.py')")
+    assert built.returncode != 0
+    assert "Install torch 2.11 to 2.13" in built.stderr
+    assert "Traceback" not in built.stderr
+
+
+@pytest.mark.parametrize("wish", ["yes", "1"])
+def test_a_cuda_switch_that_cannot_be_obeyed_stops_the_build(wish, monkeypatch):
+    monkeypatch.setenv("FUSEDLOSS_CUDA", wish)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    built = run(sys.executable, "setup.py", "--version")
+    if wish == "1" and list(ROOT.glob("csrc/kernels/cuda/*.cu")):
+        pytest.skip("the default place of the CUDA toolkit cannot be hidden")
+    assert built.returncode != 0
+    assert "FUSEDLOSS_CUDA" in built.stderr
+
+
+def test_build_info():
+    info = fusedloss.build_info()
+    assert info["version"] == (ROOT / "fusedloss/version.txt").read_text().strip() == fusedloss.__version__
+    assert info["openmp"], "without OpenMP every kernel runs on one thread"
+    assert {"torch", "compiler", "cpu_capabilities", "cuda", "git_revision"} <= info.keys()
