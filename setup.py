@@ -1,8 +1,7 @@
-"""Builds fusedloss._C. Metadata is in pyproject.toml; what an extension built here looks like, in docs and README.
+"""Builds fusedloss._C; the metadata is in pyproject.toml.
 
-FUSEDLOSS_CUDA=auto|1|0 decides whether the CUDA kernels are built: auto means if nvcc is found. The build machine's
-GPU, or the lack of one, decides nothing. Build with --no-build-isolation: an isolated build would download another
-torch, and the result would not load beside yours.
+FUSEDLOSS_CUDA=auto|1|0 decides whether the CUDA kernels are built: auto means if nvcc is found. A GPU in the build
+machine decides nothing. Build with --no-build-isolation: an isolated build would use another torch than yours.
 """
 
 import os
@@ -17,10 +16,8 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ModuleNotFoundError:
-    sys.exit(
-        "fusedloss builds against the torch that is installed, and there is none. Install torch 2.11 to 2.13 first,\n"
-        "then build with: pip install --no-build-isolation ."
-    )
+    sys.exit("fusedloss builds against the torch that is installed, and there is none. "
+             "Install torch 2.11 to 2.13 first, then: pip install --no-build-isolation .")  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
@@ -56,23 +53,25 @@ def decide_cuda(sources):
 
 def write_build_info(cuda_archs):
     """A header for csrc/module.cpp alone: as compiler flags, a new commit would recompile every file."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    revision = subprocess.getoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
     facts = {
         "VERSION": (ROOT / "fusedloss/version.txt").read_text().strip(),
-        "GIT_REVISION": git.stdout.strip() or "unknown",
+        "GIT_REVISION": revision if revision.isalnum() else "unknown",
         "TORCH_VERSION": torch.__version__,
         "CUDA_ARCHS": cuda_archs.replace(";", " "),
     }
     text = "".join(f'#define FUSEDLOSS_{name} "{value}"\n' for name, value in facts.items())
+    BUILD.mkdir(exist_ok=True)
     header = BUILD / "fusedloss_build_info.h"
     if not header.exists() or header.read_text() != text:
-        BUILD.mkdir(exist_ok=True)
         header.write_text(text)
 
 
 def extension():
-    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
-    cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/kernels/cuda/*.cu"))
+    sources, cuda_sources = (
+        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+        for pattern in ("csrc/**/*.cpp", "csrc/kernels/cuda/*.cu")
+    )
     cuda_home = decide_cuda(cuda_sources)
     options = {"extra_link_args": ["-fopenmp"], "libraries": []}
     if cuda_home:
@@ -85,9 +84,8 @@ def extension():
     write_build_info(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "")
     flags = {"cxx": CXX_FLAGS.split(), "nvcc": NVCC_FLAGS.split()}
     # Not CUDAExtension, which links libraries that a CPU build of torch does not have.
-    return cpp_extension.CppExtension(
-        "fusedloss._C", sources, include_dirs=[str(BUILD)], extra_compile_args=flags, **options
-    )
+    options |= {"include_dirs": [str(BUILD)], "extra_compile_args": flags}
+    return cpp_extension.CppExtension("fusedloss._C", sources, **options)
 
 
 # torch looks for ninja on the PATH; in a virtual environment that is not activated it is beside the interpreter.
