@@ -15,7 +15,7 @@ FORBIDDEN = {  # folder: what none of its files may contain
 
 
 def sources(folder):
-    return [path for path in (ROOT / folder).rglob("*") if path.suffix in {".h", ".cuh", ".cpp", ".cu", ".py"}]
+    return [path for path in (ROOT / folder).rglob("*") if path.suffix in {".h", ".inl", ".cuh", ".cpp", ".cu", ".py"}]
 
 
 @pytest.mark.parametrize(("folder", "pattern"), FORBIDDEN.items(), ids=FORBIDDEN)

@@ -52,7 +52,7 @@ def main():
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"{python}\n")
     if not options.no_build:
-        run("building the extension", python, "setup.py", "--quiet", "build_ext", "--inplace")
+        build(python)
 
 
 def compiler():
@@ -120,6 +120,16 @@ def complete(python, stamp, torch, torch_requirement):
         run(f"installing {torch_requirement}", *install, torch_requirement)
     run(f"installing {REQUIREMENTS.relative_to(ROOT)}", *install, "--quiet", "-r", REQUIREMENTS)
     stamp.write_text(digest)  # last: whatever interrupts this, the next run does it again
+
+
+def build(python):
+    """Incremental. The compiler's commands fill screens, and are shown only if something goes wrong."""
+    say("building the extension; the first time takes a minute or two")
+    command = [str(python), "setup.py", "build_ext", "--inplace"]
+    built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if built.returncode:
+        fail(f"{built.stdout}\nbuilding the extension did not work; the command was: {shlex.join(command)}")
+    print(*re.findall("^fusedloss: .*", built.stdout, re.MULTILINE), sep="\n", file=sys.stderr)
 
 
 def run(doing, *command):
