@@ -40,7 +40,7 @@ FUSEDLOSS_FN Acc entry_loss(Acc shifted, Acc log_sum, Acc mass) {
 
 // Without a z loss the term is left out: 0 * inf would turn an infinite lse into NaN.
 template <class Acc>
-FUSEDLOSS_FN Acc z_loss_of(Acc lse, Acc z_loss) {
+FUSEDLOSS_FN Acc z_term(Acc lse, Acc z_loss) {
   return z_loss == Acc(0) ? Acc(0) : z_loss * lse * lse;
 }
 
@@ -53,7 +53,7 @@ FUSEDLOSS_FN Acc normaliser_grad(Acc grad_loss, Acc grad_lse, Acc mass, Acc lse,
 // target_grad: grad_loss * a_c, formed and subtracted in the accumulate type.
 template <class Acc>
 FUSEDLOSS_FN Acc logit_grad(Acc shifted, Acc log_sum, Acc normaliser_grad, Acc target_grad) {
-  return exp(shifted - log_sum) * normaliser_grad - target_grad;
+  return exp_nonpositive(shifted - log_sum) * normaliser_grad - target_grad;
 }
 
 // The gradient to a probability q_c, which enters through its mass.

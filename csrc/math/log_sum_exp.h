@@ -20,7 +20,7 @@ FUSEDLOSS_FN Acc finite_shift(Acc max) {
 // ones would give exp(inf - inf).
 template <class Acc, class Sum>
 FUSEDLOSS_FN Sum rescale(Sum sum, Acc max, Acc larger) {
-  const Acc factor = exp(max - larger);
+  const Acc factor = exp_nonpositive(max - larger);
   return sum * Sum(max == larger ? Acc(1) : factor);
 }
 

@@ -56,6 +56,7 @@ struct Format<float> {
   static constexpr float ln2_low = -2.12194440e-4f;  // ln 2 - ln2_high
   static constexpr float exp_low = -104.0f;          // exp rounds to 0 below
   static constexpr float exp_high = 89.0f;           // exp is infinite above
+  static constexpr float exp_normal = -87.33654f;    // exp is denormal below
   static constexpr float two_to_mantissa = 8388608.0f;
   static constexpr int exp_terms = 7;
   static constexpr int log_terms = 5;
@@ -74,6 +75,7 @@ struct Format<double> {
   static constexpr double ln2_low = 1.90821492927058770002e-10;
   static constexpr double exp_low = -746.0;
   static constexpr double exp_high = 710.0;
+  static constexpr double exp_normal = -708.396418532264;
   static constexpr double two_to_mantissa = 4503599627370496.0;
   static constexpr int exp_terms = 13;
   static constexpr int log_terms = 10;
@@ -121,6 +123,24 @@ FUSEDLOSS_FN Acc exp(Acc x) {
   // Two factors: 2^n alone leaves the range of normal numbers where exp(x) is denormal or just below overflow.
   const auto half = n >> 1;
   return (sum + (tail + lost)) * power_of_two<Acc>(half) * power_of_two<Acc>(n - half);
+#endif
+}
+
+// exp(x) for x <= 0, as softmax needs it: fewer operations. Results below the smallest normal number are 0. They are
+// masked rather than selected: a conditional invites the compiler to branch around the arithmetic it cannot vectorise.
+template <class Acc>
+FUSEDLOSS_FN Acc exp_nonpositive(Acc x) {
+#if defined(__CUDA_ARCH__)
+  return ::exp(x);
+#else
+  using F = Format<Acc>;
+  using Int = typename F::Int;
+  const auto [n, r, tail] = reduce_exp(x);
+  const Acc sum = Acc(1) + r;
+  const Acc lost = r - (sum - Acc(1));
+  const Acc result = (sum + (tail + lost)) * power_of_two<Acc>(n);
+  const Int keep = Int(x < F::exp_normal) - 1;  // no bits below, all bits above and for NaN
+  return std::bit_cast<Acc>(std::bit_cast<Int>(result) & keep);
 #endif
 }
 

@@ -119,7 +119,8 @@ class Operands {
   c10::SmallVector<Dim, kMaxDims> dims_;
 };
 
-ElementwiseArgs arguments(const ElementwiseInputs& in, Operands& operands, ElementwiseArgs& args) {
+// What forward and backward tell the kernel alike.
+void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArgs& args) {
   args.dtype = dtype_of(in.input.scalar_type());
   args.has_ignore_index = in.ignore_index.has_value();
   args.ignore_index = in.ignore_index.value_or(0);
@@ -127,7 +128,6 @@ ElementwiseArgs arguments(const ElementwiseInputs& in, Operands& operands, Eleme
   operands.add(in.target, args.target);
   operands.add(in.weight, args.weight);
   operands.add(in.pos_weight, args.pos_weight);
-  return args;
 }
 
 [[noreturn]] void raise_out_of_domain(const ElementwiseLoss& loss, const ElementwiseInputs& in) {
@@ -160,7 +160,7 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, const Elementwis
   if (!in.input.is_meta()) {
     ElementwiseArgs args;
     Operands operands(in.input);
-    arguments(in, operands, args);
+    fill_inputs(in, operands, args);
     if (!reduced) operands.add(result, args.loss);
     operands.fill(args.shape);
     const Partial total = run_forward((cpu_kernels().*loss.cpu_kernels).forward, args);
@@ -189,7 +189,7 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, const ElementwiseInpu
   if (!in.input.is_meta()) {
     ElementwiseArgs args;
     Operands operands(in.input);
-    arguments(in, operands, args);
+    fill_inputs(in, operands, args);
     operands.add(grad_loss, args.grad_loss);
     if (output_mask[0]) operands.add(grad_input, args.grad_input);
     if (output_mask[1]) operands.add(grad_target, args.grad_target);

@@ -70,7 +70,6 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
   if (!log_probs.is_meta()) {
     NllArgs args;
     fill_class_views(args.shape, {{grad, args.grad_log_probs}});
-    args.log_probs.dtype = args.grad_log_probs.dtype;
     const Tensor index = position_view(target, args.target.index);
     args.target.ignore_index = ignore_index;
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());

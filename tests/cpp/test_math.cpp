@@ -59,6 +59,9 @@ void sample(const char* name, double bound, double low, double high, Ours ours, 
 
 void test_float() {
   sweep("exp", 0.85, -kInf, kInf, [](float x) { return exp(x); }, [](double x) { return std::exp(x); });
+  // Denormal results are 0: within 2^-126 of the truth, the smallest normal number.
+  const auto normal = [](double x) { return x < -87.33654 ? 0 : std::exp(x); };
+  sweep("exp_nonpositive", 0.85, -kInf, 0, [](float x) { return exp_nonpositive(x); }, normal);
   sweep("log", 0.85, -kInf, kInf, [](float x) { return log(x); }, [](double x) { return std::log(x); });
   sweep("log1p", 1.5, -1, 1, [](float x) { return log1p(x); }, [](double x) { return std::log1p(x); });
   sweep("tanh", 2.6, -kInf, kInf, [](float x) { return tanh(x); }, [](double x) { return std::tanh(x); });
@@ -69,6 +72,8 @@ void test_double() {
   const auto true_exp = [](long double x) { return std::exp(x); };
   sample("exp", 1, -745, 709, to_exp, true_exp);
   sample("exp", 1, -1, 1, to_exp, true_exp);
+  sample("exp_nonpositive", 1, -708, 0, [](double x) { return exp_nonpositive(x); }, true_exp);
+  CHECK(exp_nonpositive(-1e300) == 0 && exp_nonpositive(-HUGE_VAL) == 0, "the end of exp_nonpositive");
   sample("log", 1, 1e-3, 4, [](double x) { return log(x); }, [](long double x) { return std::log(x); });
   sample("log1p", 2, -0.999, 1, [](double x) { return log1p(x); }, [](long double x) { return std::log1p(x); });
   sample("tanh", 3, -20, 20, [](double x) { return tanh(x); }, [](long double x) { return std::tanh(x); });

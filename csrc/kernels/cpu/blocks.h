@@ -12,8 +12,10 @@ namespace fusedloss::cpu {
 
 // Entries of a row converted at a time: two buffers of doubles fit in the first-level cache.
 inline constexpr int kChunk = 1024;
+// Ragged chunks are padded to a multiple of this: the widest vector, so that none of a short row is done one by one.
+inline constexpr int kPadding = 16;
 // Positions treated together. In column order they are the lanes of the vector loops.
-inline constexpr int kLanes = 64;
+inline constexpr int kLanes = 256;
 // Classes of a tile of kLanes positions that are converted at a time.
 inline constexpr int kTileClasses = 32;
 // Elements in a block: large enough to hide the start of a thread, small enough to balance.

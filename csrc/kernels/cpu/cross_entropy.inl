@@ -57,7 +57,7 @@ template <class Acc>
 template <class Acc>
 [[gnu::noinline]] void add_exp(const Acc* x, const Acc* shift, double* sum, int count) {
 #pragma omp simd
-  for (int i = 0; i < count; ++i) sum[i] += double(math::exp(x[i] - shift[i]));
+  for (int i = 0; i < count; ++i) sum[i] += double(math::exp_nonpositive(x[i] - shift[i]));
 }
 
 template <class Acc>
@@ -114,8 +114,10 @@ class CrossEntropy {
   }
 
   std::int64_t offset(const ClassTensor& tensor, std::int64_t position, std::int64_t c = 0) const {
-    return position / args_.shape.inner * tensor.outer_stride + position % args_.shape.inner * tensor.inner_stride +
-           c * tensor.class_stride;
+    const std::int64_t inner = args_.shape.inner;
+    // A division for each short row would take as long as the row itself.
+    if (args_.shape.outer == 1) return position * tensor.inner_stride + c * tensor.class_stride;
+    return position / inner * tensor.outer_stride + position % inner * tensor.inner_stride + c * tensor.class_stride;
   }
 
   // `count` logits from `start` on, capped if asked for, and then the cap's slopes too. Capped in float64, since what
@@ -132,6 +134,13 @@ class CrossEntropy {
     }
 #pragma omp simd
     for (std::int64_t i = 0; i < count; ++i) buffer[i] = static_cast<Acc>(math::soft_cap(double(x[i]), cap_).value);
+    return buffer;
+  }
+
+  // Extends x to a multiple of kPadding with logits that change nothing in a sum of exponentials.
+  static const Acc* pad(const Acc* x, std::int64_t& count, Acc* buffer) {
+    if (x != buffer) std::copy_n(x, count, buffer);
+    while (count % kPadding != 0) buffer[count++] = -math::kInfinity<Acc>;
     return buffer;
   }
 
@@ -171,21 +180,29 @@ class CrossEntropy {
     }
   }
 
+  // All at once: one logarithm after the other would take a good part of the time that short rows have.
+  void set_log_sums(Group<Acc>& group, const double* sums) const {
+#pragma omp simd
+    for (int i = 0; i < group.count; ++i) group.log_sum[i] = static_cast<Acc>(math::log(sums[i]));
+  }
+
   void row_statistics(Group<Acc>& group) const {
     Acc buffer[kChunk];
+    double sums[kLanes];
     for (int i = 0; i < group.count; ++i) {
       math::LogSumExp<Acc, double> row;
       const std::int64_t start = offset(args_.logits, group.begin + i);
       for (std::int64_t c = 0; c < classes_ && !group.skip[i]; c += kChunk) {
-        const std::int64_t count = std::min<std::int64_t>(kChunk, classes_ - c);
+        std::int64_t count = std::min<std::int64_t>(kChunk, classes_ - c);
         const Acc* x = logits(start + c, 1, count, buffer);
+        if (count % kPadding != 0) x = pad(x, count, buffer);
         Acc max = -math::kInfinity<Acc>;
 #pragma omp simd reduction(max : max)
         for (std::int64_t k = 0; k < count; ++k) max = x[k] > max ? x[k] : max;
         const Acc shift = math::finite_shift(max);
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (std::int64_t k = 0; k < count; ++k) sum += double(math::exp(x[k] - shift));
+        for (std::int64_t k = 0; k < count; ++k) sum += double(math::exp_nonpositive(x[k] - shift));
         if (c == 0) {
           row = {max, sum};
         } else {
@@ -193,8 +210,9 @@ class CrossEntropy {
         }
       }
       group.max[i] = row.max;
-      group.log_sum[i] = static_cast<Acc>(math::log(row.sum));
+      sums[i] = row.sum;
     }
+    set_log_sums(group, sums);
   }
 
   void column_statistics(Group<Acc>& group) const {
@@ -226,8 +244,7 @@ class CrossEntropy {
         group.max[i] = larger;
       }
     }
-#pragma omp simd
-    for (int i = 0; i < lanes; ++i) group.log_sum[i] = static_cast<Acc>(math::log(total[i]));
+    set_log_sums(group, total);
   }
 
   void losses(Group<Acc>& group) const {
@@ -248,7 +265,7 @@ class CrossEntropy {
         loss = dense_ ? loss + double(on_target) : double(on_target);
       }
       const Acc lse = math::log_sum_exp(group.max[i], group.log_sum[i]);
-      group.loss[i] = group.counts[i] ? static_cast<Acc>(loss) + math::z_loss_of(lse, z_loss_) : Acc(0);
+      group.loss[i] = group.counts[i] ? static_cast<Acc>(loss) + math::z_term(lse, z_loss_) : Acc(0);
     }
   }
 

@@ -52,17 +52,24 @@ struct Run {
       std::fill_n(buffer, count, absent);
       return buffer;
     }
+    // One weight for each of a few columns: loaded once and repeated, since pieces that short cost more than they hold.
+    const std::int64_t columns = shape.dims == 2 ? shape.sizes[1] : count;
+    const bool repeats = !tensor.linear && tensor.strides[0] == 0 && columns < count;
+    const std::int64_t distinct = repeats ? columns : count;
     const Acc* values = buffer;
-    for_each_piece(shape, tensor, begin, count, [&](auto offset, auto stride, auto first, auto piece) {
+    for_each_piece(shape, tensor, begin, distinct, [&](auto offset, auto stride, auto first, auto piece) {
       const Acc* loaded = cpu::load(tensor.data, tensor.dtype, offset, stride, piece, buffer + first);
       if (loaded == buffer + first) return;
-      if (piece == count) {
+      if (piece == distinct) {
         values = loaded;
       } else {
         std::copy_n(loaded, piece, buffer + first);
       }
     });
-    return values;
+    if (!repeats) return values;
+    if (values != buffer) std::copy_n(values, distinct, buffer);
+    for (std::int64_t i = distinct; i < count; ++i) buffer[i] = buffer[i - distinct];
+    return buffer;
   }
 
   void store(const ElementwiseTensor& tensor, const Acc* values) const {

@@ -132,11 +132,6 @@ const Value* load(const void* data, Dtype dtype, std::int64_t offset, std::int64
   });
 }
 
-template <class Value>
-Value load_one(const void* data, Dtype dtype, std::int64_t offset) {
-  return with_dtype(dtype, [&]<class T>() { return convert<Value>(static_cast<const T*>(data)[offset]); });
-}
-
 // Where results that `store` will be given should be computed: in place when nothing has to be converted.
 template <class Acc>
 Acc* destination(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, Acc* buffer) {

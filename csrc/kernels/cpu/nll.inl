@@ -1,5 +1,5 @@
 // Negative log likelihood on the CPU: reads one log-probability for each position and writes one gradient entry.
-// It does not zero the gradient tensor: freshly mapped zero pages cost nothing, and the caller has them.
+// It does not touch the rest of the gradient, which the caller hands in as zeros.
 
 #include "../../math/nll.h"
 #include "../class_loss.h"
@@ -9,23 +9,46 @@
 namespace fusedloss::cpu {
 namespace {
 
-// Calls body(position, offset into a (outer, classes, inner) tensor, weight) for every position that counts.
+// Up to kLanes consecutive positions: where the target's entry of each lies, and what it weighs.
+template <class Acc>
+struct Targets {
+  std::int64_t begin;
+  int count;
+  bool counts[kLanes];
+  std::int64_t offset[kLanes];  // 0 where the position does not count
+  Acc weight[kLanes];           // likewise
+
+  Targets(const NllArgs& args, const ClassTensor& tensor, std::int64_t begin, std::int64_t end, Partial& partial)
+      : begin(begin), count(static_cast<int>(std::min<std::int64_t>(kLanes, end - begin))) {
+    const PositionTensor& index = args.target.index;
+    const Acc* class_weight = static_cast<const Acc*>(args.weight);
+    const std::int64_t inner = args.shape.inner;
+    std::int64_t buffer[kLanes];
+    const std::int64_t* target = load(index.data, index.dtype, begin * index.stride, index.stride, count, buffer);
+    std::int64_t outer_index = begin / inner, inner_index = begin % inner;
+    for (int i = 0; i < count; ++i) {
+      const bool ignored = target[i] == args.target.ignore_index;
+      counts[i] = !ignored && target[i] >= 0 && target[i] < args.shape.classes;
+      if (!ignored && !counts[i] && partial.invalid < 0) partial.invalid = begin + i;
+      offset[i] = counts[i] ? outer_index * tensor.outer_stride + target[i] * tensor.class_stride +
+                                  inner_index * tensor.inner_stride
+                            : 0;
+      weight[i] = !counts[i] ? Acc(0) : class_weight ? class_weight[target[i]] : Acc(1);
+      partial.divisor += double(weight[i]);
+      if (++inner_index == inner) {
+        inner_index = 0;
+        ++outer_index;
+      }
+    }
+  }
+};
+
 template <class Acc, class F>
-void for_each_target(const NllArgs& args, const ClassTensor& tensor, std::int64_t block, Partial& partial, F body) {
+void for_each_group(const NllArgs& args, const ClassTensor& tensor, std::int64_t block, Partial& partial, F body) {
   const std::int64_t size = positions_per_block(args);
   const std::int64_t end = std::min(args.shape.positions(), (block + 1) * size);
-  const Acc* weight = static_cast<const Acc*>(args.weight);
-  const PositionTensor& index = args.target.index;
-  for (std::int64_t position = block * size; position < end; ++position) {
-    const std::int64_t target = load_one<std::int64_t>(index.data, index.dtype, position * index.stride);
-    if (target == args.target.ignore_index) continue;
-    if (target < 0 || target >= args.shape.classes) {
-      if (partial.invalid < 0) partial.invalid = position;
-      continue;
-    }
-    const std::int64_t outer = position / args.shape.inner, inner = position % args.shape.inner;
-    body(position, outer * tensor.outer_stride + target * tensor.class_stride + inner * tensor.inner_stride,
-         weight ? weight[target] : Acc(1));
+  for (std::int64_t begin = block * size; begin < end; begin += kLanes) {
+    body(Targets<Acc>(args, tensor, begin, end, partial));
   }
 }
 
@@ -33,35 +56,41 @@ void nll_forward(const NllArgs& args, std::int64_t begin, std::int64_t end) {
   with_accumulate(args.log_probs.dtype, [&]<class Acc>() {
     for (std::int64_t block = begin; block < end; ++block) {
       Partial& partial = args.partials[block];
-      if (args.loss.data) {
-        const std::int64_t size = positions_per_block(args), first = block * size;
-        const Acc zero = 0;
-        for (std::int64_t i = first; i < std::min(args.shape.positions(), first + size); ++i) {
-          store(args.loss.data, args.loss.dtype, i, 1, 1, &zero);
-        }
-      }
-      for_each_target<Acc>(args, args.log_probs, block, partial,
-                           [&](std::int64_t position, std::int64_t offset, Acc weight) {
-                             const Acc x = load_one<Acc>(args.log_probs.data, args.log_probs.dtype, offset);
-                             const Acc loss = math::nll_loss(x, weight);
-                             partial.loss += double(loss);
-                             partial.divisor += double(weight);
-                             if (args.loss.data) store(args.loss.data, args.loss.dtype, position, 1, 1, &loss);
-                           });
+      for_each_group<Acc>(args, args.log_probs, block, partial, [&](const Targets<Acc>& targets) {
+        Acc loss[kLanes];
+        with_floating(args.log_probs.dtype, [&]<class T>() {
+          const T* log_probs = static_cast<const T*>(args.log_probs.data);
+          for (int i = 0; i < targets.count; ++i) {
+            loss[i] = Acc(0);
+            if (targets.counts[i]) {
+              loss[i] = math::nll_loss(convert<Acc>(log_probs[targets.offset[i]]), targets.weight[i]);
+            }
+          }
+        });
+        for (int i = 0; i < targets.count; ++i) partial.loss += double(loss[i]);
+        if (args.loss.data) store(args.loss.data, args.loss.dtype, targets.begin, 1, targets.count, loss);
+      });
     }
   });
 }
 
 void nll_backward(const NllArgs& args, std::int64_t begin, std::int64_t end) {
-  with_accumulate(args.log_probs.dtype, [&]<class Acc>() {
-    const ClassTensor& grad = args.grad_log_probs;
-    const PositionTensor& grad_loss = args.grad_loss;
+  with_accumulate(args.grad_log_probs.dtype, [&]<class Acc>() {
     for (std::int64_t block = begin; block < end; ++block) {
-      Partial ignored;
-      for_each_target<Acc>(args, grad, block, ignored, [&](std::int64_t position, std::int64_t offset, Acc weight) {
-        const Acc g = load_one<Acc>(grad_loss.data, grad_loss.dtype, position * grad_loss.stride);
-        const Acc value = math::nll_grad(Acc(double(g) * args.grad_scale), weight);
-        store(grad.data, grad.dtype, offset, 1, 1, &value);
+      Partial unused;
+      for_each_group<Acc>(args, args.grad_log_probs, block, unused, [&](const Targets<Acc>& targets) {
+        const PositionTensor& grad_loss = args.grad_loss;
+        Acc buffer[kLanes];
+        const Acc* g = load(grad_loss.data, grad_loss.dtype, targets.begin * grad_loss.stride, grad_loss.stride,
+                            targets.count, buffer);
+        with_floating(args.grad_log_probs.dtype, [&]<class T>() {
+          T* grad = static_cast<T*>(args.grad_log_probs.data);
+          for (int i = 0; i < targets.count; ++i) {
+            if (!targets.counts[i]) continue;
+            const Acc flow = static_cast<Acc>(double(g[i]) * args.grad_scale);
+            grad[targets.offset[i]] = round_to<T>(math::nll_grad(flow, targets.weight[i]));
+          }
+        });
       });
     }
   });
