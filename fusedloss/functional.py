@@ -218,8 +218,6 @@ def binary_cross_entropy(
 
 def _native_road() -> bool:
     """Whether a functorch transform or a forward-mode AD level is active: a C++ autograd Function refuses both."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

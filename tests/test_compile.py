@@ -136,3 +136,19 @@ def test_export_with_a_dynamic_batch(loss):
     assert any("fusedloss" in str(node.target) for node in program.graph.nodes)
     other = loss.sample(13, 5)
     same_bits(program.module()(*other), loss.ours(*other))
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x / 2])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@each()
+def test_transforms_inside_the_compiled_function(loss, transform):
+    """Routed to native there too: a C++ autograd Function under a transform gives an error, or a tangent of zeros."""
+    input, target = loss.sample(8, 5)
+    actual = compiled(lambda x: transform(lambda y: loss.ours(y, target), x))(input)
+    torch.testing.assert_close(actual, transform(lambda y: loss.native(y, target), input))
