@@ -69,6 +69,8 @@ def cross_entropy(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         _check_tensors(TypeError, "cross_entropy", input=input, target=target)
+    if weight is not None and weight.__class__ is not Tensor:
+        _check_tensors(TypeError, "cross_entropy", weight=weight)
     _check_int("cross_entropy", "ignore_index", ignore_index)
     _check_number("cross_entropy", "label_smoothing", label_smoothing)
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
@@ -122,6 +124,8 @@ def nll_loss(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         _check_tensors(TypeError, "nll_loss", input=input, target=target)
+    if weight is not None and weight.__class__ is not Tensor:
+        _check_tensors(TypeError, "nll_loss", weight=weight)
     _check_int("nll_loss", "ignore_index", ignore_index)
     if _native_road():
         return reference.nll_loss(input, target, weight, ignore_index, reduction)
@@ -165,6 +169,10 @@ def binary_cross_entropy_with_logits(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         _check_tensors(AttributeError, "binary_cross_entropy_with_logits", input=input, target=target)
+    if weight is not None and weight.__class__ is not Tensor:
+        _check_tensors(TypeError, "binary_cross_entropy_with_logits", weight=weight)
+    if pos_weight is not None and pos_weight.__class__ is not Tensor:
+        _check_tensors(TypeError, "binary_cross_entropy_with_logits", pos_weight=pos_weight)
     if ignore_index is not None:
         _check_int("binary_cross_entropy_with_logits", "ignore_index", ignore_index)
     if _native_road():
@@ -209,6 +217,8 @@ def binary_cross_entropy(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         _check_tensors(AttributeError, "binary_cross_entropy", input=input, target=target)
+    if weight is not None and weight.__class__ is not Tensor:
+        _check_tensors(TypeError, "binary_cross_entropy", weight=weight)
     if ignore_index is not None:
         _check_int("binary_cross_entropy", "ignore_index", ignore_index)
     if _native_road():

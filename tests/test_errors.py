@@ -47,6 +47,7 @@ CLASS_LOSSES = {
         "-100",
     ),
     "a weight too many": (X, Y, {"weight": torch.ones(4)}, "weight", "3", "4"),
+    "a list of weights": (X, Y, {"weight": [1.0, 1.0, 1.0]}, "weight", "list"),
     "a row of weights": (X, Y, {"weight": torch.ones(1, 3)}, "weight", "1, 3"),
     "a weight too many for an image": (
         image(4, 5),
