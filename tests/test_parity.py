@@ -275,3 +275,15 @@ def test_zero_dimensions(loss, device):
 def test_strided_class_weight(loss, device):
     weight = torch.rand(10, device=device)[::2]
     compare(loss, *loss.sample(7, 5, device=device), weight=weight)
+
+
+@each_reduction
+@each()
+def test_more_dimensions_than_a_kernel_walks(loss, reduction, device):
+    """Ten, reversed, so that none of them merge with those of a contiguous target."""
+    input, target = loss.sample(2, 3, 1, 2, 3, 2, 2, 3, 2, 2, device=device)
+    reverse = tuple(range(input.dim()))[::-1]
+    input = input.permute(reverse).contiguous().permute(reverse)
+    options = {"weight": torch.rand(3, 1, 2, device=device)} if loss.target == "element" else {}
+    ours = compare(loss, input, target, reduction=reduction, **options)
+    assert ours[1].shape == input.shape

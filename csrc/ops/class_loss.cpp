@@ -112,7 +112,6 @@ void fill_class_views(ClassShape& shape, std::initializer_list<ClassOperand> ope
 }
 
 Tensor position_view(const Tensor& tensor, PositionTensor& view) {
-  // A reduced loss has one gradient for all positions.
   Tensor flat = tensor.contiguous();
   view.data = flat.data_ptr();
   view.dtype = dtype_of(flat.scalar_type());

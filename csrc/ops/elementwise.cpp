@@ -45,6 +45,17 @@ void check(const ElementwiseLoss& loss, const ElementwiseInputs& in, bool upcast
   check_broadcasts(loss, "pos_weight", in.pos_weight, in.input);
 }
 
+// More dimensions than a kernel can walk are copied, inputs before outputs are made like them: contiguous, all of them
+// merge into one.
+Tensor walkable(const Tensor& tensor, const Tensor& input) {
+  if (!tensor.defined() || input.dim() <= kMaxDims) return tensor;
+  return tensor.expand_symint(input.sym_sizes()).contiguous();
+}
+
+void make_walkable(ElementwiseInputs& in) {
+  for (Tensor* tensor : {&in.target, &in.weight, &in.pos_weight, &in.input}) *tensor = walkable(*tensor, in.input);
+}
+
 // The tensors of one kernel launch: views are filled when all operands are known, since dimensions can be merged only
 // where the strides of every operand allow it.
 class Operands {
@@ -58,10 +69,7 @@ class Operands {
 
   void fill(ElementwiseShape& shape) {
     merge();
-    if (dims_.size() > kMaxDims) {
-      for (auto& operand : operands_) operand.tensor = operand.tensor.contiguous();
-      merge();
-    }
+    TORCH_INTERNAL_ASSERT(dims_.size() <= kMaxDims);
     shape.dims = static_cast<int>(dims_.size());
     shape.numel = c10::multiply_integers(sizes_);
     for (size_t d = 0; d < dims_.size(); ++d) shape.sizes[d] = dims_[d].size;
@@ -147,8 +155,9 @@ void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArg
 
 }  // namespace
 
-LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, const ElementwiseInputs& in, bool upcast) {
+LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInputs in, bool upcast) {
   check(loss, in, upcast);
+  make_walkable(in);
 
   // A floating-point target decides the result's type, as in native torch; other targets have no say.
   const auto& decides = at::isFloatingType(in.target.scalar_type()) ? in.target : in.input;
@@ -170,7 +179,7 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, const Elementwis
   return {result, divisor};
 }
 
-TwoGrads elementwise_backward(const ElementwiseLoss& loss, const ElementwiseInputs& in, const Tensor& grad_loss,
+TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in, Tensor grad_loss,
                               const Tensor& divisor, std::array<bool, 2> output_mask) {
   check(loss, in, /*upcast=*/true);  // forward has checked the types, under autocast or not
   check_devices(loss.name, {{"input", in.input}, {"grad_loss", grad_loss}, {"divisor", divisor}});
@@ -183,6 +192,8 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, const ElementwiseInpu
   TORCH_CHECK(!output_mask[1] || at::isFloatingType(in.target.scalar_type()), loss.name, ": a target of ",
               in.target.scalar_type(), " has no gradient");
 
+  make_walkable(in);
+  grad_loss = walkable(grad_loss, in.input);
   Tensor grad_input = output_mask[0] ? at::empty_like(in.input) : at::empty({0}, in.input.options());
   Tensor grad_target = output_mask[1] ? at::empty_like(in.target) : at::empty({0}, in.target.options());
 

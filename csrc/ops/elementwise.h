@@ -16,16 +16,16 @@ struct ElementwiseLoss {
 };
 
 struct ElementwiseInputs {
-  const Tensor& input;
-  const Tensor& target;
-  const Tensor weight;      // undefined: absent; else it broadcasts to the input's shape
-  const Tensor pos_weight;  // likewise
+  Tensor input;
+  Tensor target;
+  Tensor weight;      // undefined: absent; else it broadcasts to the input's shape
+  Tensor pos_weight;  // likewise
   int64_t reduction;
   OptionalIndex ignore_index;
 };
 
-LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, const ElementwiseInputs& inputs, bool upcast);
-TwoGrads elementwise_backward(const ElementwiseLoss& loss, const ElementwiseInputs& inputs, const Tensor& grad_loss,
+LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInputs inputs, bool upcast);
+TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs inputs, Tensor grad_loss,
                               const Tensor& divisor, std::array<bool, 2> output_mask);
 
 }  // namespace fusedloss::ops
