@@ -81,7 +81,9 @@ def _first_derivatives(loss, values, of_the_loss, wanted):
     for name in wanted:
         if not values[name].requires_grad:
             values[name] = values[name].detach().requires_grad_()
-    arguments = {name: values[name] for name in of_the_loss}
+    # A float32 loss of half precision is autocast's, where native casts every operand first.
+    upcast = values["grad_loss"].dtype == torch.float32
+    arguments = {name: _to_float32(values[name]) if upcast else values[name] for name in of_the_loss}
     arguments["reduction"] = _REDUCTIONS[arguments["reduction"]]
     flows = [values.get(name) for name in _FLOWS]
     outputs = [(output, flow) for output, flow in zip(loss(**arguments), flows, strict=False) if flow is not None]
@@ -102,6 +104,11 @@ def _differentiate(outputs, inputs, cotangents):
     outputs, cotangents = zip(*pairs, strict=True)
     options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
     return torch.autograd.grad(outputs, inputs, cotangents, **options)
+
+
+def _to_float32(value):
+    is_half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_half else value
 
 
 def _requires_grad(value) -> bool:

@@ -108,3 +108,20 @@ def test_a_model_trains_under_autocast(loss):
         return torch.autograd.grad(value, layer.weight)[0]
 
     torch.testing.assert_close(gradient(loss.ours), gradient(loss.native), rtol=1e-2, atol=1e-3)
+
+
+@each_half
+@each("cross_entropy", "bce_with_logits")
+def test_double_backward_with_a_float32_weight(loss, dtype):
+    input, target = loss.sample(8, 5, dtype=dtype)
+    weight = torch.rand(5)
+
+    def second_derivative(function):
+        leaf = input.clone().requires_grad_()
+        with autocast():
+            value = function(leaf, target, weight=weight, reduction="sum")
+        (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+        return torch.autograd.grad(first.float().square().sum(), leaf)[0]
+
+    actual, expected = second_derivative(loss.ours), second_derivative(loss.native)
+    torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-3)
