@@ -9,7 +9,7 @@ inline int& failures() {
   return count;
 }
 
-#define CHECK(condition, ...)                                     \
+#define EXPECT(condition, ...)                                    \
   do {                                                            \
     if (!(condition) && ++failures() <= 20) {                     \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \

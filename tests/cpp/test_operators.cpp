@@ -19,7 +19,7 @@ int main() {
       native_logits, target, torch::nn::functional::CrossEntropyFuncOptions().label_smoothing(0.1));
   loss.backward();
   native.backward();
-  CHECK(torch::allclose(loss, native), "loss %g, native %g", loss.item<double>(), native.item<double>());
-  CHECK(torch::allclose(logits.grad(), native_logits.grad(), 1e-5, 1e-8), "the gradients differ");
+  EXPECT(torch::allclose(loss, native), "loss %g, native %g", loss.item<double>(), native.item<double>());
+  EXPECT(torch::allclose(logits.grad(), native_logits.grad(), 1e-5, 1e-8), "the gradients differ");
   return finish("operators");
 }
