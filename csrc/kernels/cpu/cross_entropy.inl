@@ -421,11 +421,18 @@ class CrossEntropy {
               grad[k] = math::logit_grad(x[k] - max, log_sum, normaliser, g * a);
             }
           } else {
-            // Without smoothing no class weight is looked at: 0 times an infinite one would be NaN.
             const Acc spread = g * smoothing_.spread;
-            if (!dense_) w = ones_;
+            std::int64_t padded = count;
+            // Without smoothing no class weight is looked at: 0 times an infinite one would be NaN.
+            if (!dense_) {
+              w = ones_;
+              if (count % kPadding != 0) {
+                x = pad(x, padded, x_buffer);
+                grad = grad_buffer;
+              }
+            }
 #pragma omp simd
-            for (std::int64_t k = 0; k < count; ++k) {
+            for (std::int64_t k = 0; k < padded; ++k) {
               grad[k] = math::logit_grad(x[k] - max, log_sum, normaliser, spread * w[k]);
             }
             const std::int64_t t = std::int64_t(group.target[i]) - c;
