@@ -16,8 +16,7 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ModuleNotFoundError:
-    sys.exit("fusedloss builds against the torch that is installed, and there is none. "
-             "Install torch 2.11 to 2.13 first, then: pip install --no-build-isolation .")  # fmt: skip
+    sys.exit("fusedloss builds against torch. Install torch 2.11 to 2.13, then: pip install --no-build-isolation .")
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
@@ -68,12 +67,10 @@ def write_build_info(cuda_archs):
 
 
 def extension():
-    sources, cuda_sources = (
-        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
-        for pattern in ("csrc/**/*.cpp", "csrc/kernels/cuda/*.cu")
-    )
+    patterns = ("csrc/**/*.cpp", "csrc/kernels/cuda/*.cu")
+    sources, cuda_sources = (sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern)) for pattern in patterns)
+    options = {"include_dirs": [str(BUILD)], "extra_link_args": ["-fopenmp"]}
     cuda_home = decide_cuda(cuda_sources)
-    options = {"extra_link_args": ["-fopenmp"], "libraries": []}
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
@@ -82,9 +79,8 @@ def extension():
         options["libraries"] = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
         options["library_dirs"] = [f"{cuda_home}/lib64"]
     write_build_info(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "")
-    flags = {"cxx": CXX_FLAGS.split(), "nvcc": NVCC_FLAGS.split()}
+    options["extra_compile_args"] = {"cxx": CXX_FLAGS.split(), "nvcc": NVCC_FLAGS.split()}
     # Not CUDAExtension, which links libraries that a CPU build of torch does not have.
-    options |= {"include_dirs": [str(BUILD)], "extra_compile_args": flags}
     return cpp_extension.CppExtension("fusedloss._C", sources, **options)
 
 

@@ -75,6 +75,7 @@ void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor w
 }
 
 void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position) {
+  // On the CPU only: kernels of other devices report no position, and nothing is read back from them.
   const int64_t value = target.reshape({-1}).select(0, position).item().toLong();
   TORCH_CHECK_INDEX(false, loss, ": target ", value, " at position ", position, " is out of bounds for ",
                     logits.size(class_dim(logits)), " classes");
