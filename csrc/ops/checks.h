@@ -47,4 +47,16 @@ inline void check_floating(const char* loss, const char* name, const at::Tensor&
                               " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
 }
 
+// What every backward operator is given: the gradient of the loss, in the loss's shape, and forward's divisor.
+inline void check_flow(const char* loss, const at::Tensor& input, const at::Tensor& grad_loss,
+                       const at::Tensor& divisor, int64_t reduction, c10::SymIntArrayRef unreduced_sizes) {
+  check_devices(loss, {{"input", input}, {"grad_loss", grad_loss}, {"divisor", divisor}});
+  check_floating(loss, "grad_loss", grad_loss);
+  const bool reduced = reduction != int64_t(Reduction::none);
+  TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : unreduced_sizes), loss,
+              ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
+  TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, loss, ": divisor must be one float64, got ",
+              divisor.scalar_type(), " of shape ", divisor.sym_sizes());
+}
+
 }  // namespace fusedloss::ops

@@ -74,6 +74,13 @@ void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor w
               weight->sym_sizes());
 }
 
+void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor weight, bool upcast) {
+  if (!is_present(weight)) return;
+  const auto expected = logits.scalar_type(), type = weight->scalar_type();
+  TORCH_CHECK(upcast_type(type, upcast) == upcast_type(expected, upcast), loss, ": weight must have the input's type ",
+              expected, ", got ", type);
+}
+
 void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position) {
   // On the CPU only: kernels of other devices report no position, and nothing is read back from them.
   const int64_t value = target.reshape({-1}).select(0, position).item().toLong();
@@ -116,7 +123,7 @@ Tensor position_view(const Tensor& tensor, PositionTensor& view) {
   Tensor flat = tensor.contiguous();
   view.data = flat.data_ptr();
   view.dtype = dtype_of(flat.scalar_type());
-  view.stride = 1;
+  view.stride = flat.dim() == 0 ? 0 : 1;
   return flat;
 }
 

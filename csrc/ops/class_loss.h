@@ -18,6 +18,8 @@ c10::SymDimVector position_sizes(const Tensor& logits);
 // `name` is what the loss calls its first argument.
 void check_class_target(const char* loss, const char* name, const Tensor& logits, const Tensor& target);
 void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor weight);
+// Beside class indices the weight has the input's type; under autocast, one that autocast makes equal to it.
+void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor weight, bool upcast);
 [[noreturn]] void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target,
                                              int64_t position);
 
@@ -35,7 +37,8 @@ struct ClassOperand {
 };
 void fill_class_views(ClassShape& shape, std::initializer_list<ClassOperand> operands);
 
-// A tensor with an element for each position, or for all of them together. The result keeps the memory alive.
+// A tensor with an element for each position, or one of no dimension for all of them. The result keeps the memory
+// alive.
 Tensor position_view(const Tensor& tensor, PositionTensor& view);
 
 // (classes,) of the accumulate type, or an undefined tensor.

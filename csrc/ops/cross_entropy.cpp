@@ -35,9 +35,7 @@ void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, in
     TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
     check_floating(kName, "input", logits);
     check_class_target(kName, "input", logits, target);
-    TORCH_CHECK(
-        !is_present(weight) || upcast_type(weight->scalar_type(), upcast) == upcast_type(logits.scalar_type(), upcast),
-        kName, ": weight must have the input's type ", logits.scalar_type(), ", got ", weight->scalar_type());
+    check_weight_type(kName, logits, weight, upcast);
   }
   check_class_weight(kName, logits, weight);
   TORCH_CHECK(!(label_smoothing > 1), kName, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
@@ -130,18 +128,10 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
                                 std::array<bool, 2> output_mask) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
-  check_devices(kName, {{"input", logits},
-                        {"grad_loss", grad_loss},
-                        {"grad_lse", grad_lse},
-                        {"row_max", row_max},
-                        {"row_log_sum", row_log_sum},
-                        {"divisor", divisor}});
   const auto positions = position_sizes(logits);
   const auto statistics = accumulate_type(logits.scalar_type());
-  const bool reduced = reduction != int64_t(Reduction::none);
-  TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : c10::SymIntArrayRef(positions)), kName,
-              ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
-  check_floating(kName, "grad_loss", grad_loss);
+  check_flow(kName, logits, grad_loss, divisor, reduction, positions);
+  check_devices(kName, {{"input", logits}, {"grad_lse", grad_lse}, {"row_max", row_max}, {"row_log_sum", row_log_sum}});
   for (const auto& [name, tensor] :
        {NamedTensor{"row_max", row_max}, NamedTensor{"row_log_sum", row_log_sum}, NamedTensor{"grad_lse", grad_lse}}) {
     TORCH_CHECK(
@@ -149,8 +139,6 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
         kName, ": ", name, " must be ", statistics, " of shape ", c10::SymIntArrayRef(positions), ", got ",
         tensor->scalar_type(), " of shape ", tensor->sym_sizes());
   }
-  TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, kName, ": divisor must be one float64, got ",
-              divisor.scalar_type(), " of shape ", divisor.sym_sizes());
   TORCH_CHECK(!output_mask[1] || has_probabilities(logits, target), kName,
               ": a target of class indices has no gradient");
 
@@ -167,7 +155,6 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
     args.row_log_sum = sum.data_ptr();
     args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
     const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
-    if (reduced) args.grad_loss.stride = 0;
     args.grad_scale = grad_scale(divisor, reduction);
     run_backward(cpu_kernels().cross_entropy.backward, args);
   }

@@ -182,13 +182,7 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
 TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in, Tensor grad_loss,
                               const Tensor& divisor, std::array<bool, 2> output_mask) {
   check(loss, in, /*upcast=*/true);  // forward has checked the types, under autocast or not
-  check_devices(loss.name, {{"input", in.input}, {"grad_loss", grad_loss}, {"divisor", divisor}});
-  check_floating(loss.name, "grad_loss", grad_loss);
-  const bool reduced = in.reduction != int64_t(Reduction::none);
-  TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : in.input.sym_sizes()), loss.name,
-              ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
-  TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, loss.name,
-              ": divisor must be one float64, got ", divisor.scalar_type(), " of shape ", divisor.sym_sizes());
+  check_flow(loss.name, in.input, grad_loss, divisor, in.reduction, in.input.sym_sizes());
   TORCH_CHECK(!output_mask[1] || at::isFloatingType(in.target.scalar_type()), loss.name, ": a target of ",
               in.target.scalar_type(), " has no gradient");
 

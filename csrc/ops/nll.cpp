@@ -19,9 +19,7 @@ void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
   check_devices(kName, {{"input", log_probs}, {"target", target}, {"weight", weight}});
   check_class_target(kName, "input", log_probs, target);
   check_floating(kName, "input", log_probs);
-  TORCH_CHECK(
-      !is_present(weight) || upcast_type(weight->scalar_type(), upcast) == upcast_type(log_probs.scalar_type(), upcast),
-      kName, ": weight must have the input's type ", log_probs.scalar_type(), ", got ", weight->scalar_type());
+  check_weight_type(kName, log_probs, weight, upcast);
   check_class_weight(kName, log_probs, weight);
 }
 
@@ -57,14 +55,7 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
                     const Tensor& divisor, int64_t reduction, int64_t ignore_index) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check(log_probs, target, weight, reduction, upcast);
-  check_devices(kName, {{"input", log_probs}, {"grad_loss", grad_loss}, {"divisor", divisor}});
-  check_floating(kName, "grad_loss", grad_loss);
-  const auto positions = position_sizes(log_probs);
-  const bool reduced = reduction != int64_t(Reduction::none);
-  TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : c10::SymIntArrayRef(positions)), kName,
-              ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
-  TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, kName, ": divisor must be one float64, got ",
-              divisor.scalar_type(), " of shape ", divisor.sym_sizes());
+  check_flow(kName, log_probs, grad_loss, divisor, reduction, position_sizes(log_probs));
 
   Tensor grad = empty_like_logits(log_probs).zero_();
   if (!log_probs.is_meta()) {
@@ -75,7 +66,6 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
     args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
     const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
-    if (reduced) args.grad_loss.stride = 0;
     args.grad_scale = grad_scale(divisor, reduction);
     run_backward(cpu_kernels().nll.backward, args);
   }

@@ -129,11 +129,14 @@ class CrossEntropy {
     if (slopes) {
 #pragma omp simd
       for (std::int64_t i = 0; i < count; ++i) {
-        slopes[i] = static_cast<Acc>(math::soft_cap(double(x[i]), cap_).slope);
+        const auto capped = math::soft_cap(double(x[i]), cap_);
+        buffer[i] = static_cast<Acc>(capped.value);
+        slopes[i] = static_cast<Acc>(capped.slope);
       }
-    }
+    } else {
 #pragma omp simd
-    for (std::int64_t i = 0; i < count; ++i) buffer[i] = static_cast<Acc>(math::soft_cap(double(x[i]), cap_).value);
+      for (std::int64_t i = 0; i < count; ++i) buffer[i] = static_cast<Acc>(math::soft_cap(double(x[i]), cap_).value);
+    }
     return buffer;
   }
 
