@@ -7,6 +7,8 @@ Each function checks what an operator's schema cannot, and calls one operator. W
 - cross entropy with probability targets whose class weight requires a gradient.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -31,6 +33,9 @@ def cross_entropy(
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
     return_lse: bool = False,
+    grad_in_forward: bool | str = "auto",
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross entropy between logits and targets; :func:`torch.nn.functional.cross_entropy` in one pass.
 
@@ -53,6 +58,14 @@ def cross_entropy(
         logit_softcap: replaces the logits by ``cap * tanh(logits / cap)`` first (arXiv:2408.00118, section 2).
         return_lse: also return lse, differentiable, for every position, ignored or not; float32, or float64 for
             float64 logits.
+        grad_in_forward: whether forward also writes the gradient, so that ``input`` is read once. ``"auto"``: where the
+            loss is reduced, nothing but ``input`` requires grad, ``return_lse`` is off, no compiler traces the call,
+            and, for float16, ``grad_scale`` is given. Right for every grad_output; another one than ``grad_scale``
+            costs backward a pass over the gradient, and in half precision one more rounding.
+        grad_scale: the grad_output that backward will be called with, a number or a tensor of one element (such as
+            1 / accumulation steps, or a GradScaler's scale): then no pass is needed. A hint; no result depends on it.
+        inplace: write the gradient over the storage of ``input``, which must not be used afterwards; autograd raises
+            where something else needs its former values. Without a gradient to write, ``input`` is only read.
 
     Returns:
         The loss in the type of ``input`` (promoted with probabilities' and weight's; float32 under autocast), a
@@ -60,9 +73,10 @@ def cross_entropy(
 
     Raises:
         IndexError: a class index is outside [0, C) and not ``ignore_index`` (CPU).
-        ValueError: the batch sizes differ, or ``reduction`` is unknown.
+        ValueError: the batch sizes differ, ``reduction`` is unknown, or the gradient is asked for in forward (by
+            ``grad_in_forward=True`` or ``inplace=True``) where it cannot be written there.
         RuntimeError: other shapes or types do not fit, ``label_smoothing`` is above 1, tensors are on different
-            devices, ``weight`` requires grad beside class indices.
+            devices, ``weight`` requires grad beside class indices, ``inplace=True`` with a leaf.
         NotImplementedError: ``input`` is not a floating-point tensor of a supported type.
     """
     if size_average is not None or reduce is not None:
@@ -88,6 +102,7 @@ def cross_entropy(
         z_loss,
         logit_softcap or 0.0,
         return_lse,
+        *_gradient_options("cross_entropy", input, grad_in_forward, grad_scale, inplace),
     )
     return (loss, lse) if return_lse else loss
 
@@ -142,6 +157,9 @@ def binary_cross_entropy_with_logits(
     pos_weight: Tensor | None = None,
     *,
     ignore_index: int | None = None,
+    grad_in_forward: bool | str = "auto",
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     r"""Binary cross entropy on logits; :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
 
@@ -156,6 +174,7 @@ def binary_cross_entropy_with_logits(
         reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the elements that are not ignored.
         pos_weight: broadcasts to the shape of ``input``; multiplies the loss of the positive part.
         ignore_index: elements whose target equals it give no loss and no gradient and do not count in the mean.
+        grad_in_forward, grad_scale, inplace: as in :func:`cross_entropy`.
 
     Returns:
         The loss in the type of a floating-point ``target``, else of ``input`` (float32 under autocast).
@@ -180,7 +199,8 @@ def binary_cross_entropy_with_logits(
             input, target, weight, reduction, pos_weight, ignore_index=ignore_index
         )
     code = _reduction_code(reduction)
-    return ops.bce_with_logits.default(input, target, weight, pos_weight, code, ignore_index)[0]
+    options = _gradient_options("binary_cross_entropy_with_logits", input, grad_in_forward, grad_scale, inplace)
+    return ops.bce_with_logits.default(input, target, weight, pos_weight, code, ignore_index, *options)[0]
 
 
 def binary_cross_entropy(
@@ -192,6 +212,8 @@ def binary_cross_entropy(
     reduction: str = "mean",
     *,
     ignore_index: int | None = None,
+    grad_in_forward: bool | str = "auto",
+    grad_scale: float | Tensor | None = None,
 ) -> Tensor:
     r"""Binary cross entropy on probabilities; :func:`torch.nn.functional.binary_cross_entropy`.
 
@@ -204,6 +226,7 @@ def binary_cross_entropy(
         size_average, reduce: deprecated, as in native torch.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the elements that are not ignored.
         ignore_index: elements whose target equals it give no loss and no gradient and do not count in the mean.
+        grad_in_forward, grad_scale: as in :func:`cross_entropy`.
 
     Returns:
         The loss in the type of ``input`` (float32 under CPU autocast; CUDA autocast refuses, as native does).
@@ -223,7 +246,8 @@ def binary_cross_entropy(
         _check_int("binary_cross_entropy", "ignore_index", ignore_index)
     if _native_road():
         return reference.binary_cross_entropy(input, target, weight, reduction, ignore_index=ignore_index)
-    return ops.bce.default(input, target, weight, _reduction_code(reduction), ignore_index)[0]
+    options = _gradient_options("binary_cross_entropy", input, grad_in_forward, grad_scale)
+    return ops.bce.default(input, target, weight, _reduction_code(reduction), ignore_index, *options)[0]
 
 
 def _native_road() -> bool:
@@ -235,6 +259,20 @@ def _reduction_code(reduction: str) -> int:
     code = _REDUCTIONS.get(reduction)
     # Native's function raises for an unknown reduction, and warns of one that it has renamed.
     return native_reduction.get_enum(reduction) if code is None else code
+
+
+def _gradient_options(loss, input, grad_in_forward, grad_scale, *inplace) -> tuple:
+    """The operators' last arguments, from upcast on; none at all, which is quickest, where they have their defaults."""
+    if grad_in_forward == "auto" and grad_scale is None and not any(inplace):
+        return ()
+    if grad_in_forward not in ("auto", True, False):
+        raise ValueError(f"{loss}: grad_in_forward must be 'auto', True or False, got {grad_in_forward!r}")
+    if grad_scale is not None and not isinstance(grad_scale, Tensor):
+        _check_number(loss, "grad_scale", grad_scale)
+        if not math.isfinite(grad_scale) or grad_scale == 0:
+            raise ValueError(f"{loss}: grad_scale must be finite and not 0, got {grad_scale}")
+        grad_scale = torch.full((), grad_scale, dtype=torch.float64, device=input.device)
+    return (False, None if grad_in_forward == "auto" else grad_in_forward, grad_scale, *inplace)
 
 
 def _check_tensors(error: type[Exception], loss: str, **arguments) -> None:

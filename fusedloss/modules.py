@@ -16,6 +16,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     z_loss: float = 0.0
     logit_softcap: float | None = None
     return_lse: bool = False
+    grad_in_forward: bool | str = "auto"
+    grad_scale: float | Tensor | None = None
+    inplace: bool = False
 
     def __init__(
         self,
@@ -29,11 +32,17 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         z_loss: float = 0.0,
         logit_softcap: float | None = None,
         return_lse: bool = False,
+        grad_in_forward: bool | str = "auto",
+        grad_scale: float | Tensor | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss = z_loss
         self.logit_softcap = logit_softcap
         self.return_lse = return_lse
+        self.grad_in_forward = grad_in_forward
+        self.grad_scale = grad_scale
+        self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return functional.cross_entropy(
@@ -46,6 +55,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             z_loss=self.z_loss,
             logit_softcap=self.logit_softcap,
             return_lse=self.return_lse,
+            grad_in_forward=self.grad_in_forward,
+            grad_scale=self.grad_scale,
+            inplace=self.inplace,
         )
 
 
@@ -67,6 +79,9 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     :func:`fusedloss.functional.binary_cross_entropy_with_logits`."""
 
     ignore_index: int | None = None
+    grad_in_forward: bool | str = "auto"
+    grad_scale: float | Tensor | None = None
+    inplace: bool = False
 
     def __init__(
         self,
@@ -77,9 +92,15 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         pos_weight: Tensor | None = None,
         *,
         ignore_index: int | None = None,
+        grad_in_forward: bool | str = "auto",
+        grad_scale: float | Tensor | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         self.ignore_index = ignore_index
+        self.grad_in_forward = grad_in_forward
+        self.grad_scale = grad_scale
+        self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -89,6 +110,9 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             reduction=self.reduction,
             pos_weight=self.pos_weight,
             ignore_index=self.ignore_index,
+            grad_in_forward=self.grad_in_forward,
+            grad_scale=self.grad_scale,
+            inplace=self.inplace,
         )
 
 
@@ -96,6 +120,8 @@ class BCELoss(nn.BCELoss):
     """:class:`torch.nn.BCELoss`; the options are those of :func:`fusedloss.functional.binary_cross_entropy`."""
 
     ignore_index: int | None = None
+    grad_in_forward: bool | str = "auto"
+    grad_scale: float | Tensor | None = None
 
     def __init__(
         self,
@@ -105,9 +131,13 @@ class BCELoss(nn.BCELoss):
         reduction: str = "mean",
         *,
         ignore_index: int | None = None,
+        grad_in_forward: bool | str = "auto",
+        grad_scale: float | Tensor | None = None,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction)
         self.ignore_index = ignore_index
+        self.grad_in_forward = grad_in_forward
+        self.grad_scale = grad_scale
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy(
@@ -116,4 +146,6 @@ class BCELoss(nn.BCELoss):
             weight=self.weight,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+            grad_in_forward=self.grad_in_forward,
+            grad_scale=self.grad_scale,
         )

@@ -7,6 +7,7 @@ last place of its dtype.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +40,11 @@ class Loss:
     @property
     def reference(self):
         return getattr(fusedloss.reference, self.function)
+
+    @property
+    def separate(self):
+        """The option of separate forward and backward passes: the only road of a compiled call, to the last bit."""
+        return {} if self.module == "NLLLoss" else {"grad_in_forward": False}
 
     def sample(self, *shape, dtype=torch.float32, device="cpu", scale=1.0):
         """(input, target), drawn in float64 and rounded once, so that every dtype holds the same data."""
@@ -109,8 +115,9 @@ def eighths(shape, dtype=torch.float32, device="cpu"):
 
 
 def differentiate(function, input, target, grad_output=None, **options):
-    """The outputs, then the gradients with respect to input and, if floating, target."""
-    tensors = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in (input, target)]
+    """The outputs, then the gradients with respect to input and, if there is a floating one, target."""
+    given = [tensor for tensor in (input, target) if tensor is not None]
+    tensors = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in given]
     outputs = outputs_of(function(*tensors, **options))
     leaves = [tensor for tensor in tensors if tensor.requires_grad]
     seeds = [eighths(y.shape, y.dtype, y.device) if grad_output is None else grad_output for y in outputs]
@@ -129,12 +136,19 @@ def compare(loss, input, target, grad_output=None, **options):
     truth = differentiate(loss.reference, *map(widen, plain), widen(grad_output), **wide)
     legal = plain[0], loss.native_target(*plain)
     native = differentiate(loss.baseline(options), *legal, grad_output, **options)
-    ours = differentiate(loss.ours, input, target, grad_output, **options)
+    ours = differentiate(loss.ours, input, target, grad_output, **options, **loss.separate)
     # The widest result of narrow data is no more exact than they are.
     grain = max((x.dtype for x in (input, target) if x.is_floating_point()), key=lambda x: torch.finfo(x).eps)
     # Native has one more when it needs an integer target as floats: that target's gradient.
     for our, theirs, true in zip(ours, native[: len(truth)], truth, strict=True):
         judge(our, theirs, true, grain)
+    if loss.separate and options.get("reduction") != "none" and not options.get("return_lse"):
+        # The other road to the gradient, which a target that requires grad cannot take.
+        seed = eighths((), truth[0].dtype) if grad_output is None else grad_output
+        options = {**options, "grad_in_forward": True, "grad_scale": seed.to(truth[0].dtype)}
+        fused = differentiate(partial(loss.ours, target=target, **options), input, None, grad_output)
+        for our, theirs, true in zip(fused, native[:2], truth[:2], strict=True):
+            judge(our, theirs, true, grain)
     return ours
 
 

@@ -26,10 +26,11 @@ def integers(pair):
 
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0])
+SEPARATE = (False, False)  # upcast, grad_in_forward: absent, eager and compiled calls may return different statistics
 # The arguments of each forward operator; its backward operator is called on what they return.
 ARGUMENTS = {
     "cross_entropy": {
-        "plain": (*sample("cross_entropy", 4, 3), None, MEAN, -100, 0.0, 0.0, 0.0, False),
+        "plain": (*sample("cross_entropy", 4, 3), None, MEAN, -100, 0.0, 0.0, 0.0, False, *SEPARATE),
         "no batch": (*sample("cross_entropy", 3), None, NONE, -100, 0.0, 0.0, 0.0, True),
         "all options": (*sample("cross_entropy", 4, 3), WEIGHT, SUM, 1, 0.1, 0.01, 2.0, True),
         "half precision image": (
@@ -52,15 +53,15 @@ ARGUMENTS = {
         "half precision": (*sample("nll", 4, 3, dtype=torch.bfloat16), None, SUM, -100, True),
     },
     "bce_with_logits": {
-        "plain": (*sample("bce_with_logits", 4, 3), None, None, MEAN, None),
+        "plain": (*sample("bce_with_logits", 4, 3), None, None, MEAN, None, *SEPARATE),
         "weights": (*sample("bce_with_logits", 4, 3), WEIGHT, WEIGHT, NONE, None),
-        "ignored integers": (*integers(sample("bce_with_logits", 4, 3)), None, WEIGHT, MEAN, 1),
+        "ignored integers": (*integers(sample("bce_with_logits", 4, 3)), None, WEIGHT, MEAN, 1, *SEPARATE),
         "half precision image": (*image("bce_with_logits", torch.bfloat16), None, None, SUM, None, True),
     },
     "bce": {
-        "plain": (*sample("bce", 4, 3), None, MEAN, None),
+        "plain": (*sample("bce", 4, 3), None, MEAN, None, *SEPARATE),
         "weighted": (*sample("bce", 4, 3), WEIGHT, NONE, None),
-        "ignored integers": (*integers(sample("bce", 4, 3)), None, MEAN, 1),
+        "ignored integers": (*integers(sample("bce", 4, 3)), None, MEAN, 1, *SEPARATE),
         "half precision image": (*image("bce", torch.bfloat16), None, SUM, None, True),
     },
 }
@@ -116,6 +117,48 @@ def same_layout(actual, expected):
 @each_call
 def test_forward_operator(name, arguments):
     opcheck(operator(name), wanting_gradients(arguments))
+
+
+SCALE = torch.tensor(0.5)
+# Forward and backward in one pass: the arguments of the forward operator, with an input that requires grad.
+IN_ONE_PASS = {
+    "cross_entropy": (*sample("cross_entropy", 4, 3), WEIGHT, SUM, 1, 0.1, 0.0, 0.0, False, False, True, SCALE),
+    "bce_with_logits": (*integers(sample("bce_with_logits", 4, 3)), None, WEIGHT, MEAN, 1, False, True, SCALE),
+    "bce": (*integers(sample("bce", 4, 3)), WEIGHT, SUM, None, False, True, SCALE),
+}
+each_call_in_one_pass = pytest.mark.parametrize(("name", "arguments"), IN_ONE_PASS.items(), ids=IN_ONE_PASS)
+
+
+@each_call_in_one_pass
+def test_forward_operator_with_the_gradient_in_forward(name, arguments):
+    opcheck(operator(name), wanting_gradients(arguments))
+
+
+@each_call_in_one_pass
+def test_operator_in_one_pass(name, arguments):
+    """Without autograd: it writes the gradient into the tensor it is given last, of any strides."""
+    input, target, *rest = arguments
+    weights = 2 if name == "bce_with_logits" else 1
+    options = [value for value in rest[weights:-2] if value is not True]
+    if name == "cross_entropy":
+        del options[-2]  # return_lse
+    expected = input.detach().requires_grad_()
+    loss = operator(name)(expected, *arguments[1:])[0]
+    loss.backward(SCALE)
+    grad = torch.full_like(input.T.contiguous(), 7.0).T
+    call = (input, target, *rest[:weights], SCALE, *options, grad)
+    opcheck(operator(f"{name}_with_grad"), call)
+    torch.testing.assert_close(operator(f"{name}_with_grad")(*call), loss)
+    torch.testing.assert_close(grad, expected.grad)
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)])
+def test_rescaling_a_gradient(scale):
+    grad = sample("cross_entropy", 4, 3)[0]
+    opcheck(OPS.rescale_grad_.default, (grad.clone(), torch.tensor(3.0), scale))
+    expected = grad * 3 / (1 if scale is None else scale.float())
+    OPS.rescale_grad_(grad, torch.tensor(3.0), scale)
+    torch.testing.assert_close(grad, expected)
 
 
 @each_call

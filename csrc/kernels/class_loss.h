@@ -52,7 +52,7 @@ struct CrossEntropyArgs {
   double logit_softcap = 0;  // 0: none
   bool every_lse = false;    // the lse of ignored positions is wanted too
 
-  // Forward writes these; backward reads them. All of the accumulate type.
+  // Forward writes these, if they are there; backward reads them. All of the accumulate type.
   void* row_max = nullptr;      // (positions,)
   void* row_log_sum = nullptr;  // (positions,)
 
@@ -61,11 +61,11 @@ struct CrossEntropyArgs {
   void* lse = nullptr;          // (positions,) of the accumulate type, or null
   Partial* partials = nullptr;  // (blocks,)
 
-  // Backward
+  // Backward, and forward with gradient, which has no grad_lse and no grad_probabilities
   PositionTensor grad_loss;
   double grad_scale = 1;           // one over the mean's divisor
   const void* grad_lse = nullptr;  // (positions,) of the accumulate type, or null
-  ClassTensor grad_logits;
+  ClassTensor grad_logits;         // may be the logits themselves
   ClassTensor grad_probabilities;
 };
 

@@ -41,10 +41,10 @@ struct ElementwiseArgs {
   ElementwiseTensor loss;  // absent when the loss is reduced
   Partial* partials = nullptr;
 
-  // Backward
-  ElementwiseTensor grad_loss;
-  double grad_scale = 1;  // one over the mean's divisor
-  ElementwiseTensor grad_input;
+  // Backward, and forward with gradient, which has no grad_loss and no grad_target
+  ElementwiseTensor grad_loss;   // absent: ones
+  double grad_scale = 1;         // one over the mean's divisor
+  ElementwiseTensor grad_input;  // may be the input itself
   ElementwiseTensor grad_target;
 };
 

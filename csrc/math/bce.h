@@ -8,14 +8,14 @@
 
 #pragma once
 
-#include "portable.h"
+#include "element.h"
 
 namespace fusedloss::math {
 
 struct Bce {
   template <class Acc>
   FUSEDLOSS_FN static bool in_domain(Acc value) {
-    return value >= Acc(0) && value <= Acc(1);
+    return (value >= Acc(0)) & (value <= Acc(1));
   }
 
   template <class Acc>
@@ -24,15 +24,11 @@ struct Bce {
   }
 
   template <class Acc>
-  FUSEDLOSS_FN static Acc loss(Acc p, Acc t, Acc) {
-    return (t - Acc(1)) * at_least_minus_100(log1p(-p)) - t * at_least_minus_100(log(p));
-  }
-
-  template <class Acc>
-  FUSEDLOSS_FN static Acc input_grad(Acc p, Acc t, Acc, Acc grad_loss) {
+  FUSEDLOSS_FN static LossAndSlope<Acc> evaluate(Acc p, Acc t, Acc) {
     const Acc least = Acc(1e-12f);  // native's constant is a float, in float64 too
     const Acc variance = (Acc(1) - p) * p;
-    return grad_loss * (p - t) / (variance < least ? least : variance);
+    return {(t - Acc(1)) * at_least_minus_100(log1p(-p)) - t * at_least_minus_100(log(p)),
+            (p - t) / (variance < least ? least : variance)};
   }
 
   template <class Acc>

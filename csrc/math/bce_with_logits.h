@@ -8,7 +8,7 @@
 
 #pragma once
 
-#include "portable.h"
+#include "element.h"
 
 namespace fusedloss::math {
 
@@ -18,29 +18,29 @@ struct BceWithLogits {
     return true;
   }
 
+  // The exponential is shared; where only one of the two results is used, the compiler drops what the other needs.
   template <class Acc>
-  FUSEDLOSS_FN static Acc loss(Acc x, Acc t, Acc pos_weight) {
-    const Acc tail = log1p(exp(-abs(x)));
+  FUSEDLOSS_FN static LossAndSlope<Acc> evaluate(Acc x, Acc t, Acc pos_weight) {
+    const Acc e = exp_nonpositive(-abs(x));
+    const Acc positive = pos_weight * t, negative = Acc(1) - t;
+
+    const Acc tail = log1p_unit(e);
     // Half the sum rather than a comparison: -inf gives NaN, as in native torch, where -inf + inf meet.
     const Acc positive_part = Acc(0.5) * x + Acc(0.5) * abs(x);
     const Acc negative_part = x < Acc(0) ? -x : Acc(0);
-    return (Acc(1) - t) * (positive_part + tail) + pos_weight * t * (negative_part + tail);
-  }
+    const Acc loss = negative * (positive_part + tail) + positive * (negative_part + tail);
 
-  template <class Acc>
-  FUSEDLOSS_FN static Acc input_grad(Acc x, Acc t, Acc pos_weight, Acc grad_loss) {
     // The sigmoid's smaller side, which is known with full relative accuracy; the other is 1 - smaller.
-    const Acc e = exp(-abs(x));
     const Acc smaller = e / (Acc(1) + e);
-    const Acc positive = pos_weight * t, negative = Acc(1) - t;
     const Acc both = smaller * (negative + positive);
     // positive - positive is 0, or NaN where an infinite pos_weight makes native's gradient NaN.
-    return grad_loss * ((x < Acc(0) ? both - positive : negative - both) + (positive - positive));
+    const Acc slope = (x < Acc(0) ? both - positive : negative - both) + (positive - positive);
+    return {loss, slope};
   }
 
   template <class Acc>
   FUSEDLOSS_FN static Acc target_grad(Acc x, Acc, Acc pos_weight, Acc grad_loss) {
-    const Acc softplus = (x < Acc(0) ? -x : Acc(0)) + log1p(exp(-abs(x)));
+    const Acc softplus = (x < Acc(0) ? -x : Acc(0)) + log1p_unit(exp_nonpositive(-abs(x)));
     // Without a pos_weight the term is left out: 0 * inf would turn an infinite gradient into NaN.
     const Acc weighted = pos_weight == Acc(1) ? Acc(0) : (pos_weight - Acc(1)) * softplus;
     return grad_loss * (weighted - x);

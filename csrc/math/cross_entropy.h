@@ -1,7 +1,7 @@
 // Cross entropy of one row of logits x against a target that puts the mass a_c on class c.
 //
 //   A      = sum of a_c
-//   p_c    = exp(x_c - max - log(sum))                     the softmax, from the row's statistics
+//   p_c    = exp(x_c - max) / sum                          the softmax, from the row's statistics
 //   loss   = sum over c of a_c (log(sum) - (x_c - max)) + z lse^2
 //   dloss/dx_c = p_c (A + 2 z lse) - a_c
 //   dloss/da_c = log(sum) - (x_c - max)
@@ -38,6 +38,13 @@ FUSEDLOSS_FN Acc entry_loss(Acc shifted, Acc log_sum, Acc mass) {
   return mass * (log_sum - shifted);
 }
 
+// The same less mass * log_sum, which a row adds once for all its classes. The largest logit adds nothing, with an
+// infinite mass too.
+template <class Acc>
+FUSEDLOSS_FN Acc entry_loss_at_max(Acc shifted, Acc mass) {
+  return zero_if(shifted == Acc(0), -mass * shifted);
+}
+
 // Without a z loss the term is left out: 0 * inf would turn an infinite lse into NaN.
 template <class Acc>
 FUSEDLOSS_FN Acc z_term(Acc lse, Acc z_loss) {
@@ -50,10 +57,11 @@ FUSEDLOSS_FN Acc normaliser_grad(Acc grad_loss, Acc grad_lse, Acc mass, Acc lse,
   return grad_loss * (z_loss == Acc(0) ? mass : mass + Acc(2) * z_loss * lse) + grad_lse;
 }
 
-// target_grad: grad_loss * a_c, formed and subtracted in the accumulate type.
+// The gradient from e_c = exp(x_c - shift), where softmax_grad = normaliser_grad / (sum of e_c), and target_grad =
+// grad_loss * a_c; formed and subtracted in the accumulate type.
 template <class Acc>
-FUSEDLOSS_FN Acc logit_grad(Acc shifted, Acc log_sum, Acc normaliser_grad, Acc target_grad) {
-  return exp_nonpositive(shifted - log_sum) * normaliser_grad - target_grad;
+FUSEDLOSS_FN Acc logit_grad(Acc e, Acc softmax_grad, Acc target_grad) {
+  return e * softmax_grad - target_grad;
 }
 
 // The gradient to a probability q_c, which enters through its mass.

@@ -39,7 +39,8 @@ FUSEDLOSS_FN Acc abs(Acc a) {
   return std::fabs(a);
 }
 
-// How the polynomials see a floating-point type.
+// How the polynomials see a floating-point type. Their coefficients interpolate at Chebyshev nodes; what that leaves
+// out is named beside them, relative to the result.
 template <class Acc>
 struct Format;
 
@@ -54,12 +55,17 @@ struct Format<float> {
   static constexpr float log2_e = 1.44269504f;       // 1 / ln 2
   static constexpr float ln2_high = 0.693359375f;    // few enough bits that n * ln2_high is exact
   static constexpr float ln2_low = -2.12194440e-4f;  // ln 2 - ln2_high
-  static constexpr float exp_low = -104.0f;          // exp rounds to 0 below
-  static constexpr float exp_high = 89.0f;           // exp is infinite above
   static constexpr float exp_normal = -87.33654f;    // exp is denormal below
   static constexpr float two_to_mantissa = 8388608.0f;
-  static constexpr int exp_terms = 7;
   static constexpr int log_terms = 5;
+  // (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, to 1.0e-8
+  static constexpr float exp_series[] = {0.5f, 0.166665769896987757f, 0.0416665546172045742f, 0.00836317905272257737f,
+                                         0.00139261835877134945f};
+  // (log(1 + x) - x) / x^2 for 0 <= x <= 1, to 3.6e-9
+  static constexpr float log1p_series[] = {-0.499999995222237707f,  0.33333237346213987f,   -0.249967599082639252f,
+                                           0.199567079522518358f,   -0.163651528692055351f, 0.130333642382428156f,
+                                           -0.0913941377401492021f, 0.0493099734345496944f, -0.0171842669824487093f,
+                                           0.00280164199280334992f};
 };
 
 template <>
@@ -73,76 +79,76 @@ struct Format<double> {
   static constexpr double log2_e = 1.4426950408889634;
   static constexpr double ln2_high = 6.93147180369123816490e-01;
   static constexpr double ln2_low = 1.90821492927058770002e-10;
-  static constexpr double exp_low = -746.0;
-  static constexpr double exp_high = 710.0;
   static constexpr double exp_normal = -708.396418532264;
   static constexpr double two_to_mantissa = 4503599627370496.0;
-  static constexpr int exp_terms = 13;
   static constexpr int log_terms = 10;
+  // As above, to 1.7e-17 and 4.4e-17
+  static constexpr double exp_series[] = {0.500000000000000102,     0.166666666666666675,   0.0416666666666241279,
+                                          0.00833333333333006183,   0.00138888889172137169, 0.000198412698630536169,
+                                          0.0000248015212959543751, 2.75572684599970648e-6, 2.76200884454097482e-7,
+                                          2.51003854955103191e-8};
+  static constexpr double log1p_series[] = {
+      -0.49999999999999994,   0.333333333333285468,  -0.249999999993596206,    0.199999999658224018,
+      -0.166666656967697302,  0.142856973681769039,  -0.124998021936408679,    0.111094697271044939,
+      -0.0998994097833761753, 0.0904403840581878174, -0.0816358369873179002,   0.072060527838905025,
+      -0.060245718496051139,  0.0457183288742196421, -0.0300062489220241489,   0.0161774482920837739,
+      -0.0067614194988498022, 0.0020308462484097632, -0.000387011110858030387, 0.0000349649999951775279};
 };
 
-// 2^n, for n in the range of normal numbers.
+// 0 where the condition holds, and the value, NaN included, elsewhere. Masked rather than selected: a conditional
+// invites the compiler to branch around the arithmetic before it, which it cannot vectorise then.
 template <class Acc>
-FUSEDLOSS_FN Acc power_of_two(typename Format<Acc>::Int n) {
-  using F = Format<Acc>;
-  return std::bit_cast<Acc>((n + F::bias) << F::mantissa_bits);
+FUSEDLOSS_FN Acc zero_if(bool condition, Acc value) {
+  using Int = typename Format<Acc>::Int;
+  return std::bit_cast<Acc>(std::bit_cast<Int>(value) & (Int(condition) - 1));
 }
 
-// x = n ln 2 + r with |r| <= ln(2) / 2, and exp(r) = 1 + r + tail from its Taylor series (W. J. Cody and W. Waite,
-// "Software Manual for the Elementary Functions", 1980). What the series leaves out is below a tenth of an ulp.
+// coefficients[0] + coefficients[1] x + ..., the highest first. A recursion: a loop is not unrolled early enough, and
+// keeps the loop around it scalar.
+template <int kFirst = 0, class Acc, int kCount>
+FUSEDLOSS_FN Acc polynomial(const Acc (&coefficients)[kCount], Acc x) {
+  if constexpr (kFirst + 1 == kCount) {
+    return coefficients[kFirst];
+  } else {
+    return polynomial<kFirst + 1>(coefficients, x) * x + coefficients[kFirst];
+  }
+}
+
+// x = n ln 2 + r with |r| <= ln(2) / 2, and exp(r) = 1 + r + series r^2 (W. J. Cody and W. Waite, "Software Manual for
+// the Elementary Functions", 1980).
 template <class Acc>
 struct ReducedExp {
-  typename Format<Acc>::Int n;
+  Acc biased_n;  // n + bias, in the lowest bits of the mantissa
   Acc r;
-  Acc tail;
+  Acc series;
 
-  // exp(r). What 1 + r loses to rounding joins the tail: the result is within 0.85 ulp rather than 1.05.
-  FUSEDLOSS_FN Acc exp_r() const {
-    const Acc sum = Acc(1) + r;
-    const Acc lost = r - (sum - Acc(1));
-    return sum + (tail + lost);
+  FUSEDLOSS_FN Acc exp_r() const { return (series * r + Acc(1)) * r + Acc(1); }
+  // 2^n, for n in the range of normal numbers: the shift moves n + bias into the place of the exponent.
+  FUSEDLOSS_FN Acc scale() const {
+    using F = Format<Acc>;
+    return std::bit_cast<Acc>(std::bit_cast<typename F::Int>(biased_n) << F::mantissa_bits);
   }
 };
 
 template <class Acc>
 FUSEDLOSS_FN ReducedExp<Acc> reduce_exp(Acc x) {
   using F = Format<Acc>;
-  const Acc shifted = x * F::log2_e + F::rounder;
-  const Acc n = shifted - F::rounder;
+  constexpr Acc rounder = F::rounder + Acc(F::bias);
+  const Acc biased_n = x * F::log2_e + rounder;
+  const Acc n = biased_n - rounder;
   const Acc r = (x - n * F::ln2_high) - n * F::ln2_low;
-  Acc inverse_factorial[F::exp_terms + 1] = {1, 1};
-  for (int k = 2; k <= F::exp_terms; ++k) inverse_factorial[k] = inverse_factorial[k - 1] / Acc(k);
-  Acc series = inverse_factorial[F::exp_terms];
-  for (int k = F::exp_terms - 1; k >= 2; --k) series = series * r + inverse_factorial[k];
-  return {std::bit_cast<typename F::Int>(shifted) - std::bit_cast<typename F::Int>(F::rounder), r, series * r * r};
+  return {biased_n, r, polynomial(F::exp_series, r)};
 }
 
-template <class Acc>
-FUSEDLOSS_FN Acc exp(Acc x) {
-#if defined(__CUDA_ARCH__)
-  return ::exp(x);
-#else
-  using F = Format<Acc>;
-  const ReducedExp<Acc> reduced = reduce_exp(clamp(x, F::exp_low, F::exp_high));
-  // Two factors: 2^n alone leaves the range of normal numbers where exp(x) is denormal or just below overflow.
-  const auto half = reduced.n >> 1;
-  return reduced.exp_r() * power_of_two<Acc>(half) * power_of_two<Acc>(reduced.n - half);
-#endif
-}
-
-// exp(x) for x <= 0, as softmax needs it: fewer operations. Results below the smallest normal number are 0. They are
-// masked rather than selected: a conditional invites the compiler to branch around the arithmetic it cannot vectorise.
+// exp(x) for x <= 0, which is all that softmax and sigmoid need. Results below the smallest normal number are 0.
 template <class Acc>
 FUSEDLOSS_FN Acc exp_nonpositive(Acc x) {
 #if defined(__CUDA_ARCH__)
   return ::exp(x);
 #else
   using F = Format<Acc>;
-  using Int = typename F::Int;
   const ReducedExp<Acc> reduced = reduce_exp(x);
-  const Acc result = reduced.exp_r() * power_of_two<Acc>(reduced.n);
-  const Int keep = Int(x < F::exp_normal) - 1;  // no bits below, all bits above and for NaN
-  return std::bit_cast<Acc>(std::bit_cast<Int>(result) & keep);
+  return zero_if(x < F::exp_normal, reduced.exp_r() * reduced.scale());  // NaN is not below
 #endif
 }
 
@@ -153,9 +159,9 @@ FUSEDLOSS_FN Acc tanh(Acc x) {
   return ::tanh(x);
 #else
   // Below -40 exp(-2 |x|) - 1 is -1, and 2^n stays a normal number.
-  const auto [n, r, tail] = reduce_exp(clamp(Acc(-2) * abs(x), Acc(-40), Acc(0)));
-  const Acc scale = power_of_two<Acc>(n);
-  const Acc t = (r + tail) * scale + (scale - Acc(1));
+  const ReducedExp<Acc> reduced = reduce_exp(clamp(Acc(-2) * abs(x), Acc(-40), Acc(0)));
+  const Acc scale = reduced.scale();
+  const Acc t = (reduced.r + reduced.series * reduced.r * reduced.r) * scale + (scale - Acc(1));
   return std::copysign(-t / (t + Acc(2)), x);
 #endif
 }
@@ -186,6 +192,16 @@ FUSEDLOSS_FN Acc log(Acc x) {
   const Acc positive = x == kInfinity<Acc> ? x : finite;
   const Acc zero_or_nan = x == Acc(0) ? -kInfinity<Acc> : kNaN<Acc>;
   return x > Acc(0) ? positive : zero_or_nan;
+#endif
+}
+
+// log(1 + x) for x in [0, 1], as softplus needs it: no division, and no exponent to take apart.
+template <class Acc>
+FUSEDLOSS_FN Acc log1p_unit(Acc x) {
+#if defined(__CUDA_ARCH__)
+  return ::log1p(x);
+#else
+  return polynomial(Format<Acc>::log1p_series, x) * (x * x) + x;
 #endif
 }
 

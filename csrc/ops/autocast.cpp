@@ -9,6 +9,7 @@ namespace fusedloss::autocast {
 using at::Tensor;
 using ops::CrossEntropyOutputs;
 using ops::LossAndDivisor;
+using ops::OptionalBool;
 using ops::OptionalIndex;
 using ops::OptionalTensor;
 
@@ -20,10 +21,12 @@ constexpr c10::DispatchKeySet kAutocastKeys{c10::DispatchKey::AutocastCPU, c10::
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
-                                  bool return_lse, bool) {
+                                  bool return_lse, bool, OptionalBool grad_in_forward, OptionalTensor grad_scale,
+                                  bool inplace) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
   return FUSEDLOSS_OPERATOR(cross_entropy)
-      .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse, true);
+      .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse, true,
+            grad_in_forward, grad_scale, inplace);
 }
 
 LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
@@ -33,18 +36,21 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
 }
 
 LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool) {
+                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool,
+                               OptionalBool grad_in_forward, OptionalTensor grad_scale, bool inplace) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
-  return FUSEDLOSS_OPERATOR(bce_with_logits).call(input, target, weight, pos_weight, reduction, ignore_index, true);
+  return FUSEDLOSS_OPERATOR(bce_with_logits)
+      .call(input, target, weight, pos_weight, reduction, ignore_index, true, grad_in_forward, grad_scale, inplace);
 }
 
 LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   OptionalIndex ignore_index, bool) {
+                   OptionalIndex ignore_index, bool, OptionalBool grad_in_forward, OptionalTensor grad_scale) {
   TORCH_CHECK(!input.is_cuda(),
               "binary_cross_entropy is unsafe to autocast on CUDA, as in native torch: the sigmoid before it loses the "
               "loss in half precision. Use binary_cross_entropy_with_logits, or leave autocast for this call.");
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
-  return FUSEDLOSS_OPERATOR(bce).call(input, target, weight, reduction, ignore_index, true);
+  return FUSEDLOSS_OPERATOR(bce).call(input, target, weight, reduction, ignore_index, true, grad_in_forward,
+                                      grad_scale);
 }
 
 }  // namespace fusedloss::autocast

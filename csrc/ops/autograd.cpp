@@ -1,21 +1,32 @@
-// One torch::autograd::Function for each loss: forward runs the operator below autograd and saves what the gradient
-// needs; backward calls the backward operator through the dispatcher.
+// The torch::autograd::Functions of each loss. There are two roads to the gradient:
 //
-// In an ordinary backward pass no graph is built, and the backward operator goes straight to its kernel. With
-// create_graph=True it passes the Autograd key, where fusedloss/double_backward.py differentiates it.
+//   NAME           forward runs the loss, backward runs NAME_backward, which reads the input again
+//   NAME_WithGrad  forward runs NAME_with_grad and saves the gradient; backward multiplies it by grad_output, which it
+//                  is written for already where grad_output is grad_scale, or 1
+//
+// In an ordinary backward pass no graph is built, and the operators go straight to their kernels. With
+// create_graph=True both roads take NAME_backward through the Autograd key, where fusedloss/double_backward.py
+// differentiates it.
 
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include "checks.h"
+#include "class_loss.h"
 #include "dispatch.h"
 #include "losses.h"
+#include "memory.h"
 
 namespace fusedloss::autograd {
 
 using at::Tensor;
 using ops::CrossEntropyOutputs;
 using ops::LossAndDivisor;
+using ops::OptionalBool;
 using ops::OptionalIndex;
 using ops::OptionalTensor;
 
@@ -37,12 +48,69 @@ std::optional<Tensor> to_optional(const Tensor& tensor) {
 
 Tensor to_tensor(OptionalTensor tensor) { return tensor.value_or(Tensor()); }
 
+template <class Call>
+auto call_below_autograd(Call call) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return call();
+}
+
 // Backward calls an operator: below autograd when nobody will differentiate the result.
 template <class Call>
 auto call_backward(Call call) {
-  if (at::GradMode::is_enabled()) return call();
+  return at::GradMode::is_enabled() ? call() : call_below_autograd(call);
+}
+
+// Whether forward is to write the gradient. `possible`: the loss is reduced and nothing but the input wants a gradient.
+// Unless it is asked for, float16 needs a grad_scale: an unscaled gradient underflows before a GradScaler's factor
+// reaches it. And it is not written where a mode watches: a compiler fuses the multiplication by an unknown grad_output
+// better into the separate backward.
+bool grad_in_forward(const char* loss, OptionalBool wish, bool inplace, bool possible, const Tensor& input,
+                     OptionalTensor grad_scale) {
+  const bool traced = c10::impl::TorchDispatchModeTLS::any_modes_set();
+  const bool result =
+      wish.value_or(possible && !traced && (input.scalar_type() != at::kHalf || ops::is_present(grad_scale)));
+  TORCH_CHECK_VALUE(!result || possible, loss,
+                    ": grad_in_forward=True needs reduction 'mean' or 'sum', no return_lse, "
+                    "and a target that does not require grad");
+  TORCH_CHECK_VALUE(
+      !inplace || result || traced, loss,
+      ": inplace=True writes the gradient over the input in forward, "
+      "which needs reduction 'mean' or 'sum', no return_lse, a target that does not require grad, and for "
+      "float16 grad_scale or grad_in_forward=True");
+  return result;
+}
+
+// Where forward writes the gradient: over the input, or into a tensor like it.
+Tensor gradient_place(const char* loss, const Tensor& input, bool inplace, Tensor (*empty_like)(const Tensor&),
+                      std::initializer_list<ops::NamedTensor> others) {
+  if (!inplace || c10::impl::TorchDispatchModeTLS::any_modes_set()) return ops::with_huge_pages(empty_like(input));
+  TORCH_CHECK(!input.is_leaf(), loss, ": inplace=True cannot overwrite an input that is a leaf and requires grad");
+  at::assert_no_internal_overlap(input);
+  for (const auto& [name, tensor] : others) {
+    if (tensor) at::assert_no_overlap(input, *tensor);
+  }
+  return input;
+}
+
+// What backward will hand out. The version of an overwritten input counts up, so that autograd refuses to use it where
+// its former values are needed; and the saved gradient shares the counter, so that writing to it is noticed.
+Tensor finished(Tensor grad, const Tensor& input) {
+  if (!grad.is_same(input)) return grad;
+  torch::autograd::impl::bump_version(input);
+  return input.detach();
+}
+
+// The gradient for this grad_output. Out of place while the graph is kept: another backward will start from the saved
+// one, and the caller may write to what it was given.
+Tensor rescaled(Tensor grad, const Tensor& grad_output, OptionalTensor grad_scale) {
+  if (torch::autograd::get_current_graph_task_keep_graph() || c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+    const Tensor factor =
+        ops::is_present(grad_scale) ? grad_output.div(grad_scale->to(grad_output.scalar_type())) : grad_output;
+    return grad.mul(factor);
+  }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call();
+  FUSEDLOSS_OPERATOR(rescale_grad_).call(grad, grad_output, grad_scale);
+  return grad;
 }
 
 // Absent gradients are undefined tensors, not the operators' empty ones.
@@ -56,7 +124,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     auto [loss, lse, row_max, row_log_sum, divisor] =
         FUSEDLOSS_OPERATOR(cross_entropy)
             .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse,
-                  upcast);
+                  upcast, std::nullopt, std::nullopt, false);
     ctx->save_for_backward({logits, target, to_tensor(weight), row_max, row_log_sum, divisor});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
@@ -92,6 +160,71 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   }
 };
 
+struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, OptionalTensor weight,
+                        OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index, double label_smoothing,
+                        double z_loss, double logit_softcap, bool upcast, bool inplace) {
+    Tensor grad = gradient_place("cross_entropy", logits, inplace, ops::empty_like_logits,
+                                 {{"target", target}, {"weight", weight}});
+    Tensor loss = call_below_autograd([&] {
+      return FUSEDLOSS_OPERATOR(cross_entropy_with_grad)
+          .call(logits, target, weight, grad_scale, reduction, ignore_index, label_smoothing, z_loss, logit_softcap,
+                upcast, grad);
+    });
+    // The logits are saved only where the gradient does not tell what their derivatives need.
+    const bool recoverable = z_loss == 0 && logit_softcap == 0;
+    ctx->save_for_backward({finished(grad, logits), to_tensor(grad_scale), target, to_tensor(weight),
+                            recoverable || grad.is_same(logits) ? Tensor() : logits});
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->saved_data["z_loss"] = z_loss;
+    ctx->saved_data["logit_softcap"] = logit_softcap;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor grad = at::GradMode::is_enabled() ? differentiable(ctx, grads[0], saved)
+                                                   : rescaled(saved[0], grads[0], to_optional(saved[1]));
+    return {grad, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  }
+
+ private:
+  static Tensor differentiable(AutogradContext* ctx, const Tensor& grad_loss, const variable_list& saved) {
+    const Tensor& target = saved[2];
+    const auto weight = to_optional(saved[3]);
+    auto& options = ctx->saved_data;
+    const int64_t reduction = options["reduction"].toInt(), ignore_index = options["ignore_index"].toInt();
+    const double label_smoothing = options["label_smoothing"].toDouble(), z_loss = options["z_loss"].toDouble(),
+                 logit_softcap = options["logit_softcap"].toDouble();
+    Tensor logits = saved[4];
+    if (!logits.defined()) {
+      TORCH_CHECK(z_loss == 0 && logit_softcap == 0,
+                  "cross_entropy: with z_loss or logit_softcap, double backward needs the logits that inplace=True has "
+                  "overwritten");
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      logits = FUSEDLOSS_OPERATOR(recover_logits)
+                   .call(saved[0], target, weight, to_optional(saved[1]), reduction, ignore_index, label_smoothing);
+      // They take the logits' place in the graph.
+      torch::autograd::impl::set_gradient_edge(logits, torch::autograd::get_current_node()->next_edge(0));
+    }
+    at::Tensor row_max, row_log_sum, divisor;
+    {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      std::tie(std::ignore, std::ignore, row_max, row_log_sum, divisor) =
+          FUSEDLOSS_OPERATOR(cross_entropy)
+              .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, false,
+                    /*upcast=*/true, std::nullopt, std::nullopt, false);
+    }
+    auto [grad_logits, grad_target] =
+        FUSEDLOSS_OPERATOR(cross_entropy_backward)
+            .call(grad_loss, std::nullopt, logits, target, weight, row_max, row_log_sum, divisor, reduction,
+                  ignore_index, label_smoothing, z_loss, logit_softcap, {true, false});
+    return grad_logits;
+  }
+};
+
 struct Nll : torch::autograd::Function<Nll> {
   static variable_list forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target,
                                OptionalTensor weight, int64_t reduction, int64_t ignore_index, bool upcast) {
@@ -115,6 +248,54 @@ struct Nll : torch::autograd::Function<Nll> {
   }
 };
 
+template <class Operators, class... Weights>
+struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Operators, Weights...>> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weights&... weights,
+                        OptionalTensor grad_scale, int64_t reduction, OptionalIndex ignore_index, bool upcast,
+                        bool inplace) {
+    Tensor grad =
+        gradient_place(Operators::kName, input, inplace, [](const Tensor& like) { return at::empty_like(like); },
+                       {{"target", target}, {"weight", weights}...});
+    Tensor loss = call_below_autograd([&] {
+      return Operators::with_grad().call(input, target, weights..., grad_scale, reduction, ignore_index, upcast, grad);
+    });
+    ctx->save_for_backward({finished(grad, input), to_tensor(grad_scale), grad.is_same(input) ? Tensor() : input,
+                            target, to_tensor(weights)...});
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list input_grads(7 + sizeof...(Weights));  // one for each argument of forward
+    const auto saved = ctx->get_saved_variables();
+    input_grads[0] = at::GradMode::is_enabled()
+                         ? differentiable(ctx, grads[0], saved, std::index_sequence_for<Weights...>())
+                         : rescaled(saved[0], grads[0], to_optional(saved[1]));
+    return input_grads;
+  }
+
+ private:
+  template <std::size_t... I>
+  static Tensor differentiable(AutogradContext* ctx, const Tensor& grad_loss, const variable_list& saved,
+                               std::index_sequence<I...>) {
+    const Tensor &input = saved[2], &target = saved[3];
+    TORCH_CHECK(input.defined(), Operators::kName,
+                ": double backward needs the input that inplace=True has overwritten");
+    const int64_t reduction = ctx->saved_data["reduction"].toInt();
+    const auto ignore_index = ctx->saved_data["ignore_index"].template toOptional<int64_t>();
+    Tensor divisor;
+    {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      std::tie(std::ignore, divisor) =
+          Operators::forward(input, target, to_optional(saved[4 + I])..., reduction, ignore_index, /*upcast=*/true);
+    }
+    auto [grad_input, grad_target] = Operators::backward().call(grad_loss, input, target, to_optional(saved[4 + I])...,
+                                                                divisor, reduction, ignore_index, {true, false});
+    return grad_input;
+  }
+};
+
 // A loss of one element. Weights is std::optional<Tensor> for each tensor behind the target; Operators names the loss
 // and its two operators.
 template <class Operators, class... Weights>
@@ -122,7 +303,7 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
                                const Weights&... weights, int64_t reduction, OptionalIndex ignore_index, bool upcast) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, divisor] = Operators::forward().call(input, target, weights..., reduction, ignore_index, upcast);
+    auto [loss, divisor] = Operators::forward(input, target, weights..., reduction, ignore_index, upcast);
     ctx->save_for_backward({input, target, divisor, to_tensor(weights)...});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
@@ -136,10 +317,17 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
 
   // What every dispatch of the loss under the Autograd key does.
   static LossAndDivisor dispatch(const Tensor& input, const Tensor& target, const Weights&... weights,
-                                 int64_t reduction, OptionalIndex ignore_index, bool upcast) {
+                                 int64_t reduction, OptionalIndex ignore_index, bool upcast, OptionalBool wish,
+                                 OptionalTensor grad_scale, bool inplace) {
     if (!wants_grad(input) && !wants_grad(target)) {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      return Operators::forward().call(input, target, weights..., reduction, ignore_index, upcast);
+      return Operators::forward(input, target, weights..., reduction, ignore_index, upcast);
+    }
+    const bool possible = reduction != 0 && wants_grad(input) && !wants_grad(target);
+    if (grad_in_forward(Operators::kName, wish, inplace, possible, input, grad_scale)) {
+      return {ElementwiseWithGrad<Operators, Weights...>::apply(input, target, weights..., grad_scale, reduction,
+                                                                ignore_index, upcast, inplace),
+              Tensor()};
     }
     const auto out = Elementwise::apply(input, target, weights..., reduction, ignore_index, upcast);
     return {out[0], out[1]};
@@ -164,12 +352,22 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
 };
 
 struct BceWithLogits {
-  static const auto& forward() { return FUSEDLOSS_OPERATOR(bce_with_logits); }
+  static constexpr const char* kName = "binary_cross_entropy_with_logits";
+  template <class... Arguments>
+  static LossAndDivisor forward(const Arguments&... arguments) {
+    return FUSEDLOSS_OPERATOR(bce_with_logits).call(arguments..., std::nullopt, std::nullopt, false);
+  }
+  static const auto& with_grad() { return FUSEDLOSS_OPERATOR(bce_with_logits_with_grad); }
   static const auto& backward() { return FUSEDLOSS_OPERATOR(bce_with_logits_backward); }
 };
 
 struct Bce {
-  static const auto& forward() { return FUSEDLOSS_OPERATOR(bce); }
+  static constexpr const char* kName = "binary_cross_entropy";
+  template <class... Arguments>
+  static LossAndDivisor forward(const Arguments&... arguments) {
+    return FUSEDLOSS_OPERATOR(bce).call(arguments..., std::nullopt, std::nullopt);
+  }
+  static const auto& with_grad() { return FUSEDLOSS_OPERATOR(bce_with_grad); }
   static const auto& backward() { return FUSEDLOSS_OPERATOR(bce_backward); }
 };
 
@@ -177,13 +375,20 @@ struct Bce {
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
-                                  bool return_lse, bool upcast) {
+                                  bool return_lse, bool upcast, OptionalBool wish, OptionalTensor grad_scale,
+                                  bool inplace) {
   check_no_grad("cross_entropy", "weight", weight);
   if (!wants_grad(logits) && !wants_grad(target)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return FUSEDLOSS_OPERATOR(cross_entropy)
         .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse,
-              upcast);
+              upcast, std::nullopt, std::nullopt, false);
+  }
+  const bool possible = reduction != 0 && !return_lse && wants_grad(logits) && !wants_grad(target);
+  if (grad_in_forward("cross_entropy", wish, inplace, possible, logits, grad_scale)) {
+    return {CrossEntropyWithGrad::apply(logits, target, weight, grad_scale, reduction, ignore_index, label_smoothing,
+                                        z_loss, logit_softcap, upcast, inplace),
+            Tensor(), Tensor(), Tensor(), Tensor()};
   }
   const auto out = CrossEntropy::apply(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss,
                                        logit_softcap, return_lse, upcast);
@@ -202,18 +407,19 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
 }
 
 LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast) {
+                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast,
+                               OptionalBool wish, OptionalTensor grad_scale, bool inplace) {
   check_no_grad("binary_cross_entropy_with_logits", "weight", weight);
   check_no_grad("binary_cross_entropy_with_logits", "pos_weight", pos_weight);
   using Loss = Elementwise<BceWithLogits, std::optional<Tensor>, std::optional<Tensor>>;
-  return Loss::dispatch(input, target, weight, pos_weight, reduction, ignore_index, upcast);
+  return Loss::dispatch(input, target, weight, pos_weight, reduction, ignore_index, upcast, wish, grad_scale, inplace);
 }
 
 LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   OptionalIndex ignore_index, bool upcast) {
+                   OptionalIndex ignore_index, bool upcast, OptionalBool wish, OptionalTensor grad_scale) {
   check_no_grad("binary_cross_entropy", "weight", weight);
   using Loss = Elementwise<Bce, std::optional<Tensor>>;
-  return Loss::dispatch(input, target, weight, reduction, ignore_index, upcast);
+  return Loss::dispatch(input, target, weight, reduction, ignore_index, upcast, wish, grad_scale, false);
 }
 
 }  // namespace fusedloss::autograd

@@ -10,9 +10,15 @@ constexpr ElementwiseLoss kLoss{"binary_cross_entropy", &cpu::Kernels::bce, true
 }  // namespace
 
 LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   OptionalIndex ignore_index, bool upcast) {
+                   OptionalIndex ignore_index, bool upcast, OptionalBool, OptionalTensor) {
   return elementwise_forward(kLoss, {input, target, weight.value_or(Tensor()), Tensor(), reduction, ignore_index},
                              upcast);
+}
+
+Tensor bce_with_grad(const Tensor& input, const Tensor& target, OptionalTensor weight, OptionalTensor grad_scale,
+                     int64_t reduction, OptionalIndex ignore_index, bool upcast, Tensor& grad_input) {
+  return elementwise_with_grad(kLoss, {input, target, weight.value_or(Tensor()), Tensor(), reduction, ignore_index},
+                               grad_scale, upcast, grad_input);
 }
 
 TwoGrads bce_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, OptionalTensor weight,

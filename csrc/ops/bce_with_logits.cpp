@@ -10,10 +10,19 @@ constexpr ElementwiseLoss kLoss{"binary_cross_entropy_with_logits", &cpu::Kernel
 }  // namespace
 
 LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast) {
+                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast,
+                               OptionalBool, OptionalTensor, bool) {
   return elementwise_forward(
       kLoss, {input, target, weight.value_or(Tensor()), pos_weight.value_or(Tensor()), reduction, ignore_index},
       upcast);
+}
+
+Tensor bce_with_logits_with_grad(const Tensor& input, const Tensor& target, OptionalTensor weight,
+                                 OptionalTensor pos_weight, OptionalTensor grad_scale, int64_t reduction,
+                                 OptionalIndex ignore_index, bool upcast, Tensor& grad_input) {
+  return elementwise_with_grad(
+      kLoss, {input, target, weight.value_or(Tensor()), pos_weight.value_or(Tensor()), reduction, ignore_index},
+      grad_scale, upcast, grad_input);
 }
 
 TwoGrads bce_with_logits_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,

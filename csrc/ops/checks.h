@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "../kernels/types.h"
+#include "losses.h"
 
 namespace fusedloss::ops {
 
@@ -57,6 +58,21 @@ inline void check_flow(const char* loss, const at::Tensor& input, const at::Tens
               ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
   TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, loss, ": divisor must be one float64, got ",
               divisor.scalar_type(), " of shape ", divisor.sym_sizes());
+}
+
+// What every operator that computes loss and gradient in one pass is given.
+inline void check_with_grad(const char* loss, const at::Tensor& input, const at::Tensor& grad,
+                            OptionalTensor grad_scale, int64_t reduction) {
+  check_devices(loss, {{"input", input}, {"grad", grad}, {"grad_scale", grad_scale}});
+  TORCH_CHECK_VALUE(reduction != int64_t(Reduction::none), loss, ": an unreduced loss has no gradient in forward");
+  TORCH_CHECK(grad.sym_sizes() == input.sym_sizes() && grad.scalar_type() == input.scalar_type(), loss,
+              ": grad must have the input's type and shape ", input.sym_sizes(), ", got ", grad.scalar_type(),
+              " of shape ", grad.sym_sizes());
+  TORCH_CHECK(
+      !is_present(grad_scale) || (grad_scale->sym_numel() == 1 && at::isFloatingType(grad_scale->scalar_type())), loss,
+      ": grad_scale must be one floating-point number, got ",
+      is_present(grad_scale) ? grad_scale->scalar_type() : at::kFloat, " of shape ",
+      is_present(grad_scale) ? grad_scale->sym_sizes() : c10::SymIntArrayRef());
 }
 
 }  // namespace fusedloss::ops

@@ -8,6 +8,7 @@
 #include "class_loss.h"
 #include "launch.h"
 #include "losses.h"
+#include "memory.h"
 
 namespace fusedloss::ops {
 namespace {
@@ -90,7 +91,7 @@ struct Problem {
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
-                                  bool return_lse, bool upcast) {
+                                  bool return_lse, bool upcast, OptionalBool, OptionalTensor, bool) {
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
 
   const auto positions = position_sizes(logits);
@@ -116,9 +117,36 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
     if (total.invalid >= 0) raise_target_out_of_bounds(kName, logits, target, total.invalid);
     // Native torch divides by the number of logits over the number of classes.
     if (args.has_probabilities && args.shape.classes == 0) total.divisor = 0;
-    finish_reduction(total, reduction, loss, divisor);
+    *divisor.mutable_data_ptr<double>() = total.divisor;
+    finish_reduction(total, reduction, loss);
   }
   return {loss, lse, row_max, row_log_sum, divisor};
+}
+
+Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
+                               OptionalTensor grad_scale_, int64_t reduction, int64_t ignore_index,
+                               double label_smoothing, double z_loss, double logit_softcap, bool upcast,
+                               Tensor& grad_logits) {
+  check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
+  check_with_grad(kName, logits, grad_logits, grad_scale_, reduction);
+  Tensor loss = at::empty({}, logits.options().dtype(loss_type(logits, target, weight, upcast)));
+
+  if (!logits.is_meta()) {
+    Tensor grad = addressable(grad_logits);
+    Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad);
+    CrossEntropyArgs& args = problem.args;
+    // The divisor first, since the gradient needs it; nothing is written yet if a target turns out to be invalid.
+    Partial total = run_forward(cpu_kernels().cross_entropy.count, args);
+    if (total.invalid >= 0) raise_target_out_of_bounds(kName, logits, target, total.invalid);
+    if (args.has_probabilities && args.shape.classes == 0) total.divisor = 0;
+    double flow = assumed_grad_output(grad_scale_, loss.scalar_type());
+    args.grad_loss = {&flow, Dtype::float64, 0};
+    args.grad_scale = grad_scale(total.divisor, reduction);
+    total.loss = run_forward(cpu_kernels().cross_entropy.forward, args).loss;
+    finish_reduction(total, reduction, loss);
+    if (!grad.is_same(grad_logits)) grad_logits.copy_(grad);
+  }
+  return loss;
 }
 
 TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
@@ -142,8 +170,8 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
   TORCH_CHECK(!output_mask[1] || has_probabilities(logits, target), kName,
               ": a target of class indices has no gradient");
 
-  Tensor grad_logits = output_mask[0] ? empty_like_logits(logits) : Tensor();
-  Tensor grad_target = output_mask[1] ? empty_like_logits(target) : Tensor();
+  Tensor grad_logits = output_mask[0] ? with_huge_pages(empty_like_logits(logits)) : Tensor();
+  Tensor grad_target = output_mask[1] ? with_huge_pages(empty_like_logits(target)) : Tensor();
 
   if (!logits.is_meta()) {
     Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad_logits,

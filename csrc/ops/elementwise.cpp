@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "launch.h"
+#include "memory.h"
 
 namespace fusedloss::ops {
 namespace {
@@ -138,6 +139,12 @@ void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArg
   operands.add(in.pos_weight, args.pos_weight);
 }
 
+// A floating-point target decides the result's type, as in native torch; other targets have no say.
+at::ScalarType loss_type(const ElementwiseInputs& in, bool upcast) {
+  const auto& decides = at::isFloatingType(in.target.scalar_type()) ? in.target : in.input;
+  return upcast_type(decides.scalar_type(), upcast);
+}
+
 [[noreturn]] void raise_out_of_domain(const ElementwiseLoss& loss, const ElementwiseInputs& in) {
   const Tensor input = in.input.detach().to(at::kDouble).contiguous();
   const Tensor target = in.target.detach().to(at::kDouble).contiguous();
@@ -159,9 +166,7 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
   check(loss, in, upcast);
   make_walkable(in);
 
-  // A floating-point target decides the result's type, as in native torch; other targets have no say.
-  const auto& decides = at::isFloatingType(in.target.scalar_type()) ? in.target : in.input;
-  const auto options = in.input.options().dtype(upcast_type(decides.scalar_type(), upcast));
+  const auto options = in.input.options().dtype(loss_type(in, upcast));
   const bool reduced = in.reduction != int64_t(Reduction::none);
   Tensor result = reduced ? at::empty({}, options) : at::empty_like(in.input, options);
   Tensor divisor = at::empty({}, in.input.options().dtype(at::kDouble));
@@ -174,9 +179,35 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
     operands.fill(args.shape);
     const Partial total = run_forward((cpu_kernels().*loss.cpu_kernels).forward, args);
     if (total.invalid >= 0) raise_out_of_domain(loss, in);
-    finish_reduction(total, in.reduction, result, divisor);
+    *divisor.mutable_data_ptr<double>() = total.divisor;
+    finish_reduction(total, in.reduction, result);
   }
   return {result, divisor};
+}
+
+Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, OptionalTensor grad_scale_, bool upcast,
+                             Tensor& grad_input) {
+  check(loss, in, upcast);
+  check_with_grad(loss.name, in.input, grad_input, grad_scale_, in.reduction);
+  Tensor result = at::empty({}, in.input.options().dtype(loss_type(in, upcast)));
+
+  if (!in.input.is_meta()) {
+    make_walkable(in);
+    Tensor grad = walkable(grad_input, in.input);
+    ElementwiseArgs args;
+    Operands operands(in.input);
+    fill_inputs(in, operands, args);
+    operands.add(grad, args.grad_input);
+    operands.fill(args.shape);
+    const auto& kernels = cpu_kernels().*loss.cpu_kernels;
+    const double divisor = args.has_ignore_index ? run_forward(kernels.count, args).divisor : double(args.shape.numel);
+    args.grad_scale = assumed_grad_output(grad_scale_, result.scalar_type()) * grad_scale(divisor, in.reduction);
+    const Partial total = run_forward(kernels.forward, args);
+    if (total.invalid >= 0) raise_out_of_domain(loss, in);
+    finish_reduction(total, in.reduction, result);
+    if (!grad.is_same(grad_input)) grad_input.copy_(grad);
+  }
+  return result;
 }
 
 TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in, Tensor grad_loss,
@@ -188,8 +219,10 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in,
 
   make_walkable(in);
   grad_loss = walkable(grad_loss, in.input);
-  Tensor grad_input = output_mask[0] ? at::empty_like(in.input) : at::empty({0}, in.input.options());
-  Tensor grad_target = output_mask[1] ? at::empty_like(in.target) : at::empty({0}, in.target.options());
+  const auto grad_like = [](const Tensor& tensor, bool wanted) {
+    return wanted ? with_huge_pages(at::empty_like(tensor)) : at::empty({0}, tensor.options());
+  };
+  Tensor grad_input = grad_like(in.input, output_mask[0]), grad_target = grad_like(in.target, output_mask[1]);
 
   if (!in.input.is_meta()) {
     ElementwiseArgs args;

@@ -8,6 +8,8 @@
 #include <c10/util/SmallVector.h>
 
 #include "../kernels/cpu/cpu.h"
+#include "checks.h"
+#include "losses.h"
 
 namespace fusedloss::ops {
 
@@ -64,9 +66,8 @@ void run_backward(cpu::Kernel<Args> kernel, const Args& args) {
   run_blocks(kernel, args, cpu::block_count(args));
 }
 
-// Writes the reduced loss and the divisor that backward will need.
-inline void finish_reduction(const Partial& total, int64_t reduction, at::Tensor& loss, at::Tensor& divisor) {
-  *divisor.mutable_data_ptr<double>() = total.divisor;
+// Writes the reduced loss.
+inline void finish_reduction(const Partial& total, int64_t reduction, at::Tensor& loss) {
   if (reduction == int64_t(Reduction::none)) return;
   const double value = reduction == int64_t(Reduction::mean) ? total.loss / total.divisor : total.loss;
   switch (loss.scalar_type()) {
@@ -78,8 +79,28 @@ inline void finish_reduction(const Partial& total, int64_t reduction, at::Tensor
   }
 }
 
+inline double grad_scale(double divisor, int64_t reduction) {
+  return reduction == int64_t(Reduction::mean) ? 1 / divisor : 1.0;
+}
+
 inline double grad_scale(const at::Tensor& divisor, int64_t reduction) {
-  return reduction == int64_t(Reduction::mean) ? 1 / *divisor.const_data_ptr<double>() : 1.0;
+  return grad_scale(*divisor.const_data_ptr<double>(), reduction);
+}
+
+// The number in a tensor of one element.
+inline double number_in(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return *tensor.const_data_ptr<double>();
+    case at::kFloat: return *tensor.const_data_ptr<float>();
+    case at::kBFloat16: return *tensor.const_data_ptr<at::BFloat16>();
+    case at::kHalf: return *tensor.const_data_ptr<at::Half>();
+    default: TORCH_CHECK(false, "expected a floating-point number, got ", tensor.scalar_type());
+  }
+}
+
+// The grad_output that forward assumes, rounded as backward will see it: in the loss's type.
+inline double assumed_grad_output(OptionalTensor grad_scale, at::ScalarType loss_type) {
+  return is_present(grad_scale) ? number_in(grad_scale->to(loss_type)) : 1.0;
 }
 
 }  // namespace fusedloss::ops

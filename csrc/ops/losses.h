@@ -2,7 +2,13 @@
 // device (fake tensors, torch.compile, torch.export) it stops before the launch. The schemas, with the same names in
 // the same order, are in csrc/register.cpp.
 //
-//   upcast   treat half precision as float32 when the result's type is decided: what native torch gives under autocast
+//   upcast            treat half precision as float32 when the result's type is decided: what native torch gives under
+//                     autocast
+//   grad_in_forward   write the gradient in forward: true, false, or absent: where nothing speaks against it
+//   grad_scale        one number, the grad_output that backward will be called with; absent: 1
+//   inplace           the gradient may be written over the input
+//
+// The last three concern autograd alone (csrc/ops/autograd.cpp): below it, a forward operator only reads.
 
 #pragma once
 
@@ -17,6 +23,7 @@ namespace fusedloss::ops {
 using at::Tensor;
 using OptionalTensor = const std::optional<Tensor>&;
 using OptionalIndex = std::optional<int64_t>;
+using OptionalBool = std::optional<bool>;
 
 using CrossEntropyOutputs =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // loss, lse, row_max, row_log_sum, divisor
@@ -25,7 +32,14 @@ using TwoGrads = std::tuple<Tensor, Tensor>;  // each empty, of shape (0,), wher
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
-                                  bool return_lse, bool upcast);
+                                  bool return_lse, bool upcast, OptionalBool grad_in_forward, OptionalTensor grad_scale,
+                                  bool inplace);
+// Forward and backward in one pass: returns the loss and writes the gradient, for a grad_output of grad_scale. The
+// gradient may be the logits.
+Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
+                               OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index,
+                               double label_smoothing, double z_loss, double logit_softcap, bool upcast,
+                               Tensor& grad_logits);
 TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
                                 const Tensor& target, OptionalTensor weight, const Tensor& row_max,
                                 const Tensor& row_log_sum, const Tensor& divisor, int64_t reduction,
@@ -38,16 +52,31 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
                     const Tensor& divisor, int64_t reduction, int64_t ignore_index);
 
 LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast);
+                               OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast,
+                               OptionalBool grad_in_forward, OptionalTensor grad_scale, bool inplace);
+Tensor bce_with_logits_with_grad(const Tensor& input, const Tensor& target, OptionalTensor weight,
+                                 OptionalTensor pos_weight, OptionalTensor grad_scale, int64_t reduction,
+                                 OptionalIndex ignore_index, bool upcast, Tensor& grad_input);
 TwoGrads bce_with_logits_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
                                   OptionalTensor weight, OptionalTensor pos_weight, const Tensor& divisor,
                                   int64_t reduction, OptionalIndex ignore_index, std::array<bool, 2> output_mask);
 
 LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   OptionalIndex ignore_index, bool upcast);
+                   OptionalIndex ignore_index, bool upcast, OptionalBool grad_in_forward, OptionalTensor grad_scale);
+Tensor bce_with_grad(const Tensor& input, const Tensor& target, OptionalTensor weight, OptionalTensor grad_scale,
+                     int64_t reduction, OptionalIndex ignore_index, bool upcast, Tensor& grad_input);
 TwoGrads bce_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, OptionalTensor weight,
                       const Tensor& divisor, int64_t reduction, OptionalIndex ignore_index,
                       std::array<bool, 2> output_mask);
+
+// Multiplies a gradient that was written for a grad_output of grad_scale by grad_output / grad_scale; does nothing
+// where the two are equal.
+void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor grad_scale);
+
+// Logits with the softmax that the gradient of a cross entropy without z loss and soft cap was written from. The loss's
+// derivatives there are those at the logits themselves. (fusedloss/double_backward.py)
+Tensor recover_logits(const Tensor& grad_logits, const Tensor& target, OptionalTensor weight, OptionalTensor grad_scale,
+                      int64_t reduction, int64_t ignore_index, double label_smoothing);
 
 }  // namespace fusedloss::ops
 

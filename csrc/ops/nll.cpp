@@ -8,6 +8,7 @@
 #include "class_loss.h"
 #include "launch.h"
 #include "losses.h"
+#include "memory.h"
 
 namespace fusedloss::ops {
 namespace {
@@ -46,7 +47,8 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
 
     const Partial total = run_forward(cpu_kernels().nll.forward, args);
     if (total.invalid >= 0) raise_target_out_of_bounds(kName, log_probs, target, total.invalid);
-    finish_reduction(total, reduction, loss, divisor);
+    *divisor.mutable_data_ptr<double>() = total.divisor;
+    finish_reduction(total, reduction, loss);
   }
   return {loss, divisor};
 }
@@ -57,7 +59,7 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
   check(log_probs, target, weight, reduction, upcast);
   check_flow(kName, log_probs, grad_loss, divisor, reduction, position_sizes(log_probs));
 
-  Tensor grad = empty_like_logits(log_probs).zero_();
+  Tensor grad = with_huge_pages(empty_like_logits(log_probs)).zero_();
   if (!log_probs.is_meta()) {
     NllArgs args;
     fill_class_views(args.shape, {{grad, args.grad_log_probs}});

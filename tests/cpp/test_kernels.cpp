@@ -53,7 +53,8 @@ std::vector<T> random_values(std::int64_t count, double scale) {
 
 enum class Layout { rows, columns };
 
-// One loss and its gradient, with label smoothing and an ignored position, in one layout.
+// One loss and its gradient, with label smoothing and an ignored position, in one layout: by backward, and by forward,
+// which writes it over the logits.
 template <class T>
 void test_cross_entropy(const Set& set, Layout layout, std::int64_t positions, std::int64_t classes) {
   const double smoothing = 0.1, tolerance = sizeof(T) == 8 ? 1e-13 : 2e-6;
@@ -77,9 +78,17 @@ void test_cross_entropy(const Set& set, Layout layout, std::int64_t positions, s
   args.loss = {loss.data(), kDtype<T>, 1};
   args.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, 0};
 
-  const auto& kernels = cpu::kernels(set.set);
-  const Partial total = run(kernels.cross_entropy.forward, args);
-  kernels.cross_entropy.backward(args, 0, cpu::block_count(args));
+  const auto& kernels = cpu::kernels(set.set).cross_entropy;
+  args.grad_logits.data = nullptr;
+  const Partial total = run(kernels.forward, args);
+  args.grad_logits.data = grad.data();
+  kernels.backward(args, 0, cpu::block_count(args));
+  const Partial counted = run(kernels.count, args);
+
+  std::vector<T> in_place = logits;
+  args.logits.data = args.grad_logits.data = in_place.data();
+  args.row_max = args.row_log_sum = args.loss.data = nullptr;
+  const Partial again = run(kernels.forward, args);
 
   double sum = 0;
   for (std::int64_t i = 0; i < positions; ++i) {
@@ -97,13 +106,16 @@ void test_cross_entropy(const Set& set, Layout layout, std::int64_t positions, s
     for (std::int64_t c = 0; c < classes; ++c) {
       const double mass = smoothing / double(classes) + (c == target[i] ? 1 - smoothing : 0);
       const double slope = ignored ? 0 : std::exp(double(logits[at(c)]) - lse) - mass;
-      EXPECT(std::fabs(grad[at(c)] - slope) <= tolerance,
-             "%s, %ld classes, entry (%ld, %ld): gradient %.9g, truth %.9g", set.name, long(classes), long(i), long(c),
-             double(grad[at(c)]), slope);
+      for (const T value : {grad[at(c)], in_place[at(c)]}) {
+        EXPECT(std::fabs(value - slope) <= tolerance, "%s, %ld classes, entry (%ld, %ld): gradient %.9g, truth %.9g",
+               set.name, long(classes), long(i), long(c), double(value), slope);
+      }
     }
   }
   EXPECT(std::fabs(total.loss - sum) <= tolerance * (1 + sum), "%s: total %.9g, truth %.9g", set.name, total.loss, sum);
   EXPECT(total.divisor == double(positions - positions / 5), "%s: %g positions count", set.name, total.divisor);
+  EXPECT(again.loss == total.loss, "%s: %.17g with the gradient, %.17g without", set.name, again.loss, total.loss);
+  EXPECT(counted.divisor == total.divisor, "%s: counted %g, not %g", set.name, counted.divisor, total.divisor);
   EXPECT(total.invalid == -1, "%s: position %ld is valid", set.name, long(total.invalid));
 }
 
@@ -144,8 +156,17 @@ void test_bce_with_logits(const Set& set, std::int64_t rows, std::int64_t column
   args.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, false, {0, 0}};
   args.grad_input = {grad.data(), kDtype<T>, true, {columns, 1}};
   const auto& kernel = cpu::kernels(set.set).bce_with_logits;
+  args.grad_input.data = nullptr;
   const Partial total = run(kernel.forward, args);
+  args.grad_input.data = grad.data();
   kernel.backward(args, 0, cpu::block_count(args));
+  const Partial alone = run(kernel.count, args);
+
+  std::vector<T> in_place = x;
+  args.input.data = args.grad_input.data = in_place.data();
+  args.grad_loss.data = nullptr;
+  args.grad_scale = grad_loss;
+  const Partial again = run(kernel.forward, args);
 
   double sum = 0, counted = 0;
   const double tolerance = sizeof(T) == 8 ? 1e-12 : 2e-6;
@@ -155,11 +176,15 @@ void test_bce_with_logits(const Set& set, std::int64_t rows, std::int64_t column
     if (!ignored) sum += (1 - y) * std::log1p(std::exp(v)) + p * y * std::log1p(std::exp(-v));
     counted += !ignored;
     const double slope = ignored ? 0 : 2 * ((1 - y) / (1 + std::exp(-v)) - p * y / (1 + std::exp(v)));
-    EXPECT(std::fabs(grad[i] - slope) <= tolerance * 8, "%s: element %ld: gradient %.9g, truth %.9g", set.name, long(i),
-           double(grad[i]), slope);
+    for (const T value : {grad[i], in_place[i]}) {
+      EXPECT(std::fabs(value - slope) <= tolerance * 8, "%s: element %ld: gradient %.9g, truth %.9g", set.name, long(i),
+             double(value), slope);
+    }
   }
   EXPECT(std::fabs(total.loss - sum) <= tolerance * (1 + sum), "%s: %.9g, truth %.9g", set.name, total.loss, sum);
   EXPECT(total.divisor == counted, "%s: %g elements count, not %g", set.name, counted, total.divisor);
+  EXPECT(again.loss == total.loss, "%s: %.17g with the gradient, %.17g without", set.name, again.loss, total.loss);
+  EXPECT(alone.divisor == counted, "%s: counted %g, not %g", set.name, alone.divisor, counted);
 }
 
 template <class T>

@@ -16,8 +16,10 @@ inline constexpr int kChunk = 1024;
 inline constexpr int kPadding = 16;
 // Positions treated together. In column order they are the lanes of the vector loops.
 inline constexpr int kLanes = 256;
-// Classes of a tile of kLanes positions that are converted at a time.
-inline constexpr int kTileClasses = 32;
+// Elements of a tile of (classes, lanes) in column order: as float32, half of a second-level cache of 1 MB.
+inline constexpr std::int64_t kTileElements = 131072;
+// Exponentials added up at a time: four vectors of the widest kind.
+inline constexpr int kSumRun = 64;
 // Elements in a block: large enough to hide the start of a thread, small enough to balance.
 inline constexpr std::int64_t kBlockElements = 32768;
 // Rows shorter than this leave most lanes of a vector loop over classes idle; lanes across positions do better.
@@ -28,9 +30,14 @@ inline bool row_order(const ClassShape& shape, const ClassTensor& tensor) {
   return tensor.class_stride == 1 && shape.classes >= kRowClasses;
 }
 
+inline std::int64_t column_lanes(std::int64_t classes) {
+  const std::int64_t fitting = kTileElements / std::max<std::int64_t>(classes, 1) / kPadding * kPadding;
+  return std::clamp<std::int64_t>(fitting, kPadding, kLanes);
+}
+
 inline std::int64_t positions_per_block(const CrossEntropyArgs& args) {
   const std::int64_t by_size = kBlockElements / std::max<std::int64_t>(args.shape.classes, 1);
-  const std::int64_t least = row_order(args.shape, args.logits) ? 1 : kLanes;
+  const std::int64_t least = row_order(args.shape, args.logits) ? 1 : column_lanes(args.shape.classes);
   return std::max(by_size, least);
 }
 

@@ -1,6 +1,10 @@
 #include "cpu.h"
 
+#include <cstdlib>
+#include <new>
+
 #include "blocks.h"
+#include "scratch.h"
 
 namespace fusedloss::cpu {
 
@@ -14,6 +18,24 @@ const Kernels& kernels([[maybe_unused]] InstructionSet set) {
   if (set == InstructionSet::avx2) return kAvx2;
 #endif
   return kBaseline;
+}
+
+void* scratch(std::size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    std::size_t bytes = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffer;
+  if (bytes > buffer.bytes) {
+    const std::size_t line = 64, rounded = (bytes + line - 1) / line * line;
+    std::free(buffer.data);
+    buffer = {};
+    buffer.data = std::aligned_alloc(line, rounded);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.bytes = rounded;
+  }
+  return buffer.data;
 }
 
 std::int64_t block_count(const CrossEntropyArgs& args) {

@@ -16,8 +16,9 @@ using Kernel = void (*)(const Args& args, std::int64_t begin, std::int64_t end);
 
 template <class Args>
 struct Loss {
-  Kernel<Args> forward;
+  Kernel<Args> forward;  // with the gradient, if args has a place for it
   Kernel<Args> backward;
+  Kernel<Args> count = nullptr;  // the divisor of the mean alone, and what is invalid
 };
 
 struct Kernels {

@@ -1,7 +1,7 @@
 // Losses of one element on the CPU. A block of elements is loaded run by run into the accumulate type, the formula of
-// `Loss` is applied in one vector loop, and the results are stored or added up. A formula is a struct of four
-// functions: in_domain, loss, input_grad and target_grad (see csrc/math/bce.h). It knows nothing of dtypes, strides or
-// broadcasts.
+// `Loss` is applied in one vector loop, and the results are stored or added up. A formula is a struct of three
+// functions: in_domain, evaluate (loss and slope) and target_grad (see csrc/math/bce.h). It knows nothing of dtypes,
+// strides or broadcasts.
 
 #include "../../math/bce.h"
 #include "../../math/bce_with_logits.h"
@@ -46,12 +46,9 @@ struct Run {
   std::int64_t begin;
   std::int64_t count;
 
-  // The tensor's elements, or `absent` for each where there is no tensor.
-  const Acc* load(const ElementwiseTensor& tensor, Acc absent, Acc* buffer) const {
-    if (!tensor.data) {
-      std::fill_n(buffer, count, absent);
-      return buffer;
-    }
+  // The tensor's elements, or ones where there is no tensor.
+  const Acc* load(const ElementwiseTensor& tensor, Acc* buffer) const {
+    if (!tensor.data) return kOnes<Acc>.data();
     // One weight for each of a few columns: loaded once and repeated, since pieces that short cost more than they hold.
     const std::int64_t columns = shape.dims == 2 ? shape.sizes[1] : count;
     const bool repeats = !tensor.linear && tensor.strides[0] == 0 && columns < count;
@@ -70,6 +67,11 @@ struct Run {
     if (values != buffer) std::copy_n(values, distinct, buffer);
     for (std::int64_t i = distinct; i < count; ++i) buffer[i] = buffer[i - distinct];
     return buffer;
+  }
+
+  // Where results that `store` will be given should be computed: in place when nothing has to be converted.
+  Acc* destination(const ElementwiseTensor& tensor, Acc* buffer) const {
+    return tensor.linear ? cpu::destination(tensor.data, tensor.dtype, begin, 1, buffer) : buffer;
   }
 
   void store(const ElementwiseTensor& tensor, const Acc* values) const {
@@ -93,33 +95,70 @@ Acc ignored_target(const ElementwiseArgs& args) {
   return args.has_ignore_index ? static_cast<Acc>(args.ignore_index) : math::kNaN<Acc>;
 }
 
+// What a formula is applied to: a run of each input.
+template <class Acc>
+struct Operands {
+  Acc x_buffer[kElementwiseRun], t_buffer[kElementwiseRun], w_buffer[kElementwiseRun], p_buffer[kElementwiseRun];
+  const Acc *x, *t, *w, *p;
+
+  void load(const Run<Acc>& run, const ElementwiseArgs& args) {
+    x = run.load(args.input, x_buffer);
+    t = run.load(args.target, t_buffer);
+    w = run.load(args.weight, w_buffer);
+    p = run.load(args.pos_weight, p_buffer);
+  }
+};
+
+template <class Acc>
+struct RunTotal {
+  Acc loss = 0;
+  Acc counted = 0, invalid = 0;  // exact in a run, and as wide as the values: a loop of one width
+};
+
+// A function of its own: inlined into the traversal, GCC 12 leaves the loop scalar.
+template <class Loss, bool kGradient, class Acc>
+[[gnu::noinline]] RunTotal<Acc> evaluate(const Operands<Acc>& in, std::int64_t count, Acc ignored, Acc grad_loss,
+                                         Acc* loss, Acc* grad) {
+  const Acc *x = in.x, *t = in.t, *w = in.w, *p = in.p;
+  Acc sum = 0, counted = 0, invalid = 0;
+#pragma omp simd reduction(+ : sum, counted, invalid)
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Acc counts = t[i] == ignored ? Acc(0) : Acc(1);
+    const Acc outside = Loss::in_domain(x[i]) & Loss::in_domain(t[i]) ? Acc(0) : Acc(1);
+    const auto result = Loss::evaluate(x[i], t[i], p[i]);
+    loss[i] = math::zero_if(t[i] == ignored, w[i] * result.loss);
+    sum += loss[i];
+    counted += counts;
+    invalid += counts * outside;
+    if constexpr (kGradient) {
+      grad[i] = math::zero_if(t[i] == ignored, grad_loss * w[i] * result.slope);
+    }
+  }
+  return {sum, counted, invalid};
+}
+
 template <class Loss>
 void elementwise_forward(const ElementwiseArgs& args, std::int64_t first_block, std::int64_t last_block) {
   with_accumulate(args.dtype, [&]<class Acc>() {
     const Acc ignored = ignored_target<Acc>(args);
-    Acc x_buffer[kElementwiseRun], t_buffer[kElementwiseRun], w_buffer[kElementwiseRun], p_buffer[kElementwiseRun];
-    Acc loss[kElementwiseRun];
+    const Acc grad_loss = static_cast<Acc>(args.grad_scale);
+    Operands<Acc> in;
+    Acc loss[kElementwiseRun], grad_buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
       Partial& partial = args.partials[block];
       for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
-        const Acc* x = run.load(args.input, Acc(0), x_buffer);
-        const Acc* t = run.load(args.target, Acc(0), t_buffer);
-        const Acc* w = run.load(args.weight, Acc(1), w_buffer);
-        const Acc* p = run.load(args.pos_weight, Acc(1), p_buffer);
-        Acc sum = 0, counted = 0, invalid = 0;  // counts of one run are exact, and keep the loop at one width
-#pragma omp simd reduction(+ : sum, counted, invalid)
-        for (std::int64_t i = 0; i < run.count; ++i) {
-          const Acc counts = t[i] == ignored ? Acc(0) : Acc(1);
-          const Acc outside = Loss::in_domain(x[i]) && Loss::in_domain(t[i]) ? Acc(0) : Acc(1);
-          const Acc value = w[i] * Loss::loss(x[i], t[i], p[i]);
-          loss[i] = t[i] == ignored ? Acc(0) : value;
-          sum += loss[i];
-          counted += counts;
-          invalid += counts * outside;
+        in.load(run, args);
+        RunTotal<Acc> total;
+        if (args.grad_input.data) {
+          Acc* grad = run.destination(args.grad_input, grad_buffer);
+          total = evaluate<Loss, true>(in, run.count, ignored, grad_loss, loss, grad);
+          run.store(args.grad_input, grad);
+        } else {
+          total = evaluate<Loss, false>(in, run.count, ignored, grad_loss, loss, loss);
         }
-        partial.loss += double(sum);
-        partial.divisor += double(counted);
-        if (invalid > 0 && partial.invalid < 0) partial.invalid = run.begin;
+        partial.loss += double(total.loss);
+        partial.divisor += double(total.counted);
+        if (total.invalid > 0 && partial.invalid < 0) partial.invalid = run.begin;
         if (args.loss.data) run.store(args.loss, loss);
       });
     }
@@ -131,31 +170,48 @@ void elementwise_backward(const ElementwiseArgs& args, std::int64_t first_block,
   with_accumulate(args.dtype, [&]<class Acc>() {
     const Acc ignored = ignored_target<Acc>(args);
     const Acc scale = static_cast<Acc>(args.grad_scale);
-    Acc x_buffer[kElementwiseRun], t_buffer[kElementwiseRun], w_buffer[kElementwiseRun], p_buffer[kElementwiseRun];
-    Acc g_buffer[kElementwiseRun], grad[kElementwiseRun];
+    Operands<Acc> in;
+    Acc g_buffer[kElementwiseRun], grad_buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
       for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
-        const Acc* x = run.load(args.input, Acc(0), x_buffer);
-        const Acc* t = run.load(args.target, Acc(0), t_buffer);
-        const Acc* w = run.load(args.weight, Acc(1), w_buffer);
-        const Acc* p = run.load(args.pos_weight, Acc(1), p_buffer);
-        const Acc* g = run.load(args.grad_loss, Acc(0), g_buffer);
+        in.load(run, args);
+        const Acc *x = in.x, *t = in.t, *w = in.w, *p = in.p;
+        const Acc* g = run.load(args.grad_loss, g_buffer);
         if (args.grad_input.data) {
+          Acc* grad = run.destination(args.grad_input, grad_buffer);
 #pragma omp simd
           for (std::int64_t i = 0; i < run.count; ++i) {
-            const Acc value = Loss::input_grad(x[i], t[i], p[i], g[i] * scale * w[i]);
-            grad[i] = t[i] == ignored ? Acc(0) : value;
+            const Acc slope = Loss::evaluate(x[i], t[i], p[i]).slope;
+            grad[i] = math::zero_if(t[i] == ignored, g[i] * scale * w[i] * slope);
           }
           run.store(args.grad_input, grad);
         }
         if (args.grad_target.data) {
+          Acc* grad = run.destination(args.grad_target, grad_buffer);
 #pragma omp simd
           for (std::int64_t i = 0; i < run.count; ++i) {
-            const Acc value = Loss::target_grad(x[i], t[i], p[i], g[i] * scale * w[i]);
-            grad[i] = t[i] == ignored ? Acc(0) : value;
+            const Acc slope = Loss::target_grad(x[i], t[i], p[i], g[i] * scale * w[i]);
+            grad[i] = math::zero_if(t[i] == ignored, slope);
           }
           run.store(args.grad_target, grad);
         }
+      });
+    }
+  });
+}
+
+// How many elements are not ignored: the divisor of the mean.
+inline void elementwise_count(const ElementwiseArgs& args, std::int64_t first_block, std::int64_t last_block) {
+  with_accumulate(args.dtype, [&]<class Acc>() {
+    const Acc ignored = ignored_target<Acc>(args);
+    Acc buffer[kElementwiseRun];
+    for (std::int64_t block = first_block; block < last_block; ++block) {
+      for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
+        const Acc* t = run.load(args.target, buffer);
+        Acc counted = 0;
+#pragma omp simd reduction(+ : counted)
+        for (std::int64_t i = 0; i < run.count; ++i) counted += t[i] == ignored ? Acc(0) : Acc(1);
+        args.partials[block].divisor += double(counted);
       });
     }
   });

@@ -4,11 +4,14 @@
 
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <type_traits>
 
 #include "../types.h"
+#include "blocks.h"
 
 namespace fusedloss::cpu {
 namespace {
@@ -111,6 +114,14 @@ template <class F>
 template <class T>
 inline constexpr Dtype kDtypeOf = std::is_same_v<T, double> ? Dtype::float64 : Dtype::float32;
 
+// The weights of a chunk or a run, where there are none.
+template <class Acc>
+inline constexpr std::array<Acc, kChunk> kOnes = [] {
+  std::array<Acc, kChunk> ones{};
+  ones.fill(Acc(1));
+  return ones;
+}();
+
 // Elements offset, offset + stride, ... of data. The result is `buffer`, or the elements themselves.
 template <class Value>
 const Value* load(const void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, std::int64_t count,
@@ -150,6 +161,68 @@ void store(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, st
       for (std::int64_t i = 0; i < count; ++i) result[i] = round_to<T>(values[i]);
     } else {
       for (std::int64_t i = 0; i < count; ++i) result[i * stride] = round_to<T>(values[i]);
+    }
+  });
+}
+
+// A tile of (lines, lanes): element (line, lane) lies at offset + line * line_stride + lane * lane_stride in data, and
+// at line * tile_stride + lane in the tile. Where a lane's elements are neighbours, lanes are walked outermost, so that
+// every cache line is touched once.
+template <class Value>
+void load_lines(const void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride, std::int64_t lane_stride,
+                std::int64_t lines, std::int64_t lanes, Value* tile, std::int64_t tile_stride) {
+  with_floating(dtype, [&]<class T>() {
+    const T* source = static_cast<const T*>(data) + offset;
+    if (lane_stride == 1) {
+      for (std::int64_t line = 0; line < lines; ++line) {
+        const T* from = source + line * line_stride;
+        Value* to = tile + line * tile_stride;
+#pragma omp simd
+        for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] = convert<Value>(from[lane]);
+        // The lanes that follow are the next to be loaded; the processor's own prefetch stops at the end of a line.
+        for (std::int64_t lane = 0; lane < lanes; lane += 64 / sizeof(T)) __builtin_prefetch(from + lanes + lane);
+      }
+    } else {
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        const T* from = source + lane * lane_stride;
+        for (std::int64_t line = 0; line < lines; ++line) {
+          tile[line * tile_stride + lane] = convert<Value>(from[line * line_stride]);
+        }
+      }
+    }
+  });
+}
+
+template <class Value>
+void store_lines(void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride, std::int64_t lane_stride,
+                 std::int64_t lines, std::int64_t lanes, const Value* tile, std::int64_t tile_stride) {
+  with_floating(dtype, [&]<class T>() {
+    T* result = static_cast<T*>(data) + offset;
+    if (lane_stride == 1) {
+      for (std::int64_t line = 0; line < lines; ++line) {
+        const Value* from = tile + line * tile_stride;
+        T* to = result + line * line_stride;
+#pragma omp simd
+        for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] = round_to<T>(from[lane]);
+      }
+    } else {
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        T* to = result + lane * lane_stride;
+        for (std::int64_t line = 0; line < lines; ++line) {
+          to[line * line_stride] = round_to<T>(tile[line * tile_stride + lane]);
+        }
+      }
+    }
+  });
+}
+
+inline void store_zeros(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, std::int64_t count) {
+  with_floating(dtype, [&]<class T>() {
+    T* result = static_cast<T*>(data) + offset;
+    if (stride == 1) {
+      std::fill_n(result, count, T{});
+    } else {
+      for (std::int64_t i = 0; i < count; ++i) result[i * stride] = T{};
     }
   });
 }

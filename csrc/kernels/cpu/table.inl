@@ -10,10 +10,11 @@ namespace fusedloss::cpu {
 
 extern const Kernels FUSEDLOSS_TABLE;
 const Kernels FUSEDLOSS_TABLE = {
-    .cross_entropy = {cross_entropy_forward, cross_entropy_backward},
+    .cross_entropy = {cross_entropy_forward, cross_entropy_backward, cross_entropy_count},
     .nll = {nll_forward, nll_backward},
-    .bce_with_logits = {elementwise_forward<math::BceWithLogits>, elementwise_backward<math::BceWithLogits>},
-    .bce = {elementwise_forward<math::Bce>, elementwise_backward<math::Bce>},
+    .bce_with_logits = {elementwise_forward<math::BceWithLogits>, elementwise_backward<math::BceWithLogits>,
+                        elementwise_count},
+    .bce = {elementwise_forward<math::Bce>, elementwise_backward<math::Bce>, elementwise_count},
 };
 
 }  // namespace fusedloss::cpu

@@ -1,0 +1,299 @@
+// Cross entropy in row order: the classes of a position lie side by side.
+//
+// A row is read once, in chunks: each is loaded, its maximum is found and its exponentials, relative to that maximum,
+// are added up and kept. When the row's own maximum is known the kept exponentials become the gradient: a factor for
+// each chunk, minus the target's masses. They are kept where the gradient will lie if it has the accumulate type, else
+// in scratch memory; either way they are still in the second-level cache.
+
+namespace fusedloss::cpu {
+namespace {
+
+// The loops below are functions of their own: inlined into the traversal, GCC 12 finds no vector form for some.
+
+template <class Acc>
+[[gnu::noinline]] Acc largest(const Acc* x, std::int64_t count) {
+  Acc max = -math::kInfinity<Acc>;
+#pragma omp simd reduction(max : max)
+  for (std::int64_t k = 0; k < count; ++k) max = x[k] > max ? x[k] : max;
+  return max;
+}
+
+template <class Acc>
+[[gnu::noinline]] void exponentials(const Acc* x, Acc shift, Acc* e, std::int64_t count) {
+#pragma omp simd
+  for (std::int64_t k = 0; k < count; ++k) e[k] = math::exp_nonpositive(x[k] - shift);
+}
+
+// One after the other, the additions would take longer than the rest of a short row.
+template <int kWidth>
+[[gnu::always_inline]] inline double sum_by_halves(const double (&values)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    return values[0];
+  } else {
+    double halves[kWidth / 2];
+    for (int i = 0; i < kWidth / 2; ++i) halves[i] = values[i] + values[i + kWidth / 2];
+    return sum_by_halves(halves);
+  }
+}
+
+// The sum of a multiple of kSumRun elements: one of each quarter are added as they are, and then in float64, since a
+// float32 sum near 1 loses the digits that log(sum) consists of.
+template <class Acc>
+[[gnu::noinline]] double sum_of(const Acc* e, std::int64_t count) {
+  constexpr int kWidth = kSumRun / 4;
+  const std::int64_t quarter = count / 4;
+  double sums[kWidth] = {};
+  for (std::int64_t k = 0; k < quarter; k += kWidth) {
+    const Acc *first = e + k, *second = first + quarter, *third = second + quarter, *fourth = third + quarter;
+#pragma omp simd
+    for (int i = 0; i < kWidth; ++i) sums[i] += double((first[i] + second[i]) + (third[i] + fourth[i]));
+  }
+  return sum_by_halves(sums);
+}
+
+template <class Acc>
+class Rows : CrossEntropy<Acc> {
+ public:
+  explicit Rows(const CrossEntropyArgs& args) : CrossEntropy<Acc>(args) {
+    const std::int64_t whole_chunks = this->classes_ / kChunk;
+    // Beside a gradient of another type, the exponentials; behind them the slopes of the cap, and each chunk's maximum.
+    const ClassTensor& grad = args.grad_logits;
+    in_place_ = this->gradient_ && grad.dtype == kDtypeOf<Acc> && grad.class_stride == 1;
+    const std::int64_t kept = this->gradient_ && !in_place_ ? whole_chunks * kChunk : 0;
+    const std::int64_t slopes = this->cap_ != 0 ? this->classes_ : 0;
+    kept_ = static_cast<Acc*>(scratch((kept + slopes + whole_chunks + 1) * sizeof(Acc)));
+    slopes_ = kept_ + kept;
+    chunk_max_ = slopes_ + slopes;
+  }
+
+  void count(std::int64_t begin, std::int64_t end, Partial& partial) const {
+    for (Group<Acc> group; next_group(group, begin, end); begin += group.count) this->load_targets(group, partial);
+  }
+
+  void forward(std::int64_t begin, std::int64_t end, Partial& partial) const {
+    for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
+      this->load_targets(group, partial);
+      if (this->gradient_) this->load_grad_loss(group);
+      for (int i = 0; i < group.count; ++i) {
+        if (group.skip[i]) {
+          group.max[i] = group.target_logit[i] = -math::kInfinity<Acc>;
+          group.sum[i] = group.dense_loss[i] = 0;
+          if (this->gradient_) zero_gradient(group, i);
+          continue;
+        }
+        Acc tail[kChunk];
+        statistics(group, i, tail);
+        if (this->gradient_) {
+          this->set_softmax_grads(group, i, i + 1);
+          for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
+            const double factor = math::rescale(group.softmax_grad[i], chunk_max_[c / kChunk], group.max[i]);
+            gradient(group, i, c, exponentials_of(group, i, c, tail), Acc(factor));
+          }
+        }
+      }
+      this->losses(group);
+      this->finish(group, partial);
+    }
+  }
+
+  void backward(std::int64_t begin, std::int64_t end) const {
+    Partial unused;
+    for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
+      this->load_targets(group, unused);
+      this->load_statistics(group);
+      this->load_grad_loss(group);
+      for (int i = 0; i < group.count; ++i) {
+        if (this->probabilities_) group.mass[i] = Acc(mass_of(group.begin + i));
+        this->set_softmax_grads(group, i, i + 1);
+        if (group.skip[i]) {
+          zero_gradient(group, i);
+          continue;
+        }
+        if (group.counts[i] && !this->probabilities_) group.target_logit[i] = logit(group.begin + i, group.target[i]);
+        for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
+          Acc x_buffer[kChunk], e[kChunk];
+          std::int64_t count = chunk_size(c);
+          const Acc* x = logits(group.begin + i, c, count, x_buffer);
+          if (this->args_.grad_probabilities.data) probability_gradient(group, i, c, x);
+          if (!this->gradient_) continue;
+          exponentials(x, group.max[i], e, count);
+          gradient(group, i, c, e, Acc(group.softmax_grad[i]));
+        }
+      }
+    }
+  }
+
+ private:
+  bool next_group(Group<Acc>& group, std::int64_t begin, std::int64_t end) const {
+    group.begin = begin;
+    group.count = static_cast<int>(std::min<std::int64_t>(end - begin, kLanes));
+    return group.count > 0;
+  }
+
+  std::int64_t chunk_size(std::int64_t c) const { return std::min<std::int64_t>(kChunk, this->classes_ - c); }
+
+  // The logits of a chunk, capped if asked for. A ragged chunk is padded, and its count raised, with logits that change
+  // nothing in a sum of exponentials, so that no exponential of a short row is computed alone.
+  const Acc* logits(std::int64_t position, std::int64_t c, std::int64_t& count, Acc* buffer) const {
+    const ClassTensor& tensor = this->args_.logits;
+    const Acc* x = load(tensor.data, tensor.dtype, this->offset(tensor, position, c), 1, count, buffer);
+    const bool ragged = count % kPadding != 0;
+    if (x != buffer && (ragged || this->cap_ != 0)) std::copy_n(x, count, buffer), x = buffer;
+    if (this->cap_ != 0) this->cap(buffer, slopes_ + c, count);
+    while (count % kPadding != 0) buffer[count++] = -math::kInfinity<Acc>;
+    return x;
+  }
+
+  Acc logit(std::int64_t position, std::int64_t c) const {
+    const ClassTensor& tensor = this->args_.logits;
+    Acc x, slope;
+    x = *load(tensor.data, tensor.dtype, this->offset(tensor, position, c), 1, 1, &x);
+    if (this->cap_ != 0) this->cap(&x, &slope, 1);
+    return x;
+  }
+
+  // The weights of the classes from c on, for at most kChunk of them.
+  const Acc* weights(std::int64_t c) const { return this->weight_ ? this->weight_ + c : kOnes<Acc>.data(); }
+
+  const Acc* masses(std::int64_t position, std::int64_t c, Acc* buffer) const {
+    const std::int64_t count = chunk_size(c);
+    const Acc* q = this->probabilities(position, c, this->args_.probabilities.class_stride, count, buffer);
+    const Acc* w = weights(c);
+#pragma omp simd
+    for (std::int64_t k = 0; k < count; ++k) buffer[k] = math::probability_mass(this->smoothing_, q[k], w[k]);
+    return buffer;
+  }
+
+  double mass_of(std::int64_t position) const {
+    double mass = 0;
+    for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
+      Acc buffer[kChunk];
+      const Acc* a = masses(position, c, buffer);
+      const std::int64_t count = chunk_size(c);
+#pragma omp simd reduction(+ : mass)
+      for (std::int64_t k = 0; k < count; ++k) mass += double(a[k]);
+    }
+    return mass;
+  }
+
+  // Where a chunk's exponentials are kept: the last, ragged one in `tail`.
+  Acc* exponentials_of(const Group<Acc>& group, int i, std::int64_t c, Acc* tail) const {
+    if (!this->gradient_ || chunk_size(c) < kChunk) return tail;
+    if (!in_place_) return kept_ + c;
+    const ClassTensor& grad = this->args_.grad_logits;
+    return static_cast<Acc*>(grad.data) + this->offset(grad, group.begin + i, c);
+  }
+
+  void statistics(Group<Acc>& group, int i, Acc* tail) const {
+    math::LogSumExp<Acc, double> row;
+    double dense_loss = 0, mass = 0;  // the dense loss is relative to row.max
+    const bool has_class = group.target[i] != Group<Acc>::kNoClass;
+    if (has_class) group.target_logit[i] = logit(group.begin + i, group.target[i]);  // it may be overwritten below
+    for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
+      Acc buffer[kChunk];
+      std::int64_t count = chunk_size(c);
+      const Acc* x = logits(group.begin + i, c, count, buffer);
+      const Acc max = largest(x, count);
+      const Acc shift = math::finite_shift(max);
+      double chunk_loss = 0, chunk_mass = 0;
+      if (this->dense_) dense(group.begin + i, c, x, shift, chunk_loss, chunk_mass);
+      Acc* e = exponentials_of(group, i, c, tail);
+      exponentials(x, shift, e, count);
+      while (count % kSumRun != 0) e[count++] = 0;
+      const double sum = sum_of(e, count);
+      chunk_max_[c / kChunk] = max;
+      if (c == 0) {
+        row = {max, sum};
+        dense_loss = chunk_loss;
+      } else {
+        const Acc before = math::finite_shift(row.max);
+        row.merge(max, sum);
+        const double after = double(math::finite_shift(row.max));
+        dense_loss += chunk_loss;
+        dense_loss += math::entry_loss_at_max(double(before) - after, mass);
+        dense_loss += math::entry_loss_at_max(double(shift) - after, chunk_mass);
+      }
+      mass += chunk_mass;
+    }
+    group.max[i] = row.max;
+    if (!has_class) group.target_logit[i] = row.max;
+    group.sum[i] = row.sum;
+    group.dense_loss[i] = dense_loss;
+    if (this->probabilities_) group.mass[i] = Acc(mass);
+  }
+
+  // What the masses that all classes have add to the loss, relative to the chunk's maximum, and their sum. Without
+  // probabilities these are the class weights; the smoothing multiplies the sum over the row.
+  void dense(std::int64_t position, std::int64_t c, const Acc* x, Acc shift, double& loss, double& mass) const {
+    Acc buffer[kChunk];
+    const Acc* a = this->probabilities_ ? masses(position, c, buffer) : weights(c);
+    const std::int64_t count = chunk_size(c);
+    double sum = 0, total = 0;
+#pragma omp simd reduction(+ : sum, total)
+    for (std::int64_t k = 0; k < count; ++k) {
+      sum += double(math::entry_loss_at_max(x[k] - shift, a[k]));
+      total += double(a[k]);
+    }
+    loss = sum;
+    mass = total;
+  }
+
+  void zero_gradient(const Group<Acc>& group, int i) const {
+    const ClassTensor& tensor = this->args_.grad_logits;
+    if (!this->gradient_) return;
+    store_zeros(tensor.data, tensor.dtype, this->offset(tensor, group.begin + i), tensor.class_stride, this->classes_);
+  }
+
+  // A chunk's gradient from its exponentials, of which e may be the place.
+  void gradient(const Group<Acc>& group, int i, std::int64_t c, const Acc* e, Acc factor) const {
+    Acc buffer[kChunk], mass_buffer[kChunk];
+    const ClassTensor& tensor = this->args_.grad_logits;
+    const std::int64_t position = group.begin + i, count = chunk_size(c), at = this->offset(tensor, position, c);
+    Acc* grad = destination(tensor.data, tensor.dtype, at, tensor.class_stride, buffer);
+    const Acc g = group.grad_loss[i];
+    if (this->dense_) {
+      const Acc* a = this->probabilities_ ? masses(position, c, mass_buffer) : weights(c);
+      const Acc grad_mass = this->probabilities_ ? g : g * this->smoothing_.spread;
+#pragma omp simd
+      for (std::int64_t k = 0; k < count; ++k) grad[k] = math::logit_grad(e[k], factor, grad_mass * a[k]);
+    } else {
+#pragma omp simd
+      for (std::int64_t k = 0; k < count; ++k) grad[k] = math::logit_grad(e[k], factor, Acc(0));
+    }
+    const std::int64_t t = std::int64_t(group.target[i]) - c;
+    if (t >= 0 && t < count) {
+      // In float64: p - 1 of a confident row keeps the digits that both numbers share.
+      const double exponential = math::exp_nonpositive(double(group.target_logit[i]) - double(group.max[i]));
+      const double spread = this->dense_ ? double(this->smoothing_.spread) * double(this->weight(c + t)) : 0;
+      grad[t] = Acc(
+          math::logit_grad(exponential, group.softmax_grad[i], double(g) * (spread + double(group.target_mass[i]))));
+    }
+    if (this->cap_ != 0) {
+      const Acc* slopes = slopes_ + c;
+#pragma omp simd
+      for (std::int64_t k = 0; k < count; ++k) grad[k] *= slopes[k];
+    }
+    store(tensor.data, tensor.dtype, at, tensor.class_stride, count, grad);
+  }
+
+  void probability_gradient(const Group<Acc>& group, int i, std::int64_t c, const Acc* x) const {
+    Acc grad[kChunk];
+    const ClassTensor& tensor = this->args_.grad_probabilities;
+    const std::int64_t count = chunk_size(c);
+    const Acc max = group.max[i], log_sum = group.log_sum[i], g = group.grad_loss[i];
+    const Acc* w = weights(c);
+#pragma omp simd
+    for (std::int64_t k = 0; k < count; ++k) {
+      grad[k] = math::probability_grad(x[k] - max, log_sum, g, this->smoothing_.keep, w[k]);
+    }
+    store(tensor.data, tensor.dtype, this->offset(tensor, group.begin + i, c), tensor.class_stride, count, grad);
+  }
+
+  bool in_place_;
+  Acc* kept_;
+  Acc* slopes_;
+  Acc* chunk_max_;
+};
+
+}  // namespace
+}  // namespace fusedloss::cpu
