@@ -85,8 +85,10 @@ def cross_entropy(
         _check_tensors(TypeError, "cross_entropy", input=input, target=target)
     if weight is not None and weight.__class__ is not Tensor:
         _check_tensors(TypeError, "cross_entropy", weight=weight)
-    _check_int("cross_entropy", "ignore_index", ignore_index)
-    _check_number("cross_entropy", "label_smoothing", label_smoothing)
+    if ignore_index != -100:
+        _check_int("cross_entropy", "ignore_index", ignore_index)
+    if label_smoothing.__class__ is not float:
+        _check_number("cross_entropy", "label_smoothing", label_smoothing)
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
         options = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
         return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, **options)
@@ -141,7 +143,8 @@ def nll_loss(
         _check_tensors(TypeError, "nll_loss", input=input, target=target)
     if weight is not None and weight.__class__ is not Tensor:
         _check_tensors(TypeError, "nll_loss", weight=weight)
-    _check_int("nll_loss", "ignore_index", ignore_index)
+    if ignore_index != -100:
+        _check_int("nll_loss", "ignore_index", ignore_index)
     if _native_road():
         return reference.nll_loss(input, target, weight, ignore_index, reduction)
     return ops.nll.default(input, target, weight, _reduction_code(reduction), ignore_index)[0]

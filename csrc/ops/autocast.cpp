@@ -22,11 +22,11 @@ constexpr c10::DispatchKeySet kAutocastKeys{c10::DispatchKey::AutocastCPU, c10::
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool, OptionalBool grad_in_forward, OptionalTensor grad_scale,
-                                  bool inplace) {
+                                  bool inplace, bool statistics) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
   return FUSEDLOSS_OPERATOR(cross_entropy)
       .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse, true,
-            grad_in_forward, grad_scale, inplace);
+            grad_in_forward, grad_scale, inplace, statistics);
 }
 
 LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,

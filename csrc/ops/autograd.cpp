@@ -37,6 +37,9 @@ using torch::autograd::variable_list;
 
 bool wants_grad(const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
 
+// Whether a mode sees the operators that are called: a compiler's, or a user's.
+bool is_traced() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
+
 void check_no_grad(const char* loss, const char* name, OptionalTensor tensor) {
   TORCH_CHECK(!ops::is_present(tensor) || !wants_grad(*tensor), loss, ": ", name,
               " is not differentiable, but requires grad; pass ", name, ".detach()");
@@ -66,7 +69,7 @@ auto call_backward(Call call) {
 // better into the separate backward.
 bool grad_in_forward(const char* loss, OptionalBool wish, bool inplace, bool possible, const Tensor& input,
                      OptionalTensor grad_scale) {
-  const bool traced = c10::impl::TorchDispatchModeTLS::any_modes_set();
+  const bool traced = is_traced();
   const bool result =
       wish.value_or(possible && !traced && (input.scalar_type() != at::kHalf || ops::is_present(grad_scale)));
   TORCH_CHECK_VALUE(!result || possible, loss,
@@ -83,7 +86,7 @@ bool grad_in_forward(const char* loss, OptionalBool wish, bool inplace, bool pos
 // Where forward writes the gradient: over the input, or into a tensor like it.
 Tensor gradient_place(const char* loss, const Tensor& input, bool inplace, Tensor (*empty_like)(const Tensor&),
                       std::initializer_list<ops::NamedTensor> others) {
-  if (!inplace || c10::impl::TorchDispatchModeTLS::any_modes_set()) return ops::with_huge_pages(empty_like(input));
+  if (!inplace || is_traced()) return ops::with_huge_pages(empty_like(input));
   TORCH_CHECK(!input.is_leaf(), loss, ": inplace=True cannot overwrite an input that is a leaf and requires grad");
   at::assert_no_internal_overlap(input);
   for (const auto& [name, tensor] : others) {
@@ -103,7 +106,7 @@ Tensor finished(Tensor grad, const Tensor& input) {
 // The gradient for this grad_output. Out of place while the graph is kept: another backward will start from the saved
 // one, and the caller may write to what it was given.
 Tensor rescaled(Tensor grad, const Tensor& grad_output, OptionalTensor grad_scale) {
-  if (torch::autograd::get_current_graph_task_keep_graph() || c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+  if (torch::autograd::get_current_graph_task_keep_graph() || is_traced()) {
     const Tensor factor =
         ops::is_present(grad_scale) ? grad_output.div(grad_scale->to(grad_output.scalar_type())) : grad_output;
     return grad.mul(factor);
@@ -124,7 +127,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     auto [loss, lse, row_max, row_log_sum, divisor] =
         FUSEDLOSS_OPERATOR(cross_entropy)
             .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse,
-                  upcast, std::nullopt, std::nullopt, false);
+                  upcast, std::nullopt, std::nullopt, false, /*statistics=*/true);
     ctx->save_for_backward({logits, target, to_tensor(weight), row_max, row_log_sum, divisor});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
@@ -215,7 +218,7 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
       std::tie(std::ignore, std::ignore, row_max, row_log_sum, divisor) =
           FUSEDLOSS_OPERATOR(cross_entropy)
               .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, false,
-                    /*upcast=*/true, std::nullopt, std::nullopt, false);
+                    /*upcast=*/true, std::nullopt, std::nullopt, false, /*statistics=*/true);
     }
     auto [grad_logits, grad_target] =
         FUSEDLOSS_OPERATOR(cross_entropy_backward)
@@ -376,13 +379,13 @@ struct Bce {
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool upcast, OptionalBool wish, OptionalTensor grad_scale,
-                                  bool inplace) {
+                                  bool inplace, bool statistics) {
   check_no_grad("cross_entropy", "weight", weight);
   if (!wants_grad(logits) && !wants_grad(target)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return FUSEDLOSS_OPERATOR(cross_entropy)
         .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse,
-              upcast, std::nullopt, std::nullopt, false);
+              upcast, std::nullopt, std::nullopt, false, statistics || is_traced());
   }
   const bool possible = reduction != 0 && !return_lse && wants_grad(logits) && !wants_grad(target);
   if (grad_in_forward("cross_entropy", wish, inplace, possible, logits, grad_scale)) {

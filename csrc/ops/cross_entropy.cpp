@@ -91,7 +91,8 @@ struct Problem {
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
-                                  bool return_lse, bool upcast, OptionalBool, OptionalTensor, bool) {
+                                  bool return_lse, bool upcast, OptionalBool, OptionalTensor, bool,
+                                  bool want_statistics) {
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
 
   const auto positions = position_sizes(logits);
@@ -99,17 +100,23 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
   const auto loss_options = logits.options().dtype(loss_type(logits, target, weight, upcast));
   const bool reduced = reduction != int64_t(Reduction::none);
   Tensor loss = reduced ? at::empty({}, loss_options) : at::empty_symint(positions, loss_options);
-  Tensor lse = return_lse ? at::empty_symint(positions, statistics) : at::empty({0}, statistics);
-  Tensor row_max = at::empty_symint(positions, statistics);
-  Tensor row_log_sum = at::empty_symint(positions, statistics);
-  Tensor divisor = at::empty({}, logits.options().dtype(at::kDouble));
+  Tensor lse, row_max, row_log_sum, divisor;
+  if (return_lse) lse = at::empty_symint(positions, statistics);
+  if (want_statistics) {
+    if (!return_lse) lse = at::empty({0}, statistics);
+    row_max = at::empty_symint(positions, statistics);
+    row_log_sum = at::empty_symint(positions, statistics);
+    divisor = at::empty({}, logits.options().dtype(at::kDouble));
+  }
 
   if (!logits.is_meta()) {
     Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap);
     CrossEntropyArgs& args = problem.args;
     args.every_lse = return_lse;
-    args.row_max = row_max.data_ptr();
-    args.row_log_sum = row_log_sum.data_ptr();
+    if (want_statistics) {
+      args.row_max = row_max.data_ptr();
+      args.row_log_sum = row_log_sum.data_ptr();
+    }
     args.lse = return_lse ? lse.data_ptr() : nullptr;
     if (!reduced) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
 
@@ -117,7 +124,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
     if (total.invalid >= 0) raise_target_out_of_bounds(kName, logits, target, total.invalid);
     // Native torch divides by the number of logits over the number of classes.
     if (args.has_probabilities && args.shape.classes == 0) total.divisor = 0;
-    *divisor.mutable_data_ptr<double>() = total.divisor;
+    if (want_statistics) *divisor.mutable_data_ptr<double>() = total.divisor;
     finish_reduction(total, reduction, loss);
   }
   return {loss, lse, row_max, row_log_sum, divisor};

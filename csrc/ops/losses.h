@@ -7,8 +7,11 @@
 //   grad_in_forward   write the gradient in forward: true, false, or absent: where nothing speaks against it
 //   grad_scale        one number, the grad_output that backward will be called with; absent: 1
 //   inplace           the gradient may be written over the input
+//   statistics        return what the backward operator needs; else these outputs are undefined, as they are where the
+//                     gradient was written in forward. Compilers get them always: they take no undefined outputs
 //
-// The last three concern autograd alone (csrc/ops/autograd.cpp): below it, a forward operator only reads.
+// grad_in_forward, grad_scale and inplace concern autograd alone (csrc/ops/autograd.cpp): below it, a forward operator
+// only reads.
 
 #pragma once
 
@@ -33,7 +36,7 @@ using TwoGrads = std::tuple<Tensor, Tensor>;  // each empty, of shape (0,), wher
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool upcast, OptionalBool grad_in_forward, OptionalTensor grad_scale,
-                                  bool inplace);
+                                  bool inplace, bool statistics);
 // Forward and backward in one pass: returns the loss and writes the gradient, for a grad_output of grad_scale. The
 // gradient may be the logits.
 Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,

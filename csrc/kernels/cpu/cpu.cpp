@@ -44,6 +44,6 @@ std::int64_t block_count(const CrossEntropyArgs& args) {
 
 std::int64_t block_count(const NllArgs& args) { return ceil_div(args.shape.positions(), positions_per_block(args)); }
 
-std::int64_t block_count(const ElementwiseArgs& args) { return ceil_div(args.shape.numel, kElementwiseBlock); }
+std::int64_t block_count(const ElementwiseArgs& args) { return ceil_div(args.shape.numel, kBlockElements); }
 
 }  // namespace fusedloss::cpu

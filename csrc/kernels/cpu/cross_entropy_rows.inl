@@ -36,11 +36,11 @@ template <int kWidth>
   }
 }
 
-// The sum of a multiple of kSumRun elements: one of each quarter are added as they are, and then in float64, since a
+// The sum of a multiple of kPadding elements: one of each quarter are added as they are, and then in float64, since a
 // float32 sum near 1 loses the digits that log(sum) consists of.
 template <class Acc>
 [[gnu::noinline]] double sum_of(const Acc* e, std::int64_t count) {
-  constexpr int kWidth = kSumRun / 4;
+  constexpr int kWidth = kPadding / 4;
   const std::int64_t quarter = count / 4;
   double sums[kWidth] = {};
   for (std::int64_t k = 0; k < quarter; k += kWidth) {
@@ -51,14 +51,27 @@ template <class Acc>
   return sum_by_halves(sums);
 }
 
+// What is treated at once: a short row, or a chunk of a long one.
+template <class Acc>
+struct Part {
+  int row;         // in the group
+  std::int64_t c;  // its first class
+  std::int64_t count;
+  const Acc* x;
+  Acc* e;  // the exponentials
+  Acc max;
+  double dense_loss = 0, mass = 0;  // of the masses that all classes have
+};
+
 template <class Acc>
 class Rows : CrossEntropy<Acc> {
  public:
-  explicit Rows(const CrossEntropyArgs& args) : CrossEntropy<Acc>(args) {
-    const std::int64_t whole_chunks = this->classes_ / kChunk;
+  explicit Rows(const CrossEntropyArgs& args)
+      : CrossEntropy<Acc>(args),
+        rows_at_once_(this->classes_ <= kChunk && this->cap_ == 0 ? kRowsAtOnce : 1),
+        in_place_(this->gradient_ && args.grad_logits.dtype == kDtypeOf<Acc> && args.grad_logits.class_stride == 1) {
     // Beside a gradient of another type, the exponentials; behind them the slopes of the cap, and each chunk's maximum.
-    const ClassTensor& grad = args.grad_logits;
-    in_place_ = this->gradient_ && grad.dtype == kDtypeOf<Acc> && grad.class_stride == 1;
+    const std::int64_t whole_chunks = this->classes_ / kChunk;
     const std::int64_t kept = this->gradient_ && !in_place_ ? whole_chunks * kChunk : 0;
     const std::int64_t slopes = this->cap_ != 0 ? this->classes_ : 0;
     kept_ = static_cast<Acc*>(scratch((kept + slopes + whole_chunks + 1) * sizeof(Acc)));
@@ -71,23 +84,24 @@ class Rows : CrossEntropy<Acc> {
   }
 
   void forward(std::int64_t begin, std::int64_t end, Partial& partial) const {
+    Acc kept[kRowsAtOnce][kChunk];
     for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
       this->load_targets(group, partial);
       if (this->gradient_) this->load_grad_loss(group);
-      for (int i = 0; i < group.count; ++i) {
-        if (group.skip[i]) {
-          group.max[i] = group.target_logit[i] = -math::kInfinity<Acc>;
-          group.sum[i] = group.dense_loss[i] = 0;
-          if (this->gradient_) zero_gradient(group, i);
-          continue;
-        }
-        Acc tail[kChunk];
-        statistics(group, i, tail);
-        if (this->gradient_) {
+      for (int first = 0; first < group.count; first += rows_at_once_) {
+        const int last = std::min(first + rows_at_once_, group.count);
+        statistics(group, first, last, kept);
+        for (int i = first; i < last && this->gradient_; ++i) {
+          if (group.skip[i]) {
+            zero_gradient(group, i);
+            continue;
+          }
           this->set_softmax_grads(group, i, i + 1);
+          const double all = group.softmax_grad[i];
           for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
-            const double factor = math::rescale(group.softmax_grad[i], chunk_max_[c / kChunk], group.max[i]);
-            gradient(group, i, c, exponentials_of(group, i, c, tail), Acc(factor));
+            const Acc max = rows_at_once_ > 1 ? group.max[i] : chunk_max_[c / kChunk];
+            const double factor = max == group.max[i] ? all : math::rescale(all, max, group.max[i]);
+            gradient(group, i, c, place_of(group, first, i, c, kept), Acc(factor));
           }
         }
       }
@@ -136,11 +150,17 @@ class Rows : CrossEntropy<Acc> {
   // nothing in a sum of exponentials, so that no exponential of a short row is computed alone.
   const Acc* logits(std::int64_t position, std::int64_t c, std::int64_t& count, Acc* buffer) const {
     const ClassTensor& tensor = this->args_.logits;
-    const Acc* x = load(tensor.data, tensor.dtype, this->offset(tensor, position, c), 1, count, buffer);
+    const std::int64_t at = this->offset(tensor, position, c);
+    prefetch<For::reading>(tensor.data, tensor.dtype, at + count, count);
+    const Acc* x = load(tensor.data, tensor.dtype, at, 1, count, buffer);
     const bool ragged = count % kPadding != 0;
     if (x != buffer && (ragged || this->cap_ != 0)) std::copy_n(x, count, buffer), x = buffer;
     if (this->cap_ != 0) this->cap(buffer, slopes_ + c, count);
-    while (count % kPadding != 0) buffer[count++] = -math::kInfinity<Acc>;
+    if (ragged) {
+      const std::int64_t padded = ceil_div(count, kPadding) * kPadding;
+      std::fill_n(buffer + count, padded - count, -math::kInfinity<Acc>);
+      count = padded;
+    }
     return x;
   }
 
@@ -176,66 +196,100 @@ class Rows : CrossEntropy<Acc> {
     return mass;
   }
 
-  // Where a chunk's exponentials are kept: the last, ragged one in `tail`.
-  Acc* exponentials_of(const Group<Acc>& group, int i, std::int64_t c, Acc* tail) const {
-    if (!this->gradient_ || chunk_size(c) < kChunk) return tail;
+  // Where a part's exponentials lie until they become the gradient. Those of short rows and of ragged chunks, which are
+  // the last of their row, are not written over before.
+  Acc* place_of(const Group<Acc>& group, int first, int i, std::int64_t c, Acc (*kept)[kChunk]) const {
+    if (!this->gradient_ || rows_at_once_ > 1 || chunk_size(c) < kChunk) return kept[i - first];
     if (!in_place_) return kept_ + c;
     const ClassTensor& grad = this->args_.grad_logits;
     return static_cast<Acc*>(grad.data) + this->offset(grad, group.begin + i, c);
   }
 
-  void statistics(Group<Acc>& group, int i, Acc* tail) const {
-    math::LogSumExp<Acc, double> row;
-    double dense_loss = 0, mass = 0;  // the dense loss is relative to row.max
-    const bool has_class = group.target[i] != Group<Acc>::kNoClass;
-    if (has_class) group.target_logit[i] = logit(group.begin + i, group.target[i]);  // it may be overwritten below
-    for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
-      Acc buffer[kChunk];
-      std::int64_t count = chunk_size(c);
-      const Acc* x = logits(group.begin + i, c, count, buffer);
-      const Acc max = largest(x, count);
-      const Acc shift = math::finite_shift(max);
-      double chunk_loss = 0, chunk_mass = 0;
-      if (this->dense_) dense(group.begin + i, c, x, shift, chunk_loss, chunk_mass);
-      Acc* e = exponentials_of(group, i, c, tail);
-      exponentials(x, shift, e, count);
-      while (count % kSumRun != 0) e[count++] = 0;
-      const double sum = sum_of(e, count);
-      chunk_max_[c / kChunk] = max;
-      if (c == 0) {
-        row = {max, sum};
-        dense_loss = chunk_loss;
-      } else {
-        const Acc before = math::finite_shift(row.max);
-        row.merge(max, sum);
-        const double after = double(math::finite_shift(row.max));
-        dense_loss += chunk_loss;
-        dense_loss += math::entry_loss_at_max(double(before) - after, mass);
-        dense_loss += math::entry_loss_at_max(double(shift) - after, chunk_mass);
-      }
-      mass += chunk_mass;
+  // Of the rows [first, last): several short ones, or one. Short rows take each step together: one after the other,
+  // each would wait for the end of its own step, a reduction, before it could take the next.
+  void statistics(Group<Acc>& group, int first, int last, Acc (*kept)[kChunk]) const {
+    Acc buffers[kRowsAtOnce][kChunk];
+    double mass = 0;
+    for (int i = first; i < last; ++i) {
+      group.max[i] = group.target_logit[i] = -math::kInfinity<Acc>;
+      group.sum[i] = group.dense_loss[i] = 0;
+      // Before the exponentials may take its place.
+      if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
     }
-    group.max[i] = row.max;
-    if (!has_class) group.target_logit[i] = row.max;
-    group.sum[i] = row.sum;
-    group.dense_loss[i] = dense_loss;
-    if (this->probabilities_) group.mass[i] = Acc(mass);
+    int i = first;
+    std::int64_t c = 0;
+    while (i < last) {
+      Part<Acc> parts[kRowsAtOnce];
+      int count = 0;
+      while (i < last && count < rows_at_once_) {
+        if (group.skip[i] || c >= this->classes_) {
+          ++i;
+          c = 0;
+          continue;
+        }
+        Part<Acc>& part = parts[count];
+        part.row = i;
+        part.c = c;
+        part.count = chunk_size(c);
+        part.x = logits(group.begin + i, c, part.count, buffers[count]);
+        part.e = place_of(group, first, i, c, kept);
+        part.max = largest(part.x, part.count);
+        c += kChunk;
+        ++count;
+      }
+      for (int k = 0; k < count; ++k) {
+        Part<Acc>& part = parts[k];
+        if (this->dense_) add_masses(group, part);
+        exponentials(part.x, math::finite_shift(part.max), part.e, part.count);
+      }
+      for (int k = 0; k < count; ++k) merge(group, parts[k], mass);
+    }
+    for (int k = first; k < last; ++k) {
+      if (group.target[k] == Group<Acc>::kNoClass) group.target_logit[k] = group.max[k];
+    }
   }
 
-  // What the masses that all classes have add to the loss, relative to the chunk's maximum, and their sum. Without
+  // What the masses that all classes have add to the loss, relative to the part's maximum, and their sum. Without
   // probabilities these are the class weights; the smoothing multiplies the sum over the row.
-  void dense(std::int64_t position, std::int64_t c, const Acc* x, Acc shift, double& loss, double& mass) const {
+  void add_masses(const Group<Acc>& group, Part<Acc>& part) const {
     Acc buffer[kChunk];
-    const Acc* a = this->probabilities_ ? masses(position, c, buffer) : weights(c);
-    const std::int64_t count = chunk_size(c);
-    double sum = 0, total = 0;
-#pragma omp simd reduction(+ : sum, total)
+    const Acc* a = this->probabilities_ ? masses(group.begin + part.row, part.c, buffer) : weights(part.c);
+    const Acc* x = part.x;
+    const Acc shift = math::finite_shift(part.max);
+    const std::int64_t count = chunk_size(part.c);
+    double loss = 0, mass = 0;
+#pragma omp simd reduction(+ : loss, mass)
     for (std::int64_t k = 0; k < count; ++k) {
-      sum += double(math::entry_loss_at_max(x[k] - shift, a[k]));
-      total += double(a[k]);
+      loss += double(math::entry_loss_at_max(x[k] - shift, a[k]));
+      mass += double(a[k]);
     }
-    loss = sum;
-    mass = total;
+    part.dense_loss = loss;
+    part.mass = mass;
+  }
+
+  // Adds a part to its row. `mass` is that of the row's parts before it.
+  void merge(Group<Acc>& group, const Part<Acc>& part, double& mass) const {
+    const int i = part.row;
+    const double sum = sum_of(part.e, part.count);
+    if (rows_at_once_ == 1) chunk_max_[part.c / kChunk] = part.max;
+    if (part.c == 0) {
+      group.max[i] = part.max;
+      group.sum[i] = sum;
+      group.dense_loss[i] = part.dense_loss;
+      mass = part.mass;
+    } else {
+      math::LogSumExp<Acc, double> row{group.max[i], group.sum[i]};
+      row.merge(part.max, sum);
+      const double after = double(math::finite_shift(row.max));
+      const double row_shift = double(math::finite_shift(group.max[i])) - after;
+      const double part_shift = double(math::finite_shift(part.max)) - after;
+      group.dense_loss[i] +=
+          part.dense_loss + math::entry_loss_at_max(row_shift, mass) + math::entry_loss_at_max(part_shift, part.mass);
+      group.max[i] = row.max;
+      group.sum[i] = row.sum;
+      mass += part.mass;
+    }
+    if (this->probabilities_) group.mass[i] = Acc(mass);
   }
 
   void zero_gradient(const Group<Acc>& group, int i) const {
@@ -250,6 +304,7 @@ class Rows : CrossEntropy<Acc> {
     const ClassTensor& tensor = this->args_.grad_logits;
     const std::int64_t position = group.begin + i, count = chunk_size(c), at = this->offset(tensor, position, c);
     Acc* grad = destination(tensor.data, tensor.dtype, at, tensor.class_stride, buffer);
+    if (grad == buffer) prefetch<For::writing>(tensor.data, tensor.dtype, at + count, count);
     const Acc g = group.grad_loss[i];
     if (this->dense_) {
       const Acc* a = this->probabilities_ ? masses(position, c, mass_buffer) : weights(c);
@@ -289,7 +344,11 @@ class Rows : CrossEntropy<Acc> {
     store(tensor.data, tensor.dtype, this->offset(tensor, group.begin + i, c), tensor.class_stride, count, grad);
   }
 
-  bool in_place_;
+  static constexpr int kBatch = 8;
+  bool short_;
+  mutable Acc xs_[kBatch * kChunk], es_[kBatch * kChunk];
+  const int rows_at_once_;
+  const bool in_place_;  // the exponentials lie where the gradient will
   Acc* kept_;
   Acc* slopes_;
   Acc* chunk_max_;

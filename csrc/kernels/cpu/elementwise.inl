@@ -83,8 +83,8 @@ struct Run {
 
 template <class Acc, class F>
 void for_each_run(const ElementwiseArgs& args, std::int64_t block, F body) {
-  const std::int64_t end = std::min(args.shape.numel, (block + 1) * kElementwiseBlock);
-  for (std::int64_t begin = block * kElementwiseBlock; begin < end; begin += kElementwiseRun) {
+  const std::int64_t end = std::min(args.shape.numel, (block + 1) * kBlockElements);
+  for (std::int64_t begin = block * kBlockElements; begin < end; begin += kElementwiseRun) {
     body(Run<Acc>{args.shape, begin, std::min<std::int64_t>(kElementwiseRun, end - begin)});
   }
 }

@@ -105,6 +105,10 @@ template <class F>
   }
 }
 
+inline std::int64_t size_of(Dtype dtype) {
+  return with_dtype(dtype, []<class T>() { return static_cast<std::int64_t>(sizeof(T)); });
+}
+
 // The accumulate type of an element type.
 template <class F>
 [[gnu::always_inline]] inline decltype(auto) with_accumulate(Dtype dtype, F&& body) {
@@ -163,6 +167,18 @@ void store(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, st
       for (std::int64_t i = 0; i < count; ++i) result[i * stride] = round_to<T>(values[i]);
     }
   });
+}
+
+// Starts to bring `count` neighbouring elements into the cache: a stream that the processor has not recognised yet, or
+// that is going to be written. They need not exist. Always inlined: a call that only prefetches has no effect in the
+// eyes of GCC, which deletes it.
+enum class For { reading, writing };
+template <For kUse>
+[[gnu::always_inline]] inline void prefetch(const void* data, Dtype dtype, std::int64_t offset, std::int64_t count) {
+  constexpr std::int64_t kLine = 64;
+  const std::int64_t size = size_of(dtype);
+  const char* first = static_cast<const char*>(data) + offset * size;
+  for (std::int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(first + i, kUse == For::writing);
 }
 
 // A tile of (lines, lanes): element (line, lane) lies at offset + line * line_stride + lane * lane_stride in data, and
