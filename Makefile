@@ -8,7 +8,7 @@ in-env = PATH="$$(dirname "$$(cat build/python-path)"):$$PATH"
 cpp-files = $(shell find csrc tests/cpp -name '*.[ch]*')
 cmake := $(shell command -v cmake 2> /dev/null)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ ifdef cmake
 else
 	@echo "Skipped the C++ tests: there is no cmake."
 endif
+
+bench: ## measure the losses beside native torch and torch.compile
+	$(bootstrap)
+	$(in-env) python -m benchmarks --device cpu
 
 lint: ## check style and formatting
 	$(bootstrap) --no-build

@@ -1,0 +1,1 @@
+"""How fast the losses are, beside native torch, torch.compile and a plain copy: python -m benchmarks."""

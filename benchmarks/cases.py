@@ -1,0 +1,174 @@
+"""What is measured: a table of calls, the data of each, and the bytes that each must move.
+
+Every call has reduction="mean", torch's default, and only its logits require a gradient. A case draws its data from a
+generator of its own, so that it is the same case whichever others run.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the default ignore_index
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one loss."""
+
+    title: str
+    loss: str  # a function of torch.nn.functional and of fusedloss.functional
+    shape: tuple[int, ...]  # of the logits, with the classes second
+    target: str = "indices"  # a row of TARGETS
+    options: tuple[str, ...] = ()  # rows of OPTIONS
+    channels_last: bool = False  # the classes are innermost in memory, whatever the number of dimensions
+    dtype: torch.dtype = torch.float32
+    ours: dict = field(default_factory=dict)  # keyword arguments for fusedloss alone
+
+    @property
+    def name(self) -> str:
+        layout = ["channels last"] if self.channels_last else []
+        return " ".join([self.title, "x".join(map(str, self.shape)), *layout, *self.ours])
+
+    @property
+    def type(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.type}"
+
+    def draw(self, device: str) -> tuple[Tensor, Tensor, dict]:
+        """Logits (or what the loss takes instead), target and options; drawn in float32, rounded once."""
+        generator = torch.Generator().manual_seed(0)
+        logits = INPUTS.get(self.loss, torch.clone)(torch.randn(self.shape, generator=generator)).to(self.dtype)
+        if self.channels_last:
+            logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
+        target = TARGETS[self.target](self, generator)
+        options = {name: OPTIONS[name](self, generator) for name in self.options}
+        moved = {name: value.to(device) for name, value in options.items() if isinstance(value, Tensor)}
+        return logits.to(device), target.to(device), options | moved
+
+
+def bytes_to_move(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, int]:
+    """What no implementation can avoid to read or write, by measure.
+
+    An ignored row of logits need not be read, and NLL needs one entry of each row. A step that writes the gradient
+    while the logits are at hand reads them once.
+    """
+    counted = int((target != IGNORED).sum())
+    entries = 1 if case.loss == "nll_loss" else logits.numel() // target.numel()
+    weights = sum(value.nbytes for value in options.values() if isinstance(value, Tensor))
+    forward = counted * entries * logits.itemsize + target.nbytes + weights
+    return {"forward": forward, "step": forward + logits.nbytes}
+
+
+# --- What the rows below are made of -----------------------------------------------------------------------
+
+
+def indices(case, generator):
+    return torch.randint(case.shape[1], (case.shape[0], *case.shape[2:]), generator=generator)
+
+
+def a_third_ignored(case, generator):
+    target = indices(case, generator)
+    # In a random order: a processor would foresee a regular one.
+    order = torch.randperm(target.numel(), generator=generator)
+    target.view(-1)[order[: target.numel() // 3]] = IGNORED
+    return target
+
+
+def probabilities(case, generator):
+    return torch.randn(case.shape, generator=generator).softmax(1).to(case.dtype)
+
+
+def labels(case, generator):
+    return torch.randint(2, case.shape, generator=generator).to(case.dtype)
+
+
+def class_weight(case, generator):
+    return (0.5 + torch.rand(case.shape[1], generator=generator)).to(case.dtype)
+
+
+INPUTS = {  # of the losses that do not take logits
+    "nll_loss": lambda logits: logits.log_softmax(1),
+    "binary_cross_entropy": torch.sigmoid,
+}
+TARGETS = {
+    "indices": indices,
+    "a third ignored": a_third_ignored,
+    "probabilities": probabilities,
+    "labels": labels,
+    "uint8 labels": lambda case, generator: labels(case, generator).byte(),
+}
+OPTIONS = {
+    "weight": class_weight,
+    "pos_weight": class_weight,
+    "label_smoothing": lambda case, generator: 0.1,
+}
+
+
+# --- The rows ----------------------------------------------------------------------------------------------
+
+
+def cross_entropy(*shape, **fields):
+    return Case(**{"title": "cross entropy", "loss": "cross_entropy", "shape": shape} | fields)
+
+
+def bce_with_logits(*shape, **fields):
+    loss = {"title": "bce with logits", "loss": "binary_cross_entropy_with_logits", "target": "labels"}
+    return Case(**loss | {"shape": shape} | fields)
+
+
+def each(dtypes, cases):
+    return [replace(case, dtype=dtype) for case in cases for dtype in dtypes]
+
+
+CLASS_INDICES = [
+    cross_entropy(24, 10),
+    cross_entropy(65536, 10),
+    cross_entropy(16384, 100),
+    cross_entropy(1024, 1000),
+    cross_entropy(512, 32000),
+    cross_entropy(64, 128256),
+    cross_entropy(2, 19, 512, 512),
+    cross_entropy(2, 19, 512, 512, channels_last=True),
+    cross_entropy(8, 5000, 128, channels_last=True),
+]
+EVERYTHING = {
+    "title": "cross entropy, options",
+    "target": "a third ignored",
+    "options": ("weight", "label_smoothing"),
+}
+
+GOAL = "float32 and bfloat16"  # the group that the geometric means are over
+GROUPS = {
+    GOAL: each(
+        [torch.float32, torch.bfloat16],
+        [
+            *CLASS_INDICES,
+            *(replace(case, **EVERYTHING) for case in CLASS_INDICES),
+            cross_entropy(512, 1000, title="cross entropy, probabilities", target="probabilities"),
+            Case("nll", "nll_loss", (4096, 1000)),
+            bce_with_logits(64, 80),
+            bce_with_logits(4096, 1000),
+            bce_with_logits(4096, 1000, title="bce with logits, weights", options=("weight", "pos_weight")),
+            bce_with_logits(4096, 1000, title="bce with logits, uint8 labels", target="uint8 labels"),
+            Case("bce", "binary_cross_entropy", (4096, 1000), "labels"),
+        ],
+    ),
+    "other dtypes": each(
+        [torch.float16, torch.float64],
+        [
+            cross_entropy(65536, 10),
+            cross_entropy(1024, 1000),
+            cross_entropy(512, 32000),
+            bce_with_logits(64, 80),
+            bce_with_logits(4096, 1000),
+        ],
+    ),
+    "gradient in place of the logits": [
+        cross_entropy(512, 32000, ours={"inplace": True}),
+        cross_entropy(64, 128256, ours={"inplace": True}),
+        cross_entropy(2, 19, 512, 512, ours={"inplace": True}),
+    ],
+}
