@@ -27,8 +27,8 @@ def facts() -> dict:
 def touch_memory() -> None:
     """Writes to as much memory as the cases use, and gives it back.
 
-    A virtual machine gets each page from its host when it is first touched, which takes longer than a whole loss. Without
-    this, whoever happens to be the first to get such a page pays for it.
+    A virtual machine gets each page from its host when it is first touched, which takes longer than a whole loss.
+    Without this, whoever happens to be the first to get such a page pays for it.
     """
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -2,7 +2,8 @@
 
 A backward operator computes, in one fused pass, what differentiating the reference computes step by step. Under
 create_graph=True its own gradient is wanted, which is rare; it is obtained by differentiating the reference twice, so
-derivatives of any order are native's.
+derivatives of any order are native's. Where forward has written the gradient and kept no logits, logits that have the
+same derivatives are recovered from it first.
 """
 
 import torch

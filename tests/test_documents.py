@@ -10,11 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_readme_s_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(block, names)
     assert names["logits"].grad.shape == names["logits"].shape
+    assert names["output"]._version == 1, "overwritten by its gradient"
 
 
 def test_the_readme_s_links_lead_somewhere():

@@ -164,6 +164,14 @@ def test_target_out_of_range_is_named_among_thousands():
         fusedloss.cross_entropy(torch.zeros(5000, 10), target)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("ignore_index", [-100, -1])
+def test_ignored_targets_before_the_one_out_of_range_are_not_blamed(ignore_index, dtype):
+    target = torch.tensor([0, ignore_index, 5, 1], dtype=dtype)
+    with pytest.raises(IndexError, match="target 5 at position 2 is out of bounds for 3 classes"):
+        fusedloss.cross_entropy(torch.zeros(4, 3), target, ignore_index=ignore_index)
+
+
 def test_bad_target_leaves_the_next_call_alone():
     with pytest.raises(IndexError):
         fusedloss.cross_entropy(X, Y + 1)

@@ -1,7 +1,9 @@
 """The gradient written in forward: when it is, that nothing can tell but the clock, grad_scale and inplace."""
 
+import re
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +181,17 @@ def test_the_gradient_is_handed_over_without_a_copy(loss):
         value.backward()
     assert input.grad is not None
     assert sum(max(event.cpu_memory_usage, 0) for event in profile.function_events) < input.nbytes
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
+def test_a_large_gradient_asks_for_huge_pages():
+    input = torch.randn(4096, 1000, requires_grad=True)
+    fusedloss.cross_entropy(input, torch.zeros(4096, dtype=torch.long)).backward()
+    middle = input.grad[2048].data_ptr()
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+    ranges = [[int(address, 16) for address in mapping.split()[0].split("-")] for mapping in mappings]
+    (mapping,) = [m for m, (first, last) in zip(mappings, ranges, strict=True) if first <= middle < last]
+    assert " hg" in re.search("VmFlags:(.*)", mapping)[1]
 
 
 @each_loss

@@ -251,6 +251,8 @@ struct Nll : torch::autograd::Function<Nll> {
   }
 };
 
+// A loss of one element. Weights is std::optional<Tensor> for each tensor behind the target; Operators names the loss
+// and its three operators.
 template <class Operators, class... Weights>
 struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Operators, Weights...>> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weights&... weights,
@@ -299,8 +301,6 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
   }
 };
 
-// A loss of one element. Weights is std::optional<Tensor> for each tensor behind the target; Operators names the loss
-// and its two operators.
 template <class Operators, class... Weights>
 struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...>> {
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,

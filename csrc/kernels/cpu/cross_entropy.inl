@@ -95,7 +95,7 @@ class CrossEntropy {
     const std::int64_t ignore_index = args_.target.ignore_index, classes = classes_;
     const Class lse_wanted = args_.every_lse || args_.grad_lse;
     const int count = group.count;
-    std::int64_t buffer[kLanes], valid[kLanes];
+    std::int64_t buffer[kLanes], valid[kLanes], target[kLanes];
     const std::int64_t* targets =
         load(index.data, index.dtype, group.begin * index.stride, index.stride, count, buffer);
     std::int64_t counted = 0, invalid = 0;
@@ -106,10 +106,10 @@ class CrossEntropy {
       valid[i] = in_range & ~ignored & 1;
       counted += valid[i];
       invalid += (in_range | ignored) ^ 1;
-      buffer[i] = valid[i] ? targets[i] : std::int64_t(Group<Acc>::kNoClass);
+      target[i] = valid[i] ? targets[i] : std::int64_t(Group<Acc>::kNoClass);
     }
     for (int i = 0; i < count; ++i) {
-      group.target[i] = static_cast<Class>(buffer[i]);
+      group.target[i] = static_cast<Class>(target[i]);
       group.counts[i] = static_cast<Class>(valid[i]);
     }
 #pragma omp simd
@@ -120,7 +120,7 @@ class CrossEntropy {
 
     if (weight_) {
       for (int i = 0; i < count; ++i) {
-        const Acc target_weight = valid[i] ? weight_[buffer[i]] : Acc(0);
+        const Acc target_weight = valid[i] ? weight_[target[i]] : Acc(0);
         partial.divisor += double(target_weight);
         group.target_mass[i] = smoothing_.keep * target_weight;
       }
@@ -142,7 +142,6 @@ class CrossEntropy {
     double log_sum[kLanes], loss[kLanes];
 #pragma omp simd
     for (int i = 0; i < count; ++i) log_sum[i] = math::log(group.sum[i]);
-
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
       const double shifted = double(group.target_logit[i]) - double(group.max[i]);
