@@ -12,7 +12,8 @@ TORCH_LIBRARY(fusedloss, m) {
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, float z_loss, float logit_softcap, bool return_lse, bool upcast=False, "
-      "bool? grad_in_forward=None, Tensor? grad_scale=None, bool inplace=False, bool statistics=False) " "-> (Tensor loss, Tensor lse, Tensor row_max, Tensor row_log_sum, Tensor divisor)");
+      "bool? grad_in_forward=None, Tensor? grad_scale=None, bool inplace=False, bool statistics=False) "
+      "-> (Tensor loss, Tensor lse, Tensor row_max, Tensor row_log_sum, Tensor divisor)");
   m.def(
       "cross_entropy_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? grad_scale, int reduction, "
       "int ignore_index, float label_smoothing, float z_loss, float logit_softcap, bool upcast, "
