@@ -15,7 +15,7 @@ namespace fusedloss::math {
 struct Bce {
   template <class Acc>
   FUSEDLOSS_FN static bool in_domain(Acc value) {
-    return (value >= Acc(0)) & (value <= Acc(1));
+    return int(value >= Acc(0)) & int(value <= Acc(1));
   }
 
   template <class Acc>

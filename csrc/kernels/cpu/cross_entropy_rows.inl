@@ -11,29 +11,33 @@ namespace {
 // The loops below are functions of their own: inlined into the traversal, GCC 12 finds no vector form for some.
 
 template <class Acc>
-[[gnu::noinline]] Acc largest(const Acc* x, std::int64_t count) {
-  Acc max = -math::kInfinity<Acc>;
-#pragma omp simd reduction(max : max)
-  for (std::int64_t k = 0; k < count; ++k) max = x[k] > max ? x[k] : max;
-  return max;
-}
-
-template <class Acc>
 [[gnu::noinline]] void exponentials(const Acc* x, Acc shift, Acc* e, std::int64_t count) {
 #pragma omp simd
   for (std::int64_t k = 0; k < count; ++k) e[k] = math::exp_nonpositive(x[k] - shift);
 }
 
-// One after the other, the additions would take longer than the rest of a short row.
-template <int kWidth>
-[[gnu::always_inline]] inline double sum_by_halves(const double (&values)[kWidth]) {
+// Combines the lanes of a vector: one after the other, they would take longer than the rest of a short row.
+template <class Value, int kWidth, class Combine>
+[[gnu::always_inline]] inline Value by_halves(const Value (&values)[kWidth], Combine combine) {
   if constexpr (kWidth == 1) {
     return values[0];
   } else {
-    double halves[kWidth / 2];
-    for (int i = 0; i < kWidth / 2; ++i) halves[i] = values[i] + values[i + kWidth / 2];
-    return sum_by_halves(halves);
+    Value halves[kWidth / 2];
+    for (int i = 0; i < kWidth / 2; ++i) halves[i] = combine(values[i], values[i + kWidth / 2]);
+    return by_halves(halves, combine);
   }
+}
+
+// Of a multiple of kPadding elements. Lane by lane: clang has no vector form of a reduction that passes over NaN.
+template <class Acc>
+[[gnu::noinline]] Acc largest(const Acc* x, std::int64_t count) {
+  Acc lanes[kPadding / 4];
+  std::fill_n(lanes, kPadding / 4, -math::kInfinity<Acc>);
+  for (std::int64_t k = 0; k < count; k += kPadding / 4) {
+#pragma omp simd
+    for (int i = 0; i < kPadding / 4; ++i) lanes[i] = x[k + i] > lanes[i] ? x[k + i] : lanes[i];
+  }
+  return by_halves(lanes, [](Acc a, Acc b) { return b > a ? b : a; });
 }
 
 // The sum of a multiple of kPadding elements: one of each quarter are added as they are, and then in float64, since a
@@ -48,7 +52,7 @@ template <class Acc>
 #pragma omp simd
     for (int i = 0; i < kWidth; ++i) sums[i] += double((first[i] + second[i]) + (third[i] + fourth[i]));
   }
-  return sum_by_halves(sums);
+  return by_halves(sums, [](double a, double b) { return a + b; });
 }
 
 // What is treated at once: a short row, or a chunk of a long one.

@@ -124,7 +124,8 @@ template <class Loss, bool kGradient, class Acc>
 #pragma omp simd reduction(+ : sum, counted, invalid)
   for (std::int64_t i = 0; i < count; ++i) {
     const Acc counts = t[i] == ignored ? Acc(0) : Acc(1);
-    const Acc outside = Loss::in_domain(x[i]) & Loss::in_domain(t[i]) ? Acc(0) : Acc(1);
+    const bool inside = int(Loss::in_domain(x[i])) & int(Loss::in_domain(t[i]));
+    const Acc outside = math::zero_if(inside, Acc(1));
     const auto result = Loss::evaluate(x[i], t[i], p[i]);
     loss[i] = math::zero_if(t[i] == ignored, w[i] * result.loss);
     sum += loss[i];
