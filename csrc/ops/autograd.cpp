@@ -119,6 +119,15 @@ Tensor rescaled(Tensor grad, const Tensor& grad_output, OptionalTensor grad_scal
 // Absent gradients are undefined tensors, not the operators' empty ones.
 Tensor masked(const Tensor& grad, bool wanted) { return wanted ? grad : Tensor(); }
 
+void save_options(AutogradContext* ctx, int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+                  double logit_softcap) {
+  ctx->saved_data["reduction"] = reduction;
+  ctx->saved_data["ignore_index"] = ignore_index;
+  ctx->saved_data["label_smoothing"] = label_smoothing;
+  ctx->saved_data["z_loss"] = z_loss;
+  ctx->saved_data["logit_softcap"] = logit_softcap;
+}
+
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, OptionalTensor weight,
                                int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
@@ -129,11 +138,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
             .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse,
                   upcast, std::nullopt, std::nullopt, false, /*statistics=*/true);
     ctx->save_for_backward({logits, target, to_tensor(weight), row_max, row_log_sum, divisor});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    ctx->saved_data["z_loss"] = z_loss;
-    ctx->saved_data["logit_softcap"] = logit_softcap;
+    save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
     variable_list constants{row_max, row_log_sum, divisor};
     if (!return_lse) constants.push_back(lse);
     ctx->mark_non_differentiable(constants);
@@ -178,11 +183,7 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
     const bool recoverable = z_loss == 0 && logit_softcap == 0;
     ctx->save_for_backward({finished(grad, logits), to_tensor(grad_scale), target, to_tensor(weight),
                             recoverable || grad.is_same(logits) ? Tensor() : logits});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    ctx->saved_data["z_loss"] = z_loss;
-    ctx->saved_data["logit_softcap"] = logit_softcap;
+    save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
     return loss;
   }
 

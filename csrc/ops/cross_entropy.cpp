@@ -120,10 +120,8 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
     args.lse = return_lse ? lse.data_ptr() : nullptr;
     if (!reduced) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
 
-    Partial total = run_forward(cpu_kernels().cross_entropy.forward, args);
+    const Partial total = run_forward(cpu_kernels().cross_entropy.forward, args);
     if (total.invalid >= 0) raise_target_out_of_bounds(kName, logits, target, total.invalid);
-    // Native torch divides by the number of logits over the number of classes.
-    if (args.has_probabilities && args.shape.classes == 0) total.divisor = 0;
     if (want_statistics) *divisor.mutable_data_ptr<double>() = total.divisor;
     finish_reduction(total, reduction, loss);
   }
@@ -145,7 +143,6 @@ Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, Optio
     // The divisor first, since the gradient needs it; nothing is written yet if a target turns out to be invalid.
     Partial total = run_forward(cpu_kernels().cross_entropy.count, args);
     if (total.invalid >= 0) raise_target_out_of_bounds(kName, logits, target, total.invalid);
-    if (args.has_probabilities && args.shape.classes == 0) total.divisor = 0;
     double flow = assumed_grad_output(grad_scale_, loss.scalar_type());
     args.grad_loss = {&flow, Dtype::float64, 0};
     args.grad_scale = grad_scale(total.divisor, reduction);

@@ -87,7 +87,7 @@ class CrossEntropy {
         group.skip[i] = false;
         group.target_mass[i] = Acc(0);
       }
-      partial.divisor += group.count;
+      if (classes_ > 0) partial.divisor += group.count;  // native divides the logits' number by that of the classes
       return;
     }
     using Class = typename Group<Acc>::Class;
