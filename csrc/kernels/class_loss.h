@@ -27,11 +27,10 @@ struct ClassTensor {
   std::int64_t inner_stride = 0;
 };
 
-// A tensor of shape (positions,), or one element for all positions (stride 0).
-struct PositionTensor {
-  void* data = nullptr;
-  Dtype dtype = Dtype::float32;
-  std::int64_t stride = 1;
+// What flows into the losses in backward.
+struct ClassFlow {
+  PositionTensor grad_loss;         // null: ones
+  const double* divisor = nullptr;  // of the mean, which grad_loss is divided by; null: not divided
 };
 
 // The target of a position is a class index, and these are the options that go with it.
@@ -57,13 +56,12 @@ struct CrossEntropyArgs {
   void* row_log_sum = nullptr;  // (positions,)
 
   // Forward
-  PositionTensor loss;          // (positions,), or null when the loss is reduced
-  void* lse = nullptr;          // (positions,) of the accumulate type, or null
-  Partial* partials = nullptr;  // (blocks,)
+  PositionTensor loss;  // (positions,), or null when the loss is reduced
+  void* lse = nullptr;  // (positions,) of the accumulate type, or null
+  Total total;
 
   // Backward, and forward with gradient, which has no grad_lse and no grad_probabilities
-  PositionTensor grad_loss;
-  double grad_scale = 1;           // one over the mean's divisor
+  ClassFlow flow;
   const void* grad_lse = nullptr;  // (positions,) of the accumulate type, or null
   ClassTensor grad_logits;         // may be the logits themselves
   ClassTensor grad_probabilities;
@@ -77,11 +75,10 @@ struct NllArgs {
 
   // Forward
   PositionTensor loss;  // null when the loss is reduced
-  Partial* partials = nullptr;
+  Total total;
 
-  // Backward. grad_log_probs holds zeros; the targets' entries are written.
-  PositionTensor grad_loss;
-  double grad_scale = 1;
+  // Backward. The CPU's kernel is handed zeros and writes the targets' entries; CUDA's writes them all.
+  ClassFlow flow;
   ClassTensor grad_log_probs;
 };
 

@@ -39,12 +39,12 @@ struct ElementwiseArgs {
 
   // Forward
   ElementwiseTensor loss;  // absent when the loss is reduced
-  Partial* partials = nullptr;
+  Total total;
 
-  // Backward, and forward with gradient, which has no grad_loss and no grad_target
-  ElementwiseTensor grad_loss;   // absent: ones
-  double grad_scale = 1;         // one over the mean's divisor
-  ElementwiseTensor grad_input;  // may be the input itself
+  // Backward, and forward with gradient, which has no grad_target and one grad_loss for all elements
+  ElementwiseTensor grad_loss;      // absent: ones
+  const double* divisor = nullptr;  // of the mean, which grad_loss is divided by; null: not divided
+  ElementwiseTensor grad_input;     // may be the input itself
   ElementwiseTensor grad_target;
 };
 

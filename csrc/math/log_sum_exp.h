@@ -19,9 +19,9 @@ FUSEDLOSS_FN Acc finite_shift(Acc max) {
 // A part's sum, relative to a maximum that is no smaller than its own. Equal maxima need no factor, and two infinite
 // ones would give exp(inf - inf).
 template <class Acc, class Sum>
-FUSEDLOSS_FN Sum rescale(Sum sum, Acc max, Acc larger) {
-  const Acc factor = exp_nonpositive(max - larger);
-  return sum * Sum(max == larger ? Acc(1) : factor);
+FUSEDLOSS_FN Sum rescale(Sum sum, Acc max, Acc new_max) {
+  const Acc factor = exp_nonpositive(max - new_max);
+  return sum * Sum(max == new_max ? Acc(1) : factor);
 }
 
 // Sum may be wider than Acc: where one entry dominates, the others are added to a 1, and what that loses is most of
@@ -32,9 +32,9 @@ struct LogSumExp {
   Sum sum = Sum(0);  // of exp(x - max)
 
   FUSEDLOSS_FN void merge(Acc other_max, Sum other_sum) {
-    const Acc larger = other_max > max ? other_max : max;
-    sum = rescale(sum, max, larger) + rescale(other_sum, other_max, larger);
-    max = larger;
+    const Acc larger_max = larger(other_max, max);
+    sum = rescale(sum, max, larger_max) + rescale(other_sum, other_max, larger_max);
+    max = larger_max;
   }
 };
 

@@ -1,16 +1,18 @@
 // What every backend must bring: a function marker and the elementary functions the formulas use.
 //
-// This is the one place where backends may differ. On the device the functions are CUDA's own; on the host they are
-// branch-free polynomials, written as templates over float and double, so that a plain loop over them vectorises for
-// every instruction set. They keep NaN, infinities, signed zeros of the result's limit and denormals, and they do not
-// set errno or floating-point flags.
+// This is the one place where backends may differ. On the device the functions are CUDA's own, or its approximations
+// where an argument is known to suit them; on the host they are branch-free polynomials, written as templates over
+// float and double, so that a plain loop over them vectorises for every instruction set. They keep NaN, infinities,
+// signed zeros of the result's limit and denormals, and they do not set errno or floating-point flags.
 
 #pragma once
 
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
+#include <type_traits>
 
 // Always inlined on the host: a copy emitted while wider instructions are enabled would be merged by the linker with
 // the baseline's copy, and crash processors that lack them.
@@ -27,6 +29,16 @@ inline constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
 template <class Acc>
 inline constexpr Acc kNaN = std::numeric_limits<Acc>::quiet_NaN();
 
+// The larger number; NaN in `a` is passed over.
+template <class Acc>
+FUSEDLOSS_FN Acc larger(Acc a, Acc b) {
+#if defined(__CUDA_ARCH__)
+  return fmax(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // NaN in `a` wins: a comparison with NaN is false, so the second operand of the conditional is taken.
 template <class Acc>
 FUSEDLOSS_FN Acc clamp(Acc a, Acc low, Acc high) {
@@ -36,7 +48,11 @@ FUSEDLOSS_FN Acc clamp(Acc a, Acc low, Acc high) {
 
 template <class Acc>
 FUSEDLOSS_FN Acc abs(Acc a) {
+#if defined(__CUDA_ARCH__)
+  return ::fabs(a);
+#else
   return std::fabs(a);
+#endif
 }
 
 // How the polynomials see a floating-point type. Their coefficients interpolate at Chebyshev nodes; what that leaves
@@ -95,22 +111,36 @@ struct Format<double> {
       -0.0067614194988498022, 0.0020308462484097632, -0.000387011110858030387, 0.0000349649999951775279};
 };
 
-// 0 where the condition holds, and the value, NaN included, elsewhere. Masked rather than selected: a conditional
-// invites the compiler to branch around the arithmetic before it, which it cannot vectorise then.
+// 0 where the condition holds, and the value, NaN included, elsewhere. On the host masked rather than selected: a
+// conditional invites the compiler to branch around the arithmetic before it, which it cannot vectorise then.
 template <class Acc>
 FUSEDLOSS_FN Acc zero_if(bool condition, Acc value) {
+#if defined(__CUDA_ARCH__)
+  return condition ? Acc(0) : value;
+#else
   using Int = typename Format<Acc>::Int;
   return std::bit_cast<Acc>(std::bit_cast<Int>(value) & (Int(condition) - 1));
+#endif
 }
 
-// coefficients[0] + coefficients[1] x + ..., the highest first. A recursion: a loop is not unrolled early enough, and
-// keeps the loop around it scalar.
-template <int kFirst = 0, class Acc, int kCount>
-FUSEDLOSS_FN Acc polynomial(const Acc (&coefficients)[kCount], Acc x) {
-  if constexpr (kFirst + 1 == kCount) {
-    return coefficients[kFirst];
+// a / b for a b that is neither denormal nor close to overflow.
+template <class Acc>
+FUSEDLOSS_FN Acc quotient(Acc a, Acc b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Acc, float>) return __fdividef(a, b);
+#endif
+  return a / b;
+}
+
+// kCoefficients[0] + kCoefficients[1] x + ..., the highest first. A recursion: a loop is not unrolled early enough, and
+// keeps the loop around it scalar. The coefficients are constants of the code: the device has no access to the array.
+template <const auto& kCoefficients, int kFirst = 0, class Acc>
+FUSEDLOSS_FN Acc polynomial(Acc x) {
+  constexpr Acc coefficient = kCoefficients[kFirst];
+  if constexpr (kFirst + 1 == std::size(kCoefficients)) {
+    return coefficient;
   } else {
-    return polynomial<kFirst + 1>(coefficients, x) * x + coefficients[kFirst];
+    return polynomial<kCoefficients, kFirst + 1>(x) * x + coefficient;
   }
 }
 
@@ -137,7 +167,7 @@ FUSEDLOSS_FN ReducedExp<Acc> reduce_exp(Acc x) {
   const Acc biased_n = x * F::log2_e + rounder;
   const Acc n = biased_n - rounder;
   const Acc r = (x - n * F::ln2_high) - n * F::ln2_low;
-  return {biased_n, r, polynomial(F::exp_series, r)};
+  return {biased_n, r, polynomial<F::exp_series>(r)};
 }
 
 // exp(x) for x <= 0, which is all that softmax and sigmoid need. Results below the smallest normal number are 0.
@@ -150,6 +180,21 @@ FUSEDLOSS_FN Acc exp_nonpositive(Acc x) {
   const ReducedExp<Acc> reduced = reduce_exp(x);
   return zero_if(x < F::exp_normal, reduced.exp_r() * reduced.scale());  // NaN is not below
 #endif
+}
+
+// exp(x) for the differences x <= 0 of softmax. On the device a product and an approximation of 2^x; what the product
+// rounds off, x times half a unit in the last place, is no more than what a rounded log-probability of that size loses.
+template <class Acc>
+FUSEDLOSS_FN Acc exp_difference(Acc x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Acc, float>) {
+    const float scaled = x * 1.44269504f;  // 1 / ln 2
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(scaled));
+    return result;
+  }
+#endif
+  return exp_nonpositive(x);
 }
 
 // tanh(x) = -t / (t + 2) with t = exp(-2 |x|) - 1, which keeps its relative accuracy near 0.
@@ -199,10 +244,9 @@ FUSEDLOSS_FN Acc log(Acc x) {
 template <class Acc>
 FUSEDLOSS_FN Acc log1p_unit(Acc x) {
 #if defined(__CUDA_ARCH__)
-  return ::log1p(x);
-#else
-  return polynomial(Format<Acc>::log1p_series, x) * (x * x) + x;
+  if constexpr (std::is_same_v<Acc, double>) return ::log1p(x);
 #endif
+  return polynomial<Format<Acc>::log1p_series>(x) * (x * x) + x;
 }
 
 // log(1 + x) for x in [-1, 1]: the rounding error of 1 + x is known exactly and put back to first order.

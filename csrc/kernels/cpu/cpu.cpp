@@ -3,7 +3,9 @@
 #include <cstdlib>
 #include <new>
 
+#include "../../math/reduction.h"
 #include "blocks.h"
+#include "memory.h"
 #include "scratch.h"
 
 namespace fusedloss::cpu {
@@ -36,6 +38,13 @@ void* scratch(std::size_t bytes) {
     buffer.bytes = rounded;
   }
   return buffer.data;
+}
+
+void finish(const Partial& partial, const Total& total) {
+  if (total.divisor) *total.divisor = partial.divisor;
+  if (!total.loss) return;
+  const double loss = math::reduced(total.reduction == Reduction::mean, partial.loss, partial.divisor);
+  store(total.loss, total.dtype, 0, 1, 1, &loss);
 }
 
 std::int64_t block_count(const CrossEntropyArgs& args) {

@@ -11,8 +11,27 @@
 
 namespace fusedloss::cpu {
 
+// What one block of positions adds to the reduced loss. Blocks have a size that depends on the shape alone and are
+// added in order, so a result is bitwise the same from run to run and for every number of threads.
+struct Partial {
+  double loss = 0;
+  double divisor = 0;         // of the mean: positions or weights that count
+  std::int64_t invalid = -1;  // the first position whose target cannot be read as a class, or whose value is refused
+};
+
+inline Partial reduce(const Partial* partials, std::int64_t count) {
+  Partial total;
+  for (std::int64_t i = 0; i < count; ++i) {
+    total.loss += partials[i].loss;
+    total.divisor += partials[i].divisor;
+    if (total.invalid < 0) total.invalid = partials[i].invalid;
+  }
+  return total;
+}
+
+// partials: one for each block of the work, in the forward kernels; null in backward.
 template <class Args>
-using Kernel = void (*)(const Args& args, std::int64_t begin, std::int64_t end);
+using Kernel = void (*)(const Args& args, Partial* partials, std::int64_t begin, std::int64_t end);
 
 template <class Args>
 struct Loss {
@@ -32,6 +51,9 @@ enum class InstructionSet { baseline, avx2, avx512 };
 
 // The widest table that exists in this build and needs no more than `set`.
 const Kernels& kernels(InstructionSet set);
+
+// Writes the reduced loss and the divisor, where they are wanted.
+void finish(const Partial& partial, const Total& total);
 
 // How many blocks the work has. A function of the shape alone, never of the number of threads.
 std::int64_t block_count(const CrossEntropyArgs& args);

@@ -8,6 +8,7 @@
 // will do in either order. Ignored rows are not read in row order. A row is never split over threads.
 
 #include "../../math/cross_entropy.h"
+#include "../../math/reduction.h"
 #include "../class_loss.h"
 #include "blocks.h"
 #include "memory.h"
@@ -91,13 +92,11 @@ class CrossEntropy {
       return;
     }
     using Class = typename Group<Acc>::Class;
-    const PositionTensor& index = args_.target.index;
     const std::int64_t ignore_index = args_.target.ignore_index, classes = classes_;
     const Class lse_wanted = args_.every_lse || args_.grad_lse;
     const int count = group.count;
     std::int64_t buffer[kLanes], valid[kLanes], target[kLanes];
-    const std::int64_t* targets =
-        load(index.data, index.dtype, group.begin * index.stride, index.stride, count, buffer);
+    const std::int64_t* targets = load_positions(args_.target.index, group.begin, count, buffer);
     std::int64_t counted = 0, invalid = 0;
 #pragma omp simd reduction(+ : counted, invalid)
     for (int i = 0; i < count; ++i) {
@@ -198,11 +197,10 @@ class CrossEntropy {
   }
 
   void load_grad_loss(Group<Acc>& group) const {
-    const PositionTensor& grad_loss = args_.grad_loss;
+    const double scale = math::mean_scale(args_.flow.divisor);
     Acc buffer[kLanes];
-    const Acc* g =
-        load(grad_loss.data, grad_loss.dtype, group.begin * grad_loss.stride, grad_loss.stride, group.count, buffer);
-    for (int i = 0; i < group.count; ++i) group.grad_loss[i] = Acc(double(g[i]) * args_.grad_scale);
+    const Acc* g = load_positions(args_.flow.grad_loss, group.begin, group.count, buffer);
+    for (int i = 0; i < group.count; ++i) group.grad_loss[i] = Acc(double(g[i]) * scale);
 #pragma omp simd
     for (int i = 0; i < group.count; ++i) {
       group.grad_loss[i] = math::zero_if(!group.counts[i], group.grad_loss[i]);
@@ -274,21 +272,21 @@ void for_each_block(const CrossEntropyArgs& args, std::int64_t begin, std::int64
   });
 }
 
-void cross_entropy_forward(const CrossEntropyArgs& args, std::int64_t begin, std::int64_t end) {
+void cross_entropy_forward(const CrossEntropyArgs& args, Partial* partials, std::int64_t begin, std::int64_t end) {
   for_each_block(args, begin, end, [&](const auto& traversal, auto first, auto last, auto block) {
-    traversal.forward(first, last, args.partials[block]);
+    traversal.forward(first, last, partials[block]);
   });
 }
 
-void cross_entropy_backward(const CrossEntropyArgs& args, std::int64_t begin, std::int64_t end) {
+void cross_entropy_backward(const CrossEntropyArgs& args, Partial*, std::int64_t begin, std::int64_t end) {
   for_each_block(args, begin, end,
                  [&](const auto& traversal, auto first, auto last, auto) { traversal.backward(first, last); });
 }
 
 // The divisor of the mean, and whether all targets are valid, before anything else is done.
-void cross_entropy_count(const CrossEntropyArgs& args, std::int64_t begin, std::int64_t end) {
+void cross_entropy_count(const CrossEntropyArgs& args, Partial* partials, std::int64_t begin, std::int64_t end) {
   for_each_block(args, begin, end, [&](const auto& traversal, auto first, auto last, auto block) {
-    traversal.count(first, last, args.partials[block]);
+    traversal.count(first, last, partials[block]);
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include "../../math/bce.h"
 #include "../../math/bce_with_logits.h"
+#include "../../math/reduction.h"
 #include "../elementwise.h"
 #include "blocks.h"
 #include "memory.h"
@@ -139,14 +140,17 @@ template <class Loss, bool kGradient, class Acc>
 }
 
 template <class Loss>
-void elementwise_forward(const ElementwiseArgs& args, std::int64_t first_block, std::int64_t last_block) {
+void elementwise_forward(const ElementwiseArgs& args, Partial* partials, std::int64_t first_block,
+                         std::int64_t last_block) {
   with_accumulate(args.dtype, [&]<class Acc>() {
     const Acc ignored = ignored_target<Acc>(args);
-    const Acc grad_loss = static_cast<Acc>(args.grad_scale);
+    double one;  // grad_loss, for all elements
+    const double* flow = load_positions({args.grad_loss.data, args.grad_loss.dtype, 0}, 0, 1, &one);
+    const Acc grad_loss = static_cast<Acc>(*flow * math::mean_scale(args.divisor));
     Operands<Acc> in;
     Acc loss[kElementwiseRun], grad_buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
-      Partial& partial = args.partials[block];
+      Partial& partial = partials[block];
       for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
         in.load(run, args);
         RunTotal<Acc> total;
@@ -167,10 +171,10 @@ void elementwise_forward(const ElementwiseArgs& args, std::int64_t first_block, 
 }
 
 template <class Loss>
-void elementwise_backward(const ElementwiseArgs& args, std::int64_t first_block, std::int64_t last_block) {
+void elementwise_backward(const ElementwiseArgs& args, Partial*, std::int64_t first_block, std::int64_t last_block) {
   with_accumulate(args.dtype, [&]<class Acc>() {
     const Acc ignored = ignored_target<Acc>(args);
-    const Acc scale = static_cast<Acc>(args.grad_scale);
+    const Acc scale = static_cast<Acc>(math::mean_scale(args.divisor));
     Operands<Acc> in;
     Acc g_buffer[kElementwiseRun], grad_buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
@@ -202,7 +206,8 @@ void elementwise_backward(const ElementwiseArgs& args, std::int64_t first_block,
 }
 
 // How many elements are not ignored: the divisor of the mean.
-inline void elementwise_count(const ElementwiseArgs& args, std::int64_t first_block, std::int64_t last_block) {
+inline void elementwise_count(const ElementwiseArgs& args, Partial* partials, std::int64_t first_block,
+                              std::int64_t last_block) {
   with_accumulate(args.dtype, [&]<class Acc>() {
     const Acc ignored = ignored_target<Acc>(args);
     Acc buffer[kElementwiseRun];
@@ -212,7 +217,7 @@ inline void elementwise_count(const ElementwiseArgs& args, std::int64_t first_bl
         Acc counted = 0;
 #pragma omp simd reduction(+ : counted)
         for (std::int64_t i = 0; i < run.count; ++i) counted += t[i] == ignored ? Acc(0) : Acc(1);
-        args.partials[block].divisor += double(counted);
+        partials[block].divisor += double(counted);
       });
     }
   });

@@ -147,6 +147,15 @@ const Value* load(const void* data, Dtype dtype, std::int64_t offset, std::int64
   });
 }
 
+// Consecutive positions; ones where there is no tensor, at most kChunk.
+template <class Value>
+const Value* load_positions(const PositionTensor& tensor, std::int64_t begin, std::int64_t count, Value* buffer) {
+  if constexpr (std::is_floating_point_v<Value>) {
+    if (!tensor.data) return kOnes<Value>.data();
+  }
+  return load(tensor.data, tensor.dtype, begin * tensor.stride, tensor.stride, count, buffer);
+}
+
 // Where results that `store` will be given should be computed: in place when nothing has to be converted.
 template <class Acc>
 Acc* destination(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, Acc* buffer) {

@@ -2,6 +2,7 @@
 // It does not touch the rest of the gradient, which the caller hands in as zeros.
 
 #include "../../math/nll.h"
+#include "../../math/reduction.h"
 #include "../class_loss.h"
 #include "blocks.h"
 #include "memory.h"
@@ -20,11 +21,10 @@ struct Targets {
 
   Targets(const NllArgs& args, const ClassTensor& tensor, std::int64_t begin, std::int64_t end, Partial& partial)
       : begin(begin), count(static_cast<int>(std::min<std::int64_t>(kLanes, end - begin))) {
-    const PositionTensor& index = args.target.index;
     const Acc* class_weight = static_cast<const Acc*>(args.weight);
     const std::int64_t inner = args.shape.inner;
     std::int64_t buffer[kLanes];
-    const std::int64_t* target = load(index.data, index.dtype, begin * index.stride, index.stride, count, buffer);
+    const std::int64_t* target = load_positions(args.target.index, begin, count, buffer);
     std::int64_t outer_index = begin / inner, inner_index = begin % inner;
     for (int i = 0; i < count; ++i) {
       const bool ignored = target[i] == args.target.ignore_index;
@@ -52,10 +52,10 @@ void for_each_group(const NllArgs& args, const ClassTensor& tensor, std::int64_t
   }
 }
 
-void nll_forward(const NllArgs& args, std::int64_t begin, std::int64_t end) {
+void nll_forward(const NllArgs& args, Partial* partials, std::int64_t begin, std::int64_t end) {
   with_accumulate(args.log_probs.dtype, [&]<class Acc>() {
     for (std::int64_t block = begin; block < end; ++block) {
-      Partial& partial = args.partials[block];
+      Partial& partial = partials[block];
       for_each_group<Acc>(args, args.log_probs, block, partial, [&](const Targets<Acc>& targets) {
         Acc loss[kLanes];
         with_floating(args.log_probs.dtype, [&]<class T>() {
@@ -74,20 +74,19 @@ void nll_forward(const NllArgs& args, std::int64_t begin, std::int64_t end) {
   });
 }
 
-void nll_backward(const NllArgs& args, std::int64_t begin, std::int64_t end) {
+void nll_backward(const NllArgs& args, Partial*, std::int64_t begin, std::int64_t end) {
+  const double scale = math::mean_scale(args.flow.divisor);
   with_accumulate(args.grad_log_probs.dtype, [&]<class Acc>() {
     for (std::int64_t block = begin; block < end; ++block) {
       Partial unused;
       for_each_group<Acc>(args, args.grad_log_probs, block, unused, [&](const Targets<Acc>& targets) {
-        const PositionTensor& grad_loss = args.grad_loss;
         Acc buffer[kLanes];
-        const Acc* g = load(grad_loss.data, grad_loss.dtype, targets.begin * grad_loss.stride, grad_loss.stride,
-                            targets.count, buffer);
+        const Acc* g = load_positions(args.flow.grad_loss, targets.begin, targets.count, buffer);
         with_floating(args.grad_log_probs.dtype, [&]<class T>() {
           T* grad = static_cast<T*>(args.grad_log_probs.data);
           for (int i = 0; i < targets.count; ++i) {
             if (!targets.counts[i]) continue;
-            const Acc flow = static_cast<Acc>(double(g[i]) * args.grad_scale);
+            const Acc flow = static_cast<Acc>(double(g[i]) * scale);
             grad[targets.offset[i]] = round_to<T>(math::nll_grad(flow, targets.weight[i]));
           }
         });
