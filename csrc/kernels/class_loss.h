@@ -15,7 +15,7 @@ struct ClassShape {
   std::int64_t classes = 1;
   std::int64_t inner = 1;
 
-  std::int64_t positions() const { return outer * inner; }
+  constexpr std::int64_t positions() const { return outer * inner; }
 };
 
 // A tensor of shape (outer, classes, inner); strides count elements. data is null where the tensor is absent.

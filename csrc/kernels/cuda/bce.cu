@@ -1,0 +1,8 @@
+#include "../../math/bce.h"
+#include "elementwise.cuh"
+
+namespace fusedloss::cuda {
+
+template void launch_elementwise<math::Bce>(const ElementwiseArgs&, Pass, Arena&, void*);
+
+}  // namespace fusedloss::cuda

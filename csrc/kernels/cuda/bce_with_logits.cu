@@ -1,0 +1,8 @@
+#include "../../math/bce_with_logits.h"
+#include "elementwise.cuh"
+
+namespace fusedloss::cuda {
+
+template void launch_elementwise<math::BceWithLogits>(const ElementwiseArgs&, Pass, Arena&, void*);
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,39 @@
+// What the losses over classes share on the device: a position's target, and where its entries lie.
+
+#pragma once
+
+#include "../class_loss.h"
+#include "memory.cuh"
+#include "refuse.cuh"
+
+namespace fusedloss::cuda {
+
+// A class index; ignored ones are no class. Any other number that is no class stops the kernel before it is used.
+__device__ __forceinline__ int class_of(const ClassTarget& target, std::int64_t position, std::int64_t classes) {
+  const std::int64_t index = load<std::int64_t>(target.index.data, target.index.dtype, position * target.index.stride);
+  if (index == target.ignore_index) return -1;
+  refuse_unless(index >= 0 && index < classes);
+  return static_cast<int>(index);
+}
+
+// The divisor of a mean over class indices: the positions that count, or their weights. By a whole block.
+template <class Acc>
+__device__ __forceinline__ double count(const ClassTarget& target, const ClassShape& shape, const Acc* weight,
+                                        std::int64_t begin, std::int64_t step) {
+  double sum = 0;
+  for (std::int64_t i = begin; i < shape.positions(); i += step) {
+    const int index = class_of(target, i, shape.classes);
+    if (index >= 0) sum += weight ? static_cast<double>(weight[index]) : 1;
+  }
+  return sum;
+}
+
+__host__ __device__ __forceinline__ std::int64_t offset_of(const ClassShape& shape, const ClassTensor& tensor,
+                                                           std::int64_t position) {
+  // A division for each short row would take as long as the row itself.
+  if (shape.outer == 1) return position * tensor.inner_stride;
+  const std::int64_t outer = position / shape.inner;
+  return outer * tensor.outer_stride + (position - outer * shape.inner) * tensor.inner_stride;
+}
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,7 @@
+#include "cross_entropy_launch.cuh"
+
+namespace fusedloss::cuda {
+
+template void launch_cross_entropy<double>(const CrossEntropyArgs&, Pass, Arena&, void*);
+
+}  // namespace fusedloss::cuda

@@ -1,0 +1,40 @@
+// A gradient that was written in forward, once the grad_output is known: one launch that returns at once where it is
+// what forward has assumed.
+
+#include "cuda.h"
+#include "device.h"
+#include "memory.cuh"
+
+namespace fusedloss::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) rescale_gradient(const __grid_constant__ RescaleArgs args) {
+  using Acc = Accumulate<T>;
+  const double assumed = args.assumed ? load_floating<double>(args.assumed, args.grad_output_dtype, 0) : 1;
+  const double factor = load_floating<double>(args.grad_output, args.grad_output_dtype, 0) / assumed;
+  if (factor == 1) return;
+  const Packets<T> packets(static_cast<T*>(args.grad), args.numel);
+  const std::int64_t step = std::int64_t(gridDim.x) * blockDim.x;
+  for (std::int64_t p = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; p < packets.size(); p += step) {
+    Packet<T> packet = packets.load(p, T{});
+    for (T& value : packet.values) value = convert<T>(convert<Acc>(value) * static_cast<Acc>(factor));
+    packets.store(packets.first(p), packet);
+  }
+}
+
+}  // namespace
+
+void rescale(const RescaleArgs& args, void* stream) {
+  if (args.numel == 0) return;
+  with_floating(args.dtype, [&]<class T>() {
+    const Device& device = current_device();
+    const std::int64_t packets = ceil_div(args.numel, kPacketOf<T>) + 1;
+    const std::int64_t blocks = std::min<std::int64_t>(ceil_div(packets, kThreads), 8 * device.multiprocessors);
+    launch("rescale_gradient", rescale_gradient<T>, {.blocks = blocks, .threads = kThreads}, stream, args);
+  });
+}
+
+}  // namespace fusedloss::cuda
