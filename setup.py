@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # overridden by TORCH_CUDA_ARCH_LIST
 CXX_FLAGS = "-std=c++20 -O3 -g0 -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall"
-NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --threads 2 -Xfatbin -compress-all"
+NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr --threads 2 -Xfatbin -compress-all"
 
 
 def find_cuda_home():
@@ -75,6 +75,7 @@ def extension():
         cpp_extension.CUDA_HOME = cuda_home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         sources += cuda_sources
+        options["define_macros"] = [("FUSEDLOSS_WITH_CUDA", None)]
         # One CUDA runtime in the process: torch's where it has one, else our own.
         options["libraries"] = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
         options["library_dirs"] = [f"{cuda_home}/lib64"]

@@ -78,6 +78,9 @@ static void implement_autocast(torch::Library& m) {
 }
 
 TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { implement(m); }
+#if defined(FUSEDLOSS_WITH_CUDA)
+TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) { implement(m); }
+#endif
 TORCH_LIBRARY_IMPL(fusedloss, Meta, m) { implement(m); }
 TORCH_LIBRARY_IMPL(fusedloss, AutocastCPU, m) { implement_autocast(m); }
 TORCH_LIBRARY_IMPL(fusedloss, AutocastCUDA, m) { implement_autocast(m); }

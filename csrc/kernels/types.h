@@ -12,6 +12,9 @@ enum class Dtype : std::uint8_t { float32, float64, bfloat16, float16, uint8, in
 // Integers, so that they can be an operator's argument. The values are native torch's.
 enum class Reduction : std::int64_t { none = 0, mean = 1, sum = 2 };
 
+// What a kernel is run for.
+enum class Pass { forward, forward_with_gradient, backward };
+
 // What a loss is reduced to. Where the results lie, on the device that the kernel runs on.
 struct Total {
   Reduction reduction = Reduction::none;

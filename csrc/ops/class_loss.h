@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "../kernels/class_loss.h"
+#include "launch.h"
 #include "losses.h"
 
 namespace fusedloss::ops {
@@ -40,6 +41,13 @@ void fill_class_views(ClassShape& shape, std::initializer_list<ClassOperand> ope
 // A tensor with an element for each position, or one of no dimension for all of them. The result keeps the memory
 // alive.
 Tensor position_view(const Tensor& tensor, PositionTensor& view);
+
+// Where a forward kernel writes: the loss, for each position or reduced, and the divisor if it is defined.
+template <class Args>
+void set_results(Args& args, const Tensor& loss, const Tensor& divisor, int64_t reduction) {
+  args.total = total_of(loss, divisor, reduction);
+  if (!args.total.loss) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
+}
 
 // (classes,) of the accumulate type, or an undefined tensor.
 Tensor accumulate_weight(OptionalTensor weight, at::ScalarType dtype);

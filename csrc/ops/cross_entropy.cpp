@@ -14,6 +14,7 @@ namespace fusedloss::ops {
 namespace {
 
 constexpr const char* kName = "cross_entropy";
+constexpr LossKernels<CrossEntropyArgs> kKernels{&cpu::Kernels::cross_entropy, &cuda::Kernels::cross_entropy};
 
 // A target of the input's own shape holds probabilities.
 bool has_probabilities(const Tensor& logits, const Tensor& target) {
@@ -118,36 +119,30 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
       args.row_log_sum = row_log_sum.data_ptr();
     }
     args.lse = return_lse ? lse.data_ptr() : nullptr;
-    if (!reduced) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
-
-    const Partial total = run_forward(cpu_kernels().cross_entropy.forward, args);
-    if (total.invalid >= 0) raise_target_out_of_bounds(kName, logits, target, total.invalid);
-    if (want_statistics) *divisor.mutable_data_ptr<double>() = total.divisor;
-    finish_reduction(total, reduction, loss);
+    set_results(args, loss, divisor, reduction);
+    const int64_t invalid = run(kKernels, Pass::forward, args, logits);
+    if (invalid >= 0) raise_target_out_of_bounds(kName, logits, target, invalid);
   }
   return {loss, lse, row_max, row_log_sum, divisor};
 }
 
 Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor grad_scale_, int64_t reduction, int64_t ignore_index,
+                               OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index,
                                double label_smoothing, double z_loss, double logit_softcap, bool upcast,
                                Tensor& grad_logits) {
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
-  check_with_grad(kName, logits, grad_logits, grad_scale_, reduction);
+  check_with_grad(kName, logits, grad_logits, grad_scale, reduction);
   Tensor loss = at::empty({}, logits.options().dtype(loss_type(logits, target, weight, upcast)));
 
   if (!logits.is_meta()) {
     Tensor grad = addressable(grad_logits);
     Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad);
     CrossEntropyArgs& args = problem.args;
-    // The divisor first, since the gradient needs it; nothing is written yet if a target turns out to be invalid.
-    Partial total = run_forward(cpu_kernels().cross_entropy.count, args);
-    if (total.invalid >= 0) raise_target_out_of_bounds(kName, logits, target, total.invalid);
-    double flow = assumed_grad_output(grad_scale_, loss.scalar_type());
-    args.grad_loss = {&flow, Dtype::float64, 0};
-    args.grad_scale = grad_scale(total.divisor, reduction);
-    total.loss = run_forward(cpu_kernels().cross_entropy.forward, args).loss;
-    finish_reduction(total, reduction, loss);
+    const Tensor flow = assumed_grad_output(grad_scale, loss.scalar_type());
+    if (flow.defined()) args.flow.grad_loss = {flow.data_ptr(), dtype_of(flow.scalar_type()), 0};
+    set_results(args, loss, Tensor(), reduction);
+    const int64_t invalid = run(kKernels, Pass::forward_with_gradient, args, logits);
+    if (invalid >= 0) raise_target_out_of_bounds(kName, logits, target, invalid);
     if (!grad.is_same(grad_logits)) grad_logits.copy_(grad);
   }
   return loss;
@@ -186,9 +181,9 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
     args.row_max = max.data_ptr();
     args.row_log_sum = sum.data_ptr();
     args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
-    const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
-    args.grad_scale = grad_scale(divisor, reduction);
-    run_backward(cpu_kernels().cross_entropy.backward, args);
+    const Tensor flat_grad = position_view(grad_loss, args.flow.grad_loss);
+    args.flow.divisor = flow_divisor(divisor, reduction);
+    run(kKernels, Pass::backward, args, logits);
   }
   const auto absent = [](const Tensor& like) { return at::empty({0}, like.options()); };
   return {output_mask[0] ? grad_logits : absent(logits), output_mask[1] ? grad_target : absent(target)};

@@ -177,18 +177,16 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
     fill_inputs(in, operands, args);
     if (!reduced) operands.add(result, args.loss);
     operands.fill(args.shape);
-    const Partial total = run_forward((cpu_kernels().*loss.cpu_kernels).forward, args);
-    if (total.invalid >= 0) raise_out_of_domain(loss, in);
-    *divisor.mutable_data_ptr<double>() = total.divisor;
-    finish_reduction(total, in.reduction, result);
+    args.total = total_of(result, divisor, in.reduction);
+    if (run(loss.kernels, Pass::forward, args, in.input) >= 0) raise_out_of_domain(loss, in);
   }
   return {result, divisor};
 }
 
-Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, OptionalTensor grad_scale_, bool upcast,
+Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, OptionalTensor grad_scale, bool upcast,
                              Tensor& grad_input) {
   check(loss, in, upcast);
-  check_with_grad(loss.name, in.input, grad_input, grad_scale_, in.reduction);
+  check_with_grad(loss.name, in.input, grad_input, grad_scale, in.reduction);
   Tensor result = at::empty({}, in.input.options().dtype(loss_type(in, upcast)));
 
   if (!in.input.is_meta()) {
@@ -199,12 +197,10 @@ Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, 
     fill_inputs(in, operands, args);
     operands.add(grad, args.grad_input);
     operands.fill(args.shape);
-    const auto& kernels = cpu_kernels().*loss.cpu_kernels;
-    const double divisor = args.has_ignore_index ? run_forward(kernels.count, args).divisor : double(args.shape.numel);
-    args.grad_scale = assumed_grad_output(grad_scale_, result.scalar_type()) * grad_scale(divisor, in.reduction);
-    const Partial total = run_forward(kernels.forward, args);
-    if (total.invalid >= 0) raise_out_of_domain(loss, in);
-    finish_reduction(total, in.reduction, result);
+    const Tensor flow = assumed_grad_output(grad_scale, result.scalar_type());
+    if (flow.defined()) args.flow.grad_loss = {flow.data_ptr(), dtype_of(flow.scalar_type())};
+    args.total = total_of(result, Tensor(), in.reduction);
+    if (run(loss.kernels, Pass::forward_with_gradient, args, in.input) >= 0) raise_out_of_domain(loss, in);
     if (!grad.is_same(grad_input)) grad_input.copy_(grad);
   }
   return result;
@@ -228,12 +224,12 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in,
     ElementwiseArgs args;
     Operands operands(in.input);
     fill_inputs(in, operands, args);
-    operands.add(grad_loss, args.grad_loss);
+    operands.add(grad_loss, args.flow.grad_loss);
     if (output_mask[0]) operands.add(grad_input, args.grad_input);
     if (output_mask[1]) operands.add(grad_target, args.grad_target);
     operands.fill(args.shape);
-    args.grad_scale = grad_scale(divisor, in.reduction);
-    run_backward((cpu_kernels().*loss.cpu_kernels).backward, args);
+    args.flow.divisor = flow_divisor(divisor, in.reduction);
+    run(loss.kernels, Pass::backward, args, in.input);
   }
   return {grad_input, grad_target};
 }

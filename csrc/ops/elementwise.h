@@ -4,14 +4,14 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../kernels/cpu/cpu.h"
+#include "launch.h"
 #include "losses.h"
 
 namespace fusedloss::ops {
 
 struct ElementwiseLoss {
   const char* name;
-  cpu::Loss<ElementwiseArgs> cpu::Kernels::* cpu_kernels;
+  LossKernels<ElementwiseArgs> kernels;
   bool probabilities;  // input and target must lie in [0, 1] and, as in native torch, have one type
 };
 

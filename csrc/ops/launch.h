@@ -5,9 +5,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/SmallVector.h>
 
 #include "../kernels/cpu/cpu.h"
+#include "../kernels/cuda/cuda.h"
 #include "checks.h"
 #include "losses.h"
 
@@ -47,60 +50,77 @@ inline const cpu::Kernels& cpu_kernels() {
   return chosen;
 }
 
+// A loss's kernels, by what their table on each device calls them.
 template <class Args>
-void run_blocks(cpu::Kernel<Args> kernel, const Args& args, int64_t blocks) {
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
+struct LossKernels {
+  cpu::Loss<Args> cpu::Kernels::* cpu;
+  cuda::Loss<Args> cuda::Kernels::* cuda;
+};
+
+// Both raise in a build without CUDA kernels.
+const cuda::Kernels& cuda_kernels();
+void cuda_rescale(const cuda::RescaleArgs& args, void* stream);
+
+// The current stream of a device, as its kernels take it.
+void* current_stream(at::Device device);
 
 template <class Args>
-Partial run_forward(cpu::Kernel<Args> kernel, Args args) {
+cpu::Partial run_blocks(cpu::Kernel<Args> kernel, const Args& args) {
   const int64_t blocks = cpu::block_count(args);
-  c10::SmallVector<Partial, 16> partials(blocks);
-  args.partials = partials.data();
-  run_blocks(kernel, args, blocks);
-  return reduce(partials.data(), blocks);
+  c10::SmallVector<cpu::Partial, 16> partials(blocks);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, partials.data(), begin, end); });
+  return cpu::reduce(partials.data(), blocks);
 }
 
+// Runs the kernels for one pass where `input` is. Returns the first position whose target or value is invalid, or -1;
+// on CUDA an assertion of the device takes its place. Nothing is written then.
 template <class Args>
-void run_backward(cpu::Kernel<Args> kernel, const Args& args) {
-  run_blocks(kernel, args, cpu::block_count(args));
-}
-
-// Writes the reduced loss.
-inline void finish_reduction(const Partial& total, int64_t reduction, at::Tensor& loss) {
-  if (reduction == int64_t(Reduction::none)) return;
-  const double value = reduction == int64_t(Reduction::mean) ? total.loss / total.divisor : total.loss;
-  switch (loss.scalar_type()) {
-    case at::kDouble: *loss.mutable_data_ptr<double>() = value; break;
-    case at::kFloat: *loss.mutable_data_ptr<float>() = static_cast<float>(value); break;
-    case at::kBFloat16: *loss.mutable_data_ptr<at::BFloat16>() = static_cast<float>(value); break;
-    case at::kHalf: *loss.mutable_data_ptr<at::Half>() = static_cast<float>(value); break;
-    default: TORCH_INTERNAL_ASSERT(false, "a loss is never ", loss.scalar_type());
+int64_t run(const LossKernels<Args>& loss, Pass pass, Args args, const at::Tensor& input) {
+  if (!input.is_cpu()) {
+    const c10::DeviceGuard guard(input.device());
+    const auto& kernels = cuda_kernels().*loss.cuda;
+    const auto bytes = static_cast<int64_t>(kernels.workspace_bytes(args, pass));
+    at::Tensor workspace;
+    if (bytes > 0) workspace = at::empty({bytes}, input.options().dtype(at::kByte));
+    kernels.launch(args, pass, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, current_stream(input.device()));
+    return -1;
   }
-}
-
-inline double grad_scale(double divisor, int64_t reduction) {
-  return reduction == int64_t(Reduction::mean) ? 1 / divisor : 1.0;
-}
-
-inline double grad_scale(const at::Tensor& divisor, int64_t reduction) {
-  return grad_scale(*divisor.const_data_ptr<double>(), reduction);
-}
-
-// The number in a tensor of one element.
-inline double number_in(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble: return *tensor.const_data_ptr<double>();
-    case at::kFloat: return *tensor.const_data_ptr<float>();
-    case at::kBFloat16: return *tensor.const_data_ptr<at::BFloat16>();
-    case at::kHalf: return *tensor.const_data_ptr<at::Half>();
-    default: TORCH_CHECK(false, "expected a floating-point number, got ", tensor.scalar_type());
+  const auto& kernels = cpu_kernels().*loss.cpu;
+  if (pass == Pass::backward) {
+    run_blocks(kernels.backward, args);
+    return -1;
   }
+  double divisor;
+  if (pass == Pass::forward_with_gradient) {
+    const auto known = cpu::known_divisor(args);
+    const cpu::Partial counted = known ? cpu::Partial{.divisor = *known} : run_blocks(kernels.count, args);
+    if (counted.invalid >= 0) return counted.invalid;
+    divisor = counted.divisor;
+    if (args.total.reduction == Reduction::mean) args.flow.divisor = &divisor;
+  }
+  const cpu::Partial total = run_blocks(kernels.forward, args);
+  if (total.invalid < 0) cpu::finish(total, args.total);
+  return total.invalid;
 }
 
-// The grad_output that forward assumes, rounded as backward will see it: in the loss's type.
-inline double assumed_grad_output(OptionalTensor grad_scale, at::ScalarType loss_type) {
-  return is_present(grad_scale) ? number_in(grad_scale->to(loss_type)) : 1.0;
+// Where a kernel writes the reduced loss, and the divisor if it is defined. An unreduced loss is not a total's.
+inline Total total_of(const at::Tensor& loss, const at::Tensor& divisor, int64_t reduction) {
+  const bool reduced = reduction != int64_t(Reduction::none);
+  return {.reduction = Reduction(reduction),
+          .loss = reduced ? loss.data_ptr() : nullptr,
+          .dtype = dtype_of(loss.scalar_type()),
+          .divisor = divisor.defined() ? divisor.mutable_data_ptr<double>() : nullptr};
+}
+
+// What flows into the losses is divided by the mean's divisor.
+inline const double* flow_divisor(const at::Tensor& divisor, int64_t reduction) {
+  return reduction == int64_t(Reduction::mean) ? divisor.const_data_ptr<double>() : nullptr;
+}
+
+// The grad_output that forward assumes, one number, rounded as backward will see it: in the loss's type. Undefined
+// where it is 1.
+inline at::Tensor assumed_grad_output(OptionalTensor grad_scale, at::ScalarType loss_type) {
+  return is_present(grad_scale) ? grad_scale->to(loss_type) : at::Tensor();
 }
 
 }  // namespace fusedloss::ops

@@ -14,6 +14,7 @@ namespace fusedloss::ops {
 namespace {
 
 constexpr const char* kName = "nll_loss";
+constexpr LossKernels<NllArgs> kKernels{&cpu::Kernels::nll, &cuda::Kernels::nll};
 
 void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction, bool upcast) {
   check_reduction(kName, reduction);
@@ -43,12 +44,9 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
     args.target.ignore_index = ignore_index;
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
     args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
-    if (!reduced) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
-
-    const Partial total = run_forward(cpu_kernels().nll.forward, args);
-    if (total.invalid >= 0) raise_target_out_of_bounds(kName, log_probs, target, total.invalid);
-    *divisor.mutable_data_ptr<double>() = total.divisor;
-    finish_reduction(total, reduction, loss);
+    set_results(args, loss, divisor, reduction);
+    const int64_t invalid = run(kKernels, Pass::forward, args, log_probs);
+    if (invalid >= 0) raise_target_out_of_bounds(kName, log_probs, target, invalid);
   }
   return {loss, divisor};
 }
@@ -59,7 +57,8 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
   check(log_probs, target, weight, reduction, upcast);
   check_flow(kName, log_probs, grad_loss, divisor, reduction, position_sizes(log_probs));
 
-  Tensor grad = with_huge_pages(empty_like_logits(log_probs)).zero_();
+  Tensor grad = with_huge_pages(empty_like_logits(log_probs));
+  if (grad.is_cpu()) grad.zero_();
   if (!log_probs.is_meta()) {
     NllArgs args;
     fill_class_views(args.shape, {{grad, args.grad_log_probs}});
@@ -67,9 +66,9 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
     args.target.ignore_index = ignore_index;
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
     args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
-    const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
-    args.grad_scale = grad_scale(divisor, reduction);
-    run_backward(cpu_kernels().nll.backward, args);
+    const Tensor flat_grad = position_view(grad_loss, args.flow.grad_loss);
+    args.flow.divisor = flow_divisor(divisor, reduction);
+    run(kKernels, Pass::backward, args, log_probs);
   }
   return grad;
 }

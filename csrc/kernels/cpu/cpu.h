@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "../class_loss.h"
 #include "../elementwise.h"
@@ -37,7 +38,7 @@ template <class Args>
 struct Loss {
   Kernel<Args> forward;  // with the gradient, if args has a place for it
   Kernel<Args> backward;
-  Kernel<Args> count = nullptr;  // the divisor of the mean alone, and what is invalid
+  Kernel<Args> count = nullptr;  // the divisor of the mean alone, and what is invalid: before a gradient is written
 };
 
 struct Kernels {
@@ -54,6 +55,15 @@ const Kernels& kernels(InstructionSet set);
 
 // Writes the reduced loss and the divisor, where they are wanted.
 void finish(const Partial& partial, const Total& total);
+
+// The divisor of the mean, where it is known before a position has been looked at.
+template <class Args>
+std::optional<double> known_divisor(const Args&) {
+  return std::nullopt;
+}
+inline std::optional<double> known_divisor(const ElementwiseArgs& args) {
+  return args.has_ignore_index ? std::nullopt : std::optional(static_cast<double>(args.shape.numel));
+}
 
 // How many blocks the work has. A function of the shape alone, never of the number of threads.
 std::int64_t block_count(const CrossEntropyArgs& args);

@@ -12,8 +12,6 @@
 
 namespace fusedloss::cuda {
 
-enum class Pass { forward, forward_with_gradient, backward };
-
 template <class Args>
 struct Loss {
   std::size_t (*workspace_bytes)(const Args& args, Pass pass);

@@ -110,14 +110,14 @@ class Elementwise {
         ignored_(args.has_ignore_index ? static_cast<Acc>(args.ignore_index) : math::kNaN<Acc>) {
     double scale = 1;
     if constexpr (kPass == Pass::backward) {
-      scale = math::mean_scale(args.divisor);
+      scale = math::mean_scale(args.flow.divisor);
     } else if constexpr (kPass == Pass::forward_with_gradient) {
       if (args.total.reduction == Reduction::mean) {
         const double divisor = run.counted ? *run.counted : args.has_ignore_index ? counted() : run.divisor;
         scale = math::mean_scale(&divisor);
       }
     }
-    const ElementwiseTensor& flow = args.grad_loss;
+    const ElementwiseTensor& flow = args.flow.grad_loss;
     one_flow_ = kPass == Pass::forward_with_gradient || kPlain || !flow.data;
     if (kPass != Pass::forward && flow.data && one_flow_) scale *= load_floating<double>(flow.data, flow.dtype, 0);
     scale_ = static_cast<Acc>(scale);
@@ -190,13 +190,13 @@ class Elementwise {
   }
 
   __device__ __forceinline__ void general(std::int64_t element, ElementSums<Acc>& sums) const {
-    const Offsets in(args_.shape, element, args_.input, args_.target, args_.weight, args_.pos_weight, args_.grad_loss);
+    const Offsets in(args_.shape, element, args_.input, args_.target, args_.weight, args_.pos_weight, args_.flow.grad_loss);
     const Acc x = convert<Acc>(static_cast<const T*>(args_.input.data)[in.at[0]]);
     const Acc t = load_any<Acc>(args_.target.data, args_.target.dtype, in.at[1]);
     const Acc w = load_any<Acc>(args_.weight.data, args_.weight.dtype, in.at[2]);
     const Acc p = load_any<Acc>(args_.pos_weight.data, args_.pos_weight.dtype, in.at[3]);
     const bool has_flows = kPass == Pass::backward && !one_flow_;
-    const Acc g = has_flows ? load_any<Acc>(args_.grad_loss.data, args_.grad_loss.dtype, in.at[4]) * scale_ : scale_;
+    const Acc g = has_flows ? load_any<Acc>(args_.flow.grad_loss.data, args_.flow.grad_loss.dtype, in.at[4]) * scale_ : scale_;
     const Element result = evaluate(x, t, w, p, g);
     sums.add(result.loss, result.counts);
 
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 // Whether one gradient flows into all losses.
 inline bool is_one_number(const ElementwiseArgs& args) {
   bool one = true;
-  for (int d = 0; d < args.shape.dims; ++d) one = one && args.grad_loss.strides[d] == 0;
-  return one || !args.grad_loss.data;
+  for (int d = 0; d < args.shape.dims; ++d) one = one && args.flow.grad_loss.strides[d] == 0;
+  return one || !args.flow.grad_loss.data;
 }
 
 template <class Loss, class T>

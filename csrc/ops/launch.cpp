@@ -1,0 +1,26 @@
+#include "launch.h"
+
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+namespace fusedloss::ops {
+
+#if defined(FUSEDLOSS_WITH_CUDA)
+
+const cuda::Kernels& cuda_kernels() { return cuda::kKernels; }
+void cuda_rescale(const cuda::RescaleArgs& args, void* stream) { cuda::rescale(args, stream); }
+
+#else
+
+const cuda::Kernels& cuda_kernels() {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "fusedloss is built without CUDA kernels; build it with FUSEDLOSS_CUDA=1");
+}
+void cuda_rescale(const cuda::RescaleArgs&, void*) { cuda_kernels(); }
+
+#endif
+
+void* current_stream(at::Device device) {
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return guard.getStream(device).native_handle();
+}
+
+}  // namespace fusedloss::ops
