@@ -8,8 +8,7 @@
 
 #pragma once
 
-#include <cooperative_groups.h>
-
+#include "cluster.cuh"
 #include "cross_entropy.cuh"
 
 namespace fusedloss::cuda {
@@ -67,7 +66,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
         if (slice == 0 && plan_.slices > 1) {
           finish(run.grid, args_.total, blockIdx.x / plan_.slices, sums);
         }
-        cooperative_groups::this_cluster().sync();  // no block may leave while its sums are still read
+        cluster_sync();  // no block may leave while its sums are still read
       }
     }
   }
@@ -159,11 +158,10 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 
   __device__ __forceinline__ Row cluster_merge(Row row) const {
     __shared__ Row exchanged[2];
-    cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
     if (threadIdx.x == 0) exchanged[turn_] = row;
-    cluster.sync();
-    const unsigned rank = threadIdx.x % kMaxCluster;
-    row = rank < cluster.num_blocks() ? *cluster.map_shared_rank(&exchanged[turn_], rank) : Row{};
+    cluster_sync();
+    const int rank = threadIdx.x % kMaxCluster;
+    row = rank < cluster_size() ? read_from_block(&exchanged[turn_], rank) : Row{};
     merge_lanes(row, kMaxCluster);
     return row;
   }
@@ -272,13 +270,7 @@ __global__ void __launch_bounds__(kRowThreads)
     cross_entropy_rows(const __grid_constant__ CrossEntropyArgs args, const __grid_constant__ RowPlan plan,
                        const __grid_constant__ Run run) {
   extern __shared__ __align__(16) unsigned char memory[];
-#if __CUDA_ARCH__ >= 900
   Rows<T, kGeneral, kPass, kCluster>(args, plan, run, reinterpret_cast<Packet<T>*>(memory)).process(run);
-#else
-  if constexpr (!kCluster) {
-    Rows<T, kGeneral, kPass, false>(args, plan, run, reinterpret_cast<Packet<T>*>(memory)).process(run);
-  }
-#endif
 }
 
 }  // namespace fusedloss::cuda

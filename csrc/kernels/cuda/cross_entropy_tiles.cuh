@@ -199,7 +199,7 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
     const bool used = !target.skip;
     const auto in_tile = [&](int c) { return used && c < classes ? convert<Acc>(logits.at(row, c)) : nothing(); };
 
-    Acc registers[kInRegisters ? kPerLane : 1];
+    Acc registers[kInRegisters ? kPerLane : 1]{};
     if constexpr (kInRegisters) {
       for_each_entry([&](int k, int c) { registers[k] = in_tile(c); });
     }
