@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # overridden by TORCH_CUDA_ARCH_LIST
 CXX_FLAGS = "-std=c++20 -O3 -g0 -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall"
-NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr --threads 2 -Xfatbin -compress-all"
+NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Xptxas -v -Xfatbin -compress-all"
 
 
 def find_cuda_home():
@@ -34,18 +34,16 @@ def find_cuda_home():
             return str(home)
 
 
-def decide_cuda(sources):
+def decide_cuda():
     """The toolkit to build the CUDA kernels with, or None; says what was decided and why."""
     wish = os.environ.get("FUSEDLOSS_CUDA", "auto")
     if wish not in ("auto", "1", "0"):
         sys.exit(f"FUSEDLOSS_CUDA must be auto, 1 or 0, got {wish!r}")
     home = find_cuda_home()
-    lacking = "this version has no CUDA sources" if not sources else "no CUDA toolkit (nvcc) was found"
-    possible = bool(sources and home)
-    if wish == "1" and not possible:
-        sys.exit(f"FUSEDLOSS_CUDA=1, but {lacking}")
-    build = possible and wish != "0"
-    reason = f"nvcc in {home}" if build else "FUSEDLOSS_CUDA=0" if wish == "0" else lacking
+    if wish == "1" and not home:
+        sys.exit("FUSEDLOSS_CUDA=1, but no CUDA toolkit (nvcc) was found")
+    build = home and wish != "0"
+    reason = f"nvcc in {home}" if build else "FUSEDLOSS_CUDA=0" if wish == "0" else "no CUDA toolkit (nvcc) was found"
     print(f"fusedloss: {'building' if build else 'not building'} the CUDA kernels: {reason}", file=sys.stderr)
     return home if build else None
 
@@ -68,17 +66,17 @@ def write_build_info(cuda_archs):
 
 def extension():
     patterns = ("csrc/**/*.cpp", "csrc/kernels/cuda/*.cu")
-    sources, cuda_sources = (sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern)) for pattern in patterns)
+    sources, cuda_sources = (sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(each)) for each in patterns)
     options = {"include_dirs": [str(BUILD)], "extra_link_args": ["-fopenmp"]}
-    cuda_home = decide_cuda(cuda_sources)
+    cuda_home = decide_cuda()
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
-        sources += cuda_sources
-        options["define_macros"] = [("FUSEDLOSS_WITH_CUDA", None)]
+        sources = cuda_sources + sources  # the longest to compile first
         # One CUDA runtime in the process: torch's where it has one, else our own.
-        options["libraries"] = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
-        options["library_dirs"] = [f"{cuda_home}/lib64"]
+        runtime = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
+        options |= {"libraries": runtime, "library_dirs": [f"{cuda_home}/lib64"]}
+        options["define_macros"] = [("FUSEDLOSS_WITH_CUDA", None)]
     write_build_info(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "")
     options["extra_compile_args"] = {"cxx": CXX_FLAGS.split(), "nvcc": NVCC_FLAGS.split()}
     # Not CUDAExtension, which links libraries that a CPU build of torch does not have.

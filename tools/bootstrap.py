@@ -123,10 +123,11 @@ def complete(python, stamp, torch, torch_requirement):
 
 
 def build(python):
-    """Incremental. The compiler's commands fill screens, and are shown only if something goes wrong."""
-    say("building the extension; the first time takes a minute or two")
+    """Incremental. The compiler's commands fill screens: they go to a file, and are shown if something goes wrong."""
+    say("building the extension; the first time takes a minute or two, with CUDA kernels a few minutes")
     command = [str(python), "setup.py", "build_ext", "--inplace"]
     built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (ROOT / "build" / "build.log").write_text(built.stdout)
     if built.returncode:
         fail(f"{built.stdout}\nbuilding the extension did not work; the command was: {shlex.join(command)}")
     print(*re.findall("^fusedloss: .*", built.stdout, re.MULTILINE), sep="\n", file=sys.stderr)

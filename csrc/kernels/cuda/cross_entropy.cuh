@@ -23,10 +23,10 @@ struct Run {
 
 template <class Acc>
 struct Target {
-  int index;   // -1: no class
-  bool counts; // contributes to the loss
-  bool skip;   // contributes to nothing that is asked for
-  Acc mass;    // on the target class alone
+  int index;    // -1: no class
+  bool counts;  // contributes to the loss
+  bool skip;    // contributes to nothing that is asked for
+  Acc mass;     // on the target class alone
 };
 
 // kGeneral: entries need more than their logit: smoothing, probabilities or a soft cap.
@@ -108,8 +108,8 @@ class CrossEntropy {
     return math::probability_mass(smoothing_, load_floating<Acc>(q.data, q.dtype, at), class_weight(c));
   }
 
-  // Adds kCount entries to a row's sums, with one rescaling for all of them. class_of(i): the class of an entry; negative
-  // where it does not exist, and is -inf.
+  // Adds kCount entries to a row's sums, with one rescaling for all of them. class_of(i): the class of an entry;
+  // negative where it does not exist, and is -inf.
   template <int kCount, class ClassOf>
   __device__ __forceinline__ void add(Sums_& row, std::int64_t position, const Acc (&x)[kCount],
                                       ClassOf class_of) const {
@@ -189,9 +189,8 @@ class CrossEntropy {
     const Acc inverse = Acc(1) / row.sum;
     Acc mass = target.mass + spread_mass_;
     if constexpr (kGeneral) mass = args_.has_probabilities ? row.mass : mass;
-    return gradient(position, target, row.max, math::finite_shift(row.max), inverse, mass, Acc(0), [&] {
-      return math::log(row.sum);
-    });
+    return gradient(position, target, row.max, math::finite_shift(row.max), inverse, mass, Acc(0),
+                    [&] { return math::log(row.sum); });
   }
 
   // From the statistics that forward has saved; mass: that of probabilities.

@@ -1,8 +1,8 @@
 // Cross entropy where positions lie side by side, or with any other strides: a thread for a few positions.
 //
 // A thread reads a packet of neighbouring positions for each class, several classes at a time, and has one running sum
-// for each position. Where forward writes the gradient too, all packets of a thread are on their way to shared memory at
-// once, and stay there until the gradient takes their place; where they do not fit they are read a second time. With
+// for each position. Where forward writes the gradient too, all packets of a thread are on their way to shared memory
+// at once, and stay there until the gradient takes their place; where they do not fit they are read a second time. With
 // strides that allow no packets, and where entries need more than their logit, a packet holds one position.
 
 #pragma once
@@ -17,8 +17,8 @@ inline constexpr int kColumnThreads = 128;  // the most
 inline constexpr int kClassesInFlight = 4;
 
 struct ColumnPlan {
-  bool packets = false;  // neighbouring positions in packets, aligned for every class
-  bool keeps = false;    // they wait in shared memory
+  bool packets = false;    // neighbouring positions in packets, aligned for every class
+  bool keeps = false;      // they wait in shared memory
   std::int64_t items = 0;  // packets of positions
 };
 
@@ -142,8 +142,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
             this->store_probability_gradient(gradients[i], first + i, this->value(x), c);
           }
         }
-        const Acc entry =
-            targets[i].skip ? Acc(0) : this->entry_gradient(gradients[i], first + i, x, c);
+        const Acc entry = targets[i].skip ? Acc(0) : this->entry_gradient(gradients[i], first + i, x, c);
         packet.values[i] = convert<T>(entry);
       }
       if (tensor.data) store_streaming(grad + c * tensor.class_stride, packet);

@@ -56,8 +56,10 @@ class CrossEntropyLauncher {
 
  private:
   bool totals() const { return pass_ != Pass::backward && (args_.total.loss || args_.total.divisor); }
+  // float64 has the general kernels alone: half the code, for a type that is for checking.
+  static constexpr bool kOnlyGeneral = std::is_same_v<T, double>;
   bool is_general() const {
-    return args_.has_probabilities || args_.label_smoothing != 0 || args_.logit_softcap != 0;
+    return kOnlyGeneral || args_.has_probabilities || args_.label_smoothing != 0 || args_.logit_softcap != 0;
   }
 
   // --- Reductions over the grid, and the divisor ---
@@ -70,7 +72,8 @@ class CrossEntropyLauncher {
     const bool needs_divisor = pass_ == Pass::forward_with_gradient && args_.total.reduction == Reduction::mean;
     if (needs_divisor && !args_.has_probabilities && positions > kCountedInline) {
       constexpr int kThreads = 256;
-      const std::int64_t blocks = std::min<std::int64_t>(ceil_div(positions, 8 * kThreads), 4 * device_.multiprocessors);
+      const std::int64_t blocks =
+          std::min<std::int64_t>(ceil_div(positions, 8 * kThreads), 4 * device_.multiprocessors);
       double* divisor = arena_.take<double>(1);
       const GridSums grid = grid_sums(arena_, blocks, stream_);
       start("cross_entropy_divisor", cross_entropy_divisor<Acc>, {.blocks = blocks, .threads = kThreads}, args_, grid,
@@ -95,7 +98,10 @@ class CrossEntropyLauncher {
         case Pass::backward: return body.template operator()<kGeneral, Pass::backward>();
       }
     };
-    is_general() ? with_pass.template operator()<true>() : with_pass.template operator()<false>();
+    if constexpr (!kOnlyGeneral) {
+      if (!is_general()) return with_pass.template operator()<false>();
+    }
+    with_pass.template operator()<true>();
   }
 
   // --- Traversals ---
@@ -103,23 +109,25 @@ class CrossEntropyLauncher {
   void tiles() {
     const TilePlan plan = plan_tiles<T>(args_);
     Launch shape{.threads = kTileThreads, .shared_bytes = 2 * plan.elements() * sizeof(T)};
-    shape.blocks = std::min(plan.tiles, device_.multiprocessors * resident_blocks(device_, shape.threads, shape.shared_bytes));
+    shape.blocks =
+        std::min(plan.tiles, device_.multiprocessors * resident_blocks(device_, shape.threads, shape.shared_bytes));
     const Run run = prepare(shape.blocks);
     with_variant([&]<bool kGeneral, Pass kPass>() {
-      // The general code holds no entries in registers.
-      if (kGeneral || args_.shape.classes <= 16 * plan.lanes) {
-        start("cross_entropy_tiles", cross_entropy_tiles<T, kGeneral, kPass, 16>, shape, args_, plan, run);
-      } else {
-        start("cross_entropy_tiles", cross_entropy_tiles<T, false, kPass, 32>, shape, args_, plan, run);
+      if constexpr (!kGeneral) {  // the general code holds no entries in registers
+        if (args_.shape.classes > 16 * plan.lanes) {
+          return start("cross_entropy_tiles", cross_entropy_tiles<T, kGeneral, kPass, 32>, shape, args_, plan, run);
+        }
       }
+      start("cross_entropy_tiles", cross_entropy_tiles<T, kGeneral, kPass, 16>, shape, args_, plan, run);
     });
   }
 
   void columns() {
     const std::int64_t positions = args_.shape.positions(), classes = args_.shape.classes;
     ColumnPlan plan;
-    plan.packets = !is_general() && kWidth > 1 && positions >= kWidth * kFewestPackets && args_.shape.inner % kWidth == 0 &&
-                   has_packets(args_.logits) && (!args_.grad_logits.data || has_packets(args_.grad_logits));
+    plan.packets = !is_general() && kWidth > 1 && positions >= kWidth * kFewestPackets &&
+                   args_.shape.inner % kWidth == 0 && has_packets(args_.logits) &&
+                   (!args_.grad_logits.data || has_packets(args_.grad_logits));
     const int width = plan.packets ? kWidth : 1;
     plan.items = positions / width;
     Launch shape{.threads = kColumnThreads};
@@ -165,7 +173,8 @@ class CrossEntropyLauncher {
       const auto share = static_cast<std::int64_t>(device_.shared_per_block) - 4096;
       const int most = device_.clusters ? kMaxCluster : 1;
       const auto grows = [&](std::int64_t bytes) {
-        return bytes > kPreferredShare || (plan.slices * positions < device_.multiprocessors && bytes > 2 * kSmallestSlice);
+        return bytes > kPreferredShare ||
+               (plan.slices * positions < device_.multiprocessors && bytes > 2 * kSmallestSlice);
       };
       while (plan.slices < most && grows(row_bytes / plan.slices)) plan.slices *= 2;
       if (ceil_div(packets, plan.slices) * kPacketBytes > share) return forward_then_backward();

@@ -1,10 +1,10 @@
 // Cross entropy over many classes that lie side by side: a block for a row, or several.
 //
-// A row is read in packets, with one rescaling of its sum for all the packets that a thread has in flight. Where forward
-// writes the gradient too, a thread keeps its packets in shared memory until the row's sums are known, so that memory is
-// read once and written once; rows too large for one block's share are spread over a cluster of blocks, which read one
-// another's sums. Without a gradient, or for backward, rows are spread over any number of blocks where there are few:
-// the last block of a row to arrive adds up the parts in order.
+// A row is read in packets, with one rescaling of its sum for all the packets that a thread has in flight. Where
+// forward writes the gradient too, a thread keeps its packets in shared memory until the row's sums are known, so that
+// memory is read once and written once; rows too large for one block's share are spread over a cluster of blocks, which
+// read one another's sums. Without a gradient, or for backward, rows are spread over any number of blocks where there
+// are few: the last block of a row to arrive adds up the parts in order.
 
 #pragma once
 
@@ -28,7 +28,7 @@ inline constexpr RowGeometry kRowGeometry[] = {
 struct RowPlan {
   int slices = 1;  // of a row, each read by one block; of a cluster, where there are clusters
   std::int64_t slice_packets = 0;
-  void* parts = nullptr;   // (positions, slices) RowSums, where slices meet through memory
+  void* parts = nullptr;        // (positions, slices) RowSums, where slices meet through memory
   unsigned* tickets = nullptr;  // (positions,), zero when the kernel starts
 };
 
@@ -236,8 +236,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   }
 
   __device__ __forceinline__ void store_gradient(std::int64_t position, const Target<Acc>& target,
-                                                 const typename Base::Gradient& gradient,
-                                                 const Slice& slice) const {
+                                                 const typename Base::Gradient& gradient, const Slice& slice) const {
     const Packets<T> to(gradient_row(position), this->classes());
     for (std::int64_t p = slice.begin + threadIdx.x; p < slice.end; p += blockDim.x) {
       const std::int64_t c = slice.packets.first(p);

@@ -35,13 +35,13 @@ struct Division {  // of numbers below 2^16 by one of at most kTileClasses
 
 struct TilePlan {
   std::int64_t tiles = 0;
-  int lanes = 1;         // of a row
-  int rows = 1;          // of a tile
-  int pitch = 1;         // from row to row in shared memory
-  int start = 0;         // of the first row in shared memory: its place in a packet
-  bool stream = false;   // the logits' rows follow one another in memory
+  int lanes = 1;             // of a row
+  int rows = 1;              // of a tile
+  int pitch = 1;             // from row to row in shared memory
+  int start = 0;             // of the first row in shared memory: its place in a packet
+  bool stream = false;       // the logits' rows follow one another in memory
   bool grad_stream = false;  // the gradient's likewise, and it starts at the same place in a packet
-  bool skips = false;    // rows are long enough for it to pay to look which are ignored before they are copied
+  bool skips = false;        // rows are long enough for it to pay to look which are ignored before they are copied
   Division classes;
 
   constexpr std::size_t elements() const { return std::size_t(start + rows * pitch + 2 * kPacketBytes) / 16 * 16; }
@@ -305,11 +305,12 @@ TilePlan plan_tiles(const CrossEntropyArgs& args) {
   plan.stream = follows(args.logits);
   // A tile holds a multiple of 16 bytes (of whole rows of kTileThreads / lanes), so that all tiles start alike.
   plan.start = plan.stream ? overhang(logits) : 0;
-  plan.grad_stream = plan.stream && follows(args.grad_logits) &&
-                     overhang(static_cast<const T*>(args.grad_logits.data)) == plan.start;
+  plan.grad_stream =
+      plan.stream && follows(args.grad_logits) && overhang(static_cast<const T*>(args.grad_logits.data)) == plan.start;
   plan.pitch = classes;
   const std::size_t row_bytes = classes * sizeof(T);
-  // Rows of a multiple of 16 bytes would start in few of the 32 banks, and lanes of different rows wait for one another.
+  // Rows of a multiple of 16 bytes would start in few of the 32 banks, and lanes of different rows wait for one
+  // another.
   if (sizeof(T) <= sizeof(Word) && plan.start == 0 && row_bytes % kPacketBytes == 0 && plan.lanes < kWarp) {
     plan.pitch += sizeof(Word) / sizeof(T);
   }

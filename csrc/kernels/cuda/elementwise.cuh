@@ -2,8 +2,8 @@
 // in_domain, evaluate (loss and slope) and target_grad (csrc/math/bce.h).
 //
 // Where everything lies in one piece, input and target have one type and there are no weights, a packet of 16 bytes of
-// each is in hand at once. Anything else (weights that broadcast, strides, labels in integers, a gradient to the target)
-// takes the general kernel, whose operands may each have a type and strides of their own.
+// each is in hand at once. Anything else (weights that broadcast, strides, labels in integers, a gradient to the
+// target) takes the general kernel, whose operands may each have a type and strides of their own.
 
 #pragma once
 
@@ -21,8 +21,8 @@ inline constexpr std::int64_t kElementsCountedInline = 16384;
 
 struct ElementwiseRun {
   GridSums grid;
-  double divisor = 0;                     // of the mean, where no element is ignored
-  const double* counted = nullptr;        // of the mean, where a launch has counted it
+  double divisor = 0;               // of the mean, where no element is ignored
+  const double* counted = nullptr;  // of the mean, where a launch has counted it
 };
 
 // Sums of a thread: a few packets' losses in the accumulate type, then in float64, which most devices are slow at.
@@ -106,8 +106,7 @@ class Elementwise {
  public:
   // To be called by all threads of the block.
   __device__ __forceinline__ Elementwise(const ElementwiseArgs& args, const ElementwiseRun& run)
-      : args_(args),
-        ignored_(args.has_ignore_index ? static_cast<Acc>(args.ignore_index) : math::kNaN<Acc>) {
+      : args_(args), ignored_(args.has_ignore_index ? static_cast<Acc>(args.ignore_index) : math::kNaN<Acc>) {
     double scale = 1;
     if constexpr (kPass == Pass::backward) {
       scale = math::mean_scale(args.flow.divisor);
@@ -169,8 +168,7 @@ class Elementwise {
     int counted = 0;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const Element element =
-          evaluate(convert<Acc>(x.values[i]), convert<Acc>(t.values[i]), Acc(1), Acc(1), scale_);
+      const Element element = evaluate(convert<Acc>(x.values[i]), convert<Acc>(t.values[i]), Acc(1), Acc(1), scale_);
       const bool is_there = whole || exists(first + i);
       loss += math::zero_if(!is_there, element.loss);
       counted += is_there && element.counts;
@@ -190,13 +188,15 @@ class Elementwise {
   }
 
   __device__ __forceinline__ void general(std::int64_t element, ElementSums<Acc>& sums) const {
-    const Offsets in(args_.shape, element, args_.input, args_.target, args_.weight, args_.pos_weight, args_.flow.grad_loss);
+    const Offsets in(args_.shape, element, args_.input, args_.target, args_.weight, args_.pos_weight,
+                     args_.flow.grad_loss);
     const Acc x = convert<Acc>(static_cast<const T*>(args_.input.data)[in.at[0]]);
     const Acc t = load_any<Acc>(args_.target.data, args_.target.dtype, in.at[1]);
     const Acc w = load_any<Acc>(args_.weight.data, args_.weight.dtype, in.at[2]);
     const Acc p = load_any<Acc>(args_.pos_weight.data, args_.pos_weight.dtype, in.at[3]);
     const bool has_flows = kPass == Pass::backward && !one_flow_;
-    const Acc g = has_flows ? load_any<Acc>(args_.flow.grad_loss.data, args_.flow.grad_loss.dtype, in.at[4]) * scale_ : scale_;
+    const Acc g =
+        has_flows ? load_any<Acc>(args_.flow.grad_loss.data, args_.flow.grad_loss.dtype, in.at[4]) * scale_ : scale_;
     const Element result = evaluate(x, t, w, p, g);
     sums.add(result.loss, result.counts);
 
@@ -220,7 +220,7 @@ class Elementwise {
 
   const ElementwiseArgs& args_;
   const Acc ignored_;  // equal to no target where nothing is to be ignored
-  bool one_flow_;  // one gradient flows into all losses: it is in the scale
+  bool one_flow_;      // one gradient flows into all losses: it is in the scale
   Acc scale_;
 };
 
@@ -258,8 +258,8 @@ void launch_elementwise_of(const ElementwiseArgs& args, Pass pass, Arena& arena,
   const auto in_one_piece = [&](const ElementwiseTensor& tensor) { return !tensor.data || tensor.linear; };
   const bool plain = args.target.dtype == args.dtype && args.input.linear && args.target.linear &&
                      in_one_piece(args.loss) && in_one_piece(args.grad_input) && !args.weight.data &&
-                     !args.pos_weight.data && !args.grad_target.data && (pass == Pass::forward || args.grad_input.data) &&
-                     (pass != Pass::backward || is_one_number(args));
+                     !args.pos_weight.data && !args.grad_target.data &&
+                     (pass == Pass::forward || args.grad_input.data) && (pass != Pass::backward || is_one_number(args));
   const std::int64_t items = numel / (plain ? kPacketOf<T> : 1) + 1;
   const std::int64_t blocks =
       std::min<std::int64_t>(ceil_div(items, kElementwiseThreads), 8 * current_device().multiprocessors);
@@ -271,8 +271,8 @@ void launch_elementwise_of(const ElementwiseArgs& args, Pass pass, Arena& arena,
     double* divisor = arena.take<double>(1);
     const GridSums grid = grid_sums(arena, blocks, stream);
     if (!arena.is_measured()) {
-      launch("elementwise_divisor", elementwise_divisor<Acc>, {.blocks = blocks, .threads = kElementwiseThreads}, stream,
-             args, grid, Total{.reduction = Reduction::mean, .divisor = divisor});
+      launch("elementwise_divisor", elementwise_divisor<Acc>, {.blocks = blocks, .threads = kElementwiseThreads},
+             stream, args, grid, Total{.reduction = Reduction::mean, .divisor = divisor});
     }
     run.counted = divisor;
   }

@@ -66,9 +66,9 @@ __device__ __forceinline__ Sums block_sum_for_all(Sums sums) {
 
 // Where the blocks of a grid leave their sums. `tickets` are zero when the kernel starts.
 struct GridSums {
-  Sums* parts = nullptr;         // (units,)
-  unsigned* tickets = nullptr;   // [0]: the units that have arrived
-  std::int64_t units = 1;        // of work, each of which leaves one part; one unit needs neither
+  Sums* parts = nullptr;        // (units,)
+  unsigned* tickets = nullptr;  // [0]: the units that have arrived
+  std::int64_t units = 1;       // of work, each of which leaves one part; one unit needs neither
 };
 
 __device__ __forceinline__ void write_total(const Total& total, const Sums& sums) {

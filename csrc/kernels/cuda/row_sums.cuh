@@ -14,9 +14,7 @@ struct RowSums;
 
 template <class Acc>
 struct RowSums<Acc, false> : math::LogSumExp<Acc> {
-  __device__ __forceinline__ void merge(const RowSums& other) {
-    math::LogSumExp<Acc>::merge(other.max, other.sum);
-  }
+  __device__ __forceinline__ void merge(const RowSums& other) { math::LogSumExp<Acc>::merge(other.max, other.sum); }
   __device__ __forceinline__ RowSums shuffled(int lane) const {
     RowSums other;
     other.max = __shfl_xor_sync(kAllLanes, this->max, lane);
