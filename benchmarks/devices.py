@@ -130,10 +130,10 @@ class Cuda:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 torch.autograd.grad(call(own), own, one)
                 torch.cuda.synchronize()
-            on_device = torch.autograd.DeviceType.CUDA
-            return sum(event.device_type == on_device for event in profile.events()) or None
         except RuntimeError:
             return None
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(not event.is_user_annotation for event in on_device) or None
 
 
 DEVICES = {"cpu": Cpu, "cuda": Cuda}

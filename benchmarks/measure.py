@@ -142,9 +142,9 @@ def judge(case: Case, contestants: dict[str, Callable], logits: Tensor, target: 
 
 
 def under_autocast(call: Callable) -> Callable:
-    def wrapped(logits):
+    def wrapped(logits, *rest, **options):
         with torch.autocast(logits.device.type, torch.bfloat16):
-            return call(logits)
+            return call(logits, *rest, **options)
 
     return wrapped
 
