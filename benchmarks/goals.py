@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.cases import GROUPS, Case
+from benchmarks.cases import CUDA_GROUPS, Case
 from benchmarks.contestants import PEERS
 from benchmarks.measure import MEASURES, Result
 
@@ -99,28 +99,33 @@ GOALS = [
 def judge(goal: Goal, results: list[Result]) -> dict:
     """The goal's verdict, its worst case, and how many of its cases were measured.
 
-    A case that fusedloss could not be timed in is missed. One without the rival, or left out, is not measured.
+    A case that fusedloss could not be timed in is missed. One without the rival, or left out, is not measured: what the
+    others reach is then reached in part.
     """
     mine = [result for result in results if goal.cases(result.case)]
     broken = [result for result in mine if result.entries["fusedloss"].problem]
-    measured = [(*goal.value(result), result) for result in mine if result not in broken]
-    measured = [(value, rival, result) for value, rival, result in measured if value is not None]
-    worst = max if goal.unit == "launches" else min
-    value, rival, result = worst(measured, key=lambda one: one[0], default=(None, "", None))
-    good = [one for one in measured if (one[0] <= goal.wanted if goal.unit == "launches" else one[0] >= goal.wanted)]
+    values = [(*goal.value(result), result) for result in mine if result not in broken]
+    measured = [value for value in values if value[0] is not None]
+    bound = goal.unit == "launches"
+    good = [value for value in measured if (value[0] <= goal.wanted if bound else value[0] >= goal.wanted)]
+    worst, rival, where = (max if bound else min)(measured, key=lambda value: value[0], default=(None, "", None))
+    where = broken[0] if broken else where
+    cases = sum(goal.cases(case) for group in CUDA_GROUPS.values() for case in group)
     if broken or len(good) < len(measured):
         verdict = "missed"
+    elif measured:
+        verdict = "reached" if len(measured) == cases else "reached in part"
     else:
-        verdict = "reached" if measured else "not measured"
+        verdict = "not measured"
     return {
         "goal": goal.title,
         "wanted": goal.wanted,
         "unit": goal.unit,
         "verdict": verdict,
-        "worst": value,
-        "where": str(broken[0].case if broken else result.case) if broken or result else "",
-        "rival": rival,
+        "worst": None if broken else worst,
+        "where": str(where.case) if where else "",
+        "rival": "" if broken else rival,
         "met": len(good),
         "measured": len(measured) + len(broken),
-        "cases": sum(goal.cases(case) for group in GROUPS["cuda"].values() for case in group),
+        "cases": cases,
     }
