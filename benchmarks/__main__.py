@@ -23,7 +23,7 @@ from benchmarks.contestants import CONTESTANTS, PEERS, first_line
 from benchmarks.devices import DEVICES
 from benchmarks.measure import Budget, run
 
-THOROUGH = Budget(seconds=2, fewest=7, most=200)
+THOROUGH = {"cpu": Budget(seconds=2, fewest=7, most=200), "cuda": Budget(seconds=1, fewest=7, most=100)}
 QUICK = Budget(seconds=0.2, fewest=3, most=20)
 MINUTES = {"cpu": float("inf"), "cuda": 9}
 
@@ -51,7 +51,7 @@ def main() -> None:
     contestants = {name: make for name, make in CONTESTANTS.items() if not (name == "compiled" and options.no_compile)}
     if cuda:
         contestants |= {name: peer for name, peer in PEERS.items() if peer.state()[0]}
-    budget = QUICK if options.quick else THOROUGH
+    budget = QUICK if options.quick else THOROUGH[options.device]
     minutes = MINUTES[options.device] if options.minutes is None else options.minutes
     part = options.filter or options.quick or options.no_compile or options.threads or options.minutes is not None
     default = Path(__file__).parent / "results" / machine.slug(options.device)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -80,7 +80,7 @@ class Peer:
         """Whether it can be imported, and its version or what is in the way."""
         try:
             self.load()
-            return True, version(self.package)
+            return True, installed(self.package) or "of unknown version"
         except Exception as error:  # a package may look for its GPU, or for its libraries, when it is imported
             absent = isinstance(error, ModuleNotFoundError) and error.name == self.module.partition(".")[0]
             return False, "not installed" if absent else f"cannot be imported: {first_line(error)}"
@@ -102,6 +102,14 @@ PEERS = {
         module_with_smoothing,
     ),
 }
+
+
+def installed(package: str) -> str:
+    """Its version; empty where it is not installed under this name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ STRONGEST = ("compiled", *PEERS)
 class Goal:
     title: str
     wanted: float
-    unit: str  # "percent", "times" or "launches", of which there may be no more than wanted
+    unit: str  # "percent", "times" or "launches", of which there may be no more
     cases: Callable[[Case], bool]
     value: Callable[[Result], tuple[float | None, str]]  # the number, and the rival that it speaks of
 

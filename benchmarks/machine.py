@@ -6,13 +6,12 @@ import re
 import shutil
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import fusedloss
-from benchmarks.contestants import PEERS
+from benchmarks.contestants import PEERS, installed
 
 
 def facts(device: str) -> dict:
@@ -42,7 +41,7 @@ def gpu_facts() -> dict:
         "last_level_cache": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "driver": driver(),
-        "triton": installed("triton"),
+        "triton": installed("triton") or "not installed",
         "peers": {name: peer.state()[1] for name, peer in PEERS.items()},
     }
 
@@ -62,13 +61,6 @@ def driver() -> str:
     if not shutil.which(command[0]):
         return ""
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0].strip()
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def touch_memory() -> None:
