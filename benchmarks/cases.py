@@ -1,4 +1,4 @@
-"""What is measured: a table of calls, the data of each, and the bytes that each must move.
+"""What is measured: a table of calls for each device, the data of each, and the bytes that each must move.
 
 Every call has reduction="mean", torch's default, and only its logits require a gradient. A case draws its data from a
 generator of its own, so that it is the same case whichever others run.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # the default ignore_index
+LABEL_SMOOTHING = 0.1
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class Case:
     options: tuple[str, ...] = ()  # rows of OPTIONS
     channels_last: bool = False  # the classes are innermost in memory, whatever the number of dimensions
     dtype: torch.dtype = torch.float32
+    autocast: bool = False  # the call is made under torch.autocast
+    latency: bool = False  # so small that on a GPU the launches count, not the kernels
     ours: dict = field(default_factory=dict)  # keyword arguments for fusedloss alone
 
     @property
     def name(self) -> str:
         layout = ["channels last"] if self.channels_last else []
-        return " ".join([self.title, "x".join(map(str, self.shape)), *layout, *self.ours])
+        context = ["autocast"] if self.autocast else []
+        return " ".join([self.title, "x".join(map(str, self.shape)), *layout, *context, *self.ours])
 
     @property
     def type(self) -> str:
@@ -39,14 +43,13 @@ class Case:
 
     def draw(self, device: str) -> tuple[Tensor, Tensor, dict]:
         """Logits (or what the loss takes instead), target and options; drawn in float32, rounded once."""
-        generator = torch.Generator().manual_seed(0)
-        logits = INPUTS.get(self.loss, torch.clone)(torch.randn(self.shape, generator=generator)).to(self.dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        logits = torch.randn(self.shape, generator=generator, device=device)
+        logits = INPUTS.get(self.loss, Tensor.contiguous)(logits).to(self.dtype)
         if self.channels_last:
             logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
         target = TARGETS[self.target](self, generator)
-        options = {name: OPTIONS[name](self, generator) for name in self.options}
-        moved = {name: value.to(device) for name, value in options.items() if isinstance(value, Tensor)}
-        return logits.to(device), target.to(device), options | moved
+        return logits, target, {name: OPTIONS[name](self, generator) for name in self.options}
 
 
 def bytes_to_move(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, int]:
@@ -66,36 +69,39 @@ def bytes_to_move(case: Case, logits: Tensor, target: Tensor, options: dict) -> 
 
 
 def indices(case, generator):
-    return torch.randint(case.shape[1], (case.shape[0], *case.shape[2:]), generator=generator)
+    shape = (case.shape[0], *case.shape[2:])
+    return torch.randint(case.shape[1], shape, generator=generator, device=generator.device)
 
 
-def a_third_ignored(case, generator):
+def partly_ignored(case, generator):
     target = indices(case, generator)
     # In a random order: a processor would foresee a regular one.
-    order = torch.randperm(target.numel(), generator=generator)
-    target.view(-1)[order[: target.numel() // 3]] = IGNORED
+    order = torch.randperm(target.numel(), generator=generator, device=generator.device)
+    part, whole = IGNORED_PARTS[case.target]
+    target.view(-1)[order[: target.numel() * part // whole]] = IGNORED
     return target
 
 
 def probabilities(case, generator):
-    return torch.randn(case.shape, generator=generator).softmax(1).to(case.dtype)
+    return torch.randn(case.shape, generator=generator, device=generator.device).softmax(1).to(case.dtype)
 
 
 def labels(case, generator):
-    return torch.randint(2, case.shape, generator=generator).to(case.dtype)
+    return torch.randint(2, case.shape, generator=generator, device=generator.device).to(case.dtype)
 
 
 def class_weight(case, generator):
-    return (0.5 + torch.rand(case.shape[1], generator=generator)).to(case.dtype)
+    return (0.5 + torch.rand(case.shape[1], generator=generator, device=generator.device)).to(case.dtype)
 
 
 INPUTS = {  # of the losses that do not take logits
     "nll_loss": lambda logits: logits.log_softmax(1),
     "binary_cross_entropy": torch.sigmoid,
 }
+IGNORED_PARTS = {"a third ignored": (1, 3), "half ignored": (1, 2), "nine tenths ignored": (9, 10)}
 TARGETS = {
     "indices": indices,
-    "a third ignored": a_third_ignored,
+    **dict.fromkeys(IGNORED_PARTS, partly_ignored),
     "probabilities": probabilities,
     "labels": labels,
     "uint8 labels": lambda case, generator: labels(case, generator).byte(),
@@ -103,7 +109,7 @@ TARGETS = {
 OPTIONS = {
     "weight": class_weight,
     "pos_weight": class_weight,
-    "label_smoothing": lambda case, generator: 0.1,
+    "label_smoothing": lambda case, generator: LABEL_SMOOTHING,
 }
 
 
@@ -141,7 +147,7 @@ EVERYTHING = {
 }
 
 GOAL = "float32 and bfloat16"  # the group that the geometric means are over
-GROUPS = {
+CPU_GROUPS = {
     GOAL: each(
         [torch.float32, torch.bfloat16],
         [
@@ -172,3 +178,55 @@ GROUPS = {
         cross_entropy(2, 19, 512, 512, ours={"inplace": True}),
     ],
 }
+
+# The first ones count most: where time is limited, it is the last ones that are left out.
+BOTH = [torch.bfloat16, torch.float32]
+HEADS = [cross_entropy(rows, classes) for classes in (32000, 50257, 128256, 151936, 256000) for rows in (4096, 8192)]
+CUDA_GROUPS = {
+    "latency": [
+        cross_entropy(32, 10, latency=True),
+        cross_entropy(32, 10, latency=True, dtype=torch.bfloat16),
+        cross_entropy(32, 10, latency=True, autocast=True, dtype=torch.bfloat16),
+        bce_with_logits(32, 10, latency=True),
+    ],
+    "autocast": each([torch.bfloat16], [cross_entropy(8192, classes, autocast=True) for classes in (32000, 128256)]),
+    "language model heads": [
+        *each([torch.bfloat16], HEADS),
+        *each([torch.float32], [cross_entropy(4096, 32000), cross_entropy(4096, 128256)]),
+    ],
+    "few classes": each(
+        BOTH,
+        [
+            cross_entropy(16777216, 10),
+            cross_entropy(2097152, 91),
+            cross_entropy(65536, 1000),
+            cross_entropy(65536, 10),
+        ],
+    ),
+    "binary cross entropy": each(
+        BOTH,
+        [
+            bce_with_logits(65536, 1000),
+            bce_with_logits(65536, 1000, title="bce with logits, uint8 labels", target="uint8 labels"),
+            bce_with_logits(65536, 1000, title="bce with logits, pos_weight", options=("pos_weight",)),
+            Case("bce", "binary_cross_entropy", (65536, 1000), "labels"),
+        ],
+    ),
+    "segmentation": [
+        *each(BOTH, [cross_entropy(8, 19, 512, 1024), cross_entropy(4, 150, 512, 512)]),
+        cross_entropy(8, 19, 512, 1024, channels_last=True, dtype=torch.bfloat16),
+    ],
+    "ignored rows and options": each(
+        [torch.bfloat16],
+        [
+            cross_entropy(8192, 128256, title="cross entropy, half ignored", target="half ignored"),
+            cross_entropy(8192, 128256, title="cross entropy, nine tenths ignored", target="nine tenths ignored"),
+            cross_entropy(8192, 32000, **EVERYTHING),
+            cross_entropy(65536, 1000, **EVERYTHING),
+            cross_entropy(8192, 128256, ours={"inplace": True}),
+        ],
+    ),
+    "few rows": each(BOTH, [cross_entropy(8, 128256), cross_entropy(64, 128256)]),
+    "nll": each(BOTH, [Case("nll", "nll_loss", (65536, 1000))]),
+}
+GROUPS = {"cpu": CPU_GROUPS, "cuda": CUDA_GROUPS}  # by device

@@ -5,12 +5,19 @@ its time. What is done once, such as compiling, is not.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import fusedloss
-from benchmarks.cases import Case
+from benchmarks.cases import IGNORED_PARTS, LABEL_SMOOTHING, Case
+
+
+class CannotRun(Exception):
+    """Says what about a case a contestant does not offer."""
 
 
 def ours(case: Case) -> Callable:
@@ -31,3 +38,79 @@ def compiled(case: Case) -> Callable:
 
 
 CONTESTANTS = {"fusedloss": ours, "native": native, "compiled": compiled}
+
+
+# --- Other projects' kernels, on CUDA and where they are installed ------------------------------------------
+
+
+def as_it_is(function: Callable, case: Case) -> Callable:
+    return function
+
+
+def module_with_smoothing(loss: type, case: Case) -> Callable:
+    module = loss(label_smoothing=LABEL_SMOOTHING if "label_smoothing" in case.options else 0.0)
+    return lambda input, target, label_smoothing=0.0: module(input, target)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A cross entropy over rows of logits, with the mean over the targets that are not ignored."""
+
+    package: str  # the name that it is installed by
+    module: str
+    name: str  # in the module
+    options: frozenset[str]  # of a case, those that it takes
+    adapt: Callable[[Callable, Case], Callable] = as_it_is
+
+    def __call__(self, case: Case) -> Callable:
+        if case.loss != "cross_entropy":
+            raise CannotRun("has cross entropy alone")
+        if len(case.shape) != 2 or case.channels_last:
+            raise CannotRun("takes contiguous logits of two dimensions")
+        if case.target != "indices" and case.target not in IGNORED_PARTS:
+            raise CannotRun("takes class indices")
+        if missing := set(case.options) - self.options:
+            raise CannotRun(f"has no {', '.join(sorted(missing))}")
+        return self.adapt(self.load(), case)
+
+    def load(self) -> Callable:
+        return getattr(import_module(self.module), self.name)
+
+    def state(self) -> tuple[bool, str]:
+        """Whether it can be imported, and its version or what is in the way."""
+        try:
+            self.load()
+            return True, installed(self.package) or "of unknown version"
+        except Exception as error:  # a package may look for its GPU, or for its libraries, when it is imported
+            absent = isinstance(error, ModuleNotFoundError) and error.name == self.module.partition(".")[0]
+            return False, "not installed" if absent else f"cannot be imported: {first_line(error)}"
+
+
+PEERS = {
+    "liger": Peer(
+        "liger-kernel",
+        "liger_kernel.transformers.functional",
+        "liger_cross_entropy",
+        frozenset({"weight", "label_smoothing"}),
+    ),
+    "quack": Peer("quack-kernels", "quack.cross_entropy", "cross_entropy", frozenset({"weight"})),
+    "flash": Peer(
+        "flash-attn",
+        "flash_attn.losses.cross_entropy",
+        "CrossEntropyLoss",
+        frozenset({"label_smoothing"}),
+        module_with_smoothing,
+    ),
+}
+
+
+def installed(package: str) -> str:
+    """Its version; empty where it is not installed under this name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

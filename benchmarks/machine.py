@@ -3,15 +3,22 @@
 import os
 import platform
 import re
+import shutil
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 import fusedloss
+from benchmarks.contestants import PEERS, installed
 
 
-def facts() -> dict:
+def facts(device: str) -> dict:
+    return common_facts() | (gpu_facts() if device == "cuda" else {})
+
+
+def common_facts() -> dict:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_model(),
@@ -22,6 +29,38 @@ def facts() -> dict:
         "torch": torch.__version__,
         "fusedloss": fusedloss.build_info(),
     }
+
+
+def gpu_facts() -> dict:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "gpu_memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "last_level_cache": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+        "triton": installed("triton") or "not installed",
+        "peers": {name: peer.state()[1] for name, peer in PEERS.items()},
+    }
+
+
+def no_gpu() -> str:
+    """Why nothing can be measured on CUDA; empty where it can."""
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    if not fusedloss.build_info()["cuda"]:
+        return "this build of fusedloss has no CUDA kernels"
+    return ""
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver; empty where its tool is not there."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if not shutil.which(command[0]):
+        return ""
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0].strip()
 
 
 def touch_memory() -> None:
@@ -35,10 +74,10 @@ def touch_memory() -> None:
         torch.ones(min(free // 2, 8 << 30), dtype=torch.uint8)
 
 
-def slug() -> str:
-    """The name of a folder, such as amd-epyc-2-cores."""
-    words = re.findall(r"[a-z0-9.]+", re.sub(r"\((r|tm)\)", " ", cpu_model().lower()))
-    return "-".join([*words, str(os.cpu_count()), "cores"])
+def slug(device: str) -> str:
+    """The name of a folder, such as amd-epyc-2-cores or nvidia-h200."""
+    model = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} {os.cpu_count()} cores"
+    return "-".join(re.findall(r"[a-z0-9.]+", re.sub(r"\((r|tm)\)", " ", model.lower())))
 
 
 def cpu_model() -> str:

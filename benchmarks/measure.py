@@ -5,9 +5,10 @@ before: what becomes of it there (a copy into the layout of a leaf's grad, for o
 """
 
 import gc
+import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +17,9 @@ from statistics import quantiles
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, bytes_to_move
-from benchmarks.contestants import native
+from benchmarks.cases import IGNORED, Case, bytes_to_move
+from benchmarks.contestants import CannotRun, first_line, native
+from benchmarks.devices import Cpu, Cuda, CudaClock, HostClock
 
 MEASURES = {
     "forward": lambda call, logits: call(logits),
@@ -48,9 +50,11 @@ class Times:
 class Entry:
     """A contestant's part in a case: its times by measure, or the problem that kept it from being timed."""
 
-    problem: str = ""  # "wrong: ..." or "failed: ..."
+    problem: str = ""  # "wrong: ...", "failed: ..." or "cannot: ..."
     first_seconds: float = 0.0  # of the first forward and step, compiling included
     times: dict[str, Times] = field(default_factory=dict)
+    peak_bytes: int | None = None  # that a step takes beside the logits; on CUDA
+    launches: int | None = None  # in a step; on CUDA, of a latency case
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Result:
     bytes_to_move: dict[str, int]  # by measure
     copy: Times
     entries: dict[str, Entry]  # by contestant
+    memory_bandwidth: float = 0.0  # bytes per second of a large copy; on CUDA
 
     def seconds(self, contestant: str, measure: str) -> float | None:
         times = self.entries[contestant].times if contestant in self.entries else {}
@@ -71,10 +76,21 @@ class Result:
         ours, theirs = self.seconds("fusedloss", measure), self.seconds(rival, measure)
         return theirs / ours if ours and theirs else None
 
+    def best(self, measure: str, rivals: Iterable[str]) -> str | None:
+        """The quickest of the rivals that were timed."""
+        timed = {rival: self.seconds(rival, measure) for rival in rivals}
+        timed = {rival: seconds for rival, seconds in timed.items() if seconds}
+        return min(timed, key=timed.get) if timed else None
+
     def bandwidth(self, measure: str) -> float | None:
         """The bytes that must move in our time, as a fraction of what a plain copy moves in it."""
         ours = self.seconds("fusedloss", measure)
         return self.bytes_to_move[measure] / ours / (2 * self.logits_bytes / self.copy.median) if ours else None
+
+    def floor(self, measure: str) -> float | None:
+        """The time that the bytes take at the bandwidth of a large copy, as a fraction of ours."""
+        ours = self.seconds("fusedloss", measure)
+        return self.bytes_to_move[measure] / self.memory_bandwidth / ours if ours and self.memory_bandwidth else None
 
     def copies(self) -> float | None:
         """Our step in plain copies of the logits."""
@@ -82,29 +98,55 @@ class Result:
         return ours / self.copy.median if ours else None
 
 
-def run(case: Case, contestants: dict[str, Callable], budget: Budget, device: str) -> Result:
-    logits, target, options = case.draw(device)
+def run(case: Case, contestants: dict[str, Callable], budget: Budget, device: Cpu | Cuda) -> Result:
+    device.prepare(case)
+    logits, target, options = case.draw(device.name)
     moved = bytes_to_move(case, logits, target, options)
-    wide = {name: widen(value) for name, value in options.items()}
-    truth = outcome(partial(native(case), target=widen(target), **wide), widen(logits))
-    copy = Party(torch.empty_like(logits).copy_, differentiates=False)
-    entries, parties = {}, {}
+    clock = device.clock(case)
+    copy = Party(torch.empty_like(logits).copy_, clock, differentiates=False)
+    entries, calls = judge(case, contestants, logits, target, options)
+    parties = {}
+    for name, call in calls.items():
+        step = partial(MEASURES["step"], call)
+        entries[name].peak_bytes = device.peak_bytes(step, non_leaf(logits))
+        if case.latency:
+            entries[name].launches = device.launches(call, logits)
+        for measure, action in MEASURES.items():
+            parties[name, measure] = Party(partial(action, call), clock, differentiates=measure == "step")
+    take_turns([copy, *parties.values()], logits, budget)
+    for name, entry in entries.items():
+        entry.times = {measure: parties[name, measure].times() for measure in MEASURES if (name, measure) in parties}
+    return Result(case, torch.get_num_threads(), logits.nbytes, moved, copy.times(), entries, device.bandwidth)
+
+
+def judge(case: Case, contestants: dict[str, Callable], logits: Tensor, target: Tensor, options: dict) -> tuple:
+    """An entry for each contestant, and the calls of those who are right."""
+    truth = true_outcome(case, logits, target, options)
+    entries, calls = {}, {}
     for name, contestant in contestants.items():
         start = time.perf_counter()
         try:
             call = partial(contestant(case), target=target, **options)
+            call = under_autocast(call) if case.autocast else call
             results = outcome(call, logits)
+        except CannotRun as reason:
+            entries[name] = Entry(f"cannot: {reason}")
+            continue
         except Exception as error:  # whatever a contestant raises is its result
-            entries[name] = Entry(f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            entries[name] = Entry(f"failed: {first_line(error)}")
             continue
         entries[name] = Entry(fault(results, truth, case.dtype), time.perf_counter() - start)
         if not entries[name].problem:
-            for measure, action in MEASURES.items():
-                parties[name, measure] = Party(partial(action, call), differentiates=measure == "step")
-    take_turns([copy, *parties.values()], logits, budget)
-    for name, entry in entries.items():
-        entry.times = {measure: parties[name, measure].times() for measure in MEASURES if (name, measure) in parties}
-    return Result(case, torch.get_num_threads(), logits.nbytes, moved, copy.times(), entries)
+            calls[name] = call
+    return entries, calls
+
+
+def under_autocast(call: Callable) -> Callable:
+    def wrapped(logits, *rest, **options):
+        with torch.autocast(logits.device.type, torch.bfloat16):
+            return call(logits, *rest, **options)
+
+    return wrapped
 
 
 # --- Is it right? ------------------------------------------------------------------------------------------
@@ -123,17 +165,56 @@ def outcome(call: Callable, logits: Tensor) -> dict[str, Tensor]:
     return {"loss under no_grad": forward, "loss": loss.detach(), "gradient": gradient}
 
 
+CHUNK = 1 << 26  # entries that float64 takes on at once: large logits have no room for all of its intermediates
+
+
+def true_outcome(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, Tensor]:
+    """Native's in float64: the sum over some rows after the other, and the mean of all."""
+    wide = {name: widen(value) for name, value in options.items()}
+    scale = 1 / divisor(case, target, wide)
+    loss, gradient = 0.0, torch.empty_like(logits, dtype=torch.float64)
+    of_logits, of_gradient = parts(logits), parts(gradient)
+    of_target = target.split(len(of_logits[0]))
+    for some, of_some, into in zip(of_logits, of_target, of_gradient, strict=True):
+        leaf = some.double().detach().requires_grad_()
+        part = native(case)(leaf, widen(of_some), **wide, reduction="sum") * scale
+        into.copy_(torch.autograd.grad(part, leaf)[0])
+        loss = loss + part.detach()
+    return {"loss under no_grad": loss, "loss": loss, "gradient": gradient}
+
+
+def divisor(case: Case, target: Tensor, options: dict) -> Tensor | int:
+    """What the mean divides by."""
+    if case.loss.startswith("binary"):
+        return target.numel()
+    if target.is_floating_point():
+        return target.numel() // target.shape[1]
+    counted = target[target != IGNORED]
+    return options["weight"][counted].sum() if "weight" in options else counted.numel()
+
+
 def fault(results: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> str:
     """What is wrong with the results; empty when nothing is."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     for name, true in truth.items():
-        error = (results[name].double() - true).abs()
-        # The mean beside an entry's own size: a small difference of two numbers has their errors. And the gradient
-        # of a mean over many elements is, in float16, only a few times its smallest number.
-        allowed = TOLERANCE[dtype] * (true.abs() + true.abs().mean()) + 4 * smallest
-        if not (error <= allowed).all():  # so that NaN is wrong
-            return f"wrong: {name}, by up to {error.max().item():.2g}"
+        if results[name].shape != true.shape:
+            return f"wrong: {name}, of shape {tuple(results[name].shape)}"
+        mean = torch.linalg.vector_norm(true, 1) / true.numel()
+        right, largest = True, 0.0
+        for result, part in zip(parts(results[name]), parts(true), strict=True):
+            error = (result.double() - part).abs()
+            # The mean beside an entry's own size: a small difference of two numbers has their errors. And the gradient
+            # of a mean over many elements is, in float16, only a few times its smallest number.
+            right &= bool((error <= TOLERANCE[dtype] * (part.abs() + mean) + 4 * smallest).all())  # NaN is wrong
+            largest = max(largest, error.max().item(), key=lambda value: math.inf if math.isnan(value) else value)
+        if not right:
+            return f"wrong: {name}, by up to {largest:.2g}"
     return ""
+
+
+def parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Some rows each."""
+    return tensor.split(max(1, CHUNK // tensor[0].numel())) if tensor.dim() else (tensor,)
 
 
 def widen(value):
@@ -142,14 +223,13 @@ def widen(value):
 
 # --- How long does it take? --------------------------------------------------------------------------------
 
-SAMPLE = 200e-6  # seconds; what is shorter is repeated, or the clock's own cost would be seen
-
 
 @dataclass
 class Party:
     """What takes its turn on the clock: a contestant's forward, its step, or the plain copy."""
 
     run: Callable[[Tensor], object]
+    clock: HostClock | CudaClock
     differentiates: bool
     calls: int = 1
     samples: list[float] = field(default_factory=list)
@@ -163,10 +243,7 @@ class Party:
         with torch.set_grad_enabled(self.differentiates):
             own = [non_leaf(logits) for _ in range(self.calls + 1)]
             self.run(own.pop())
-            start = time.perf_counter()
-            for one in own:
-                self.run(one)
-            return (time.perf_counter() - start) / self.calls
+            return self.clock.seconds(self.run, own) / self.calls
 
     def times(self) -> Times:
         low, median, high = quantiles(self.samples, n=4)
@@ -177,7 +254,7 @@ def take_turns(parties: list[Party], logits: Tensor, budget: Budget) -> None:
     """Fills the parties' samples. Interleaved, so that what slows the machine for a while slows all of them."""
     with no_garbage_collection():
         for party in parties:
-            party.calls = 1 + int(SAMPLE / min(party.sample(logits) for _ in range(3)))
+            party.calls = party.clock.calls(min(party.sample(logits) for _ in range(3)))
         start = time.perf_counter()
         for party in parties:
             party.sample(logits)

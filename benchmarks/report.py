@@ -5,7 +5,9 @@ from dataclasses import asdict
 from functools import partial
 from statistics import geometric_mean
 
-from benchmarks.cases import GOAL, GROUPS
+from benchmarks.cases import CPU_GROUPS, CUDA_GROUPS, GOAL
+from benchmarks.contestants import PEERS
+from benchmarks.goals import GOALS, judge
 from benchmarks.measure import MEASURES, Result
 
 RIVALS = ("native", "compiled")
@@ -15,16 +17,35 @@ Times are medians. A ratio above 1 says how many times faster fusedloss is; **bo
 second. "must move": these bytes, of a step. "x copy": a step in plain copies of the logits, where logits and gradient
 together are larger than the last-level cache.
 """
+CUDA_LEGEND = """\
+Times are medians, with half the distance of the quartiles; of the GPU, but for latency of the host. A ratio above 1
+says how many times faster fusedloss is; **bold**: it is slower than native. "GB/s": the bytes that the forward or the
+step must move, per second. "of copy": as a fraction of what a plain copy of the logits moves in a second. "of floor":
+the time of these bytes at the bandwidth of a large copy, as a fraction of ours. "vs peer": the best of the other
+projects' kernels. "peak": the memory that a step takes beside the logits.
+"""
 NOTHING = "-"
 
 
-def document(facts: dict, results: dict[int, list[Result]]) -> str:
-    """The whole report in Markdown; results by number of threads."""
-    return "\n".join([header(facts), *(section(facts, some) for some in results.values())])
+def document(facts: dict, results: dict[int | None, list[Result]], left_out: dict[str, str]) -> str:
+    """The whole report in Markdown; results by number of threads, which is None on a GPU."""
+    return "\n".join([header(facts), *(section(facts, some, left_out) for some in results.values())])
 
 
 def header(facts: dict) -> str:
     build = ", ".join(f"{name} {value}" for name, value in facts["fusedloss"].items() if value)
+    if "gpu" in facts:
+        peers = ", ".join(f"{PEERS[name].package} {state}" for name, state in facts["peers"].items())
+        return (
+            "# Benchmarks\n\n"
+            f"- {facts['gpu']}, {facts['gpu_memory'] / 1e9:.0f} GB, {facts['multiprocessors']} multiprocessors, "
+            f"{size(facts['last_level_cache'])} of L2; {facts['date']}\n"
+            f"- A large copy reads and writes {facts['copy_bandwidth'] / 1e9:.0f} GB/s\n"
+            f"- Python {facts['python']}, torch {facts['torch']}, triton {facts['triton']}, CUDA {facts['cuda']}, "
+            f"driver {facts['driver'] or 'unknown'}\n"
+            f"- {peers}\n"
+            f"- fusedloss: {build}\n\n{CUDA_LEGEND}"
+        )
     return (
         "# Benchmarks\n\n"
         f"- {facts['cpu']}, {facts['cores']} cores, {facts['cpu_capability']}; {facts['date']}\n"
@@ -33,14 +54,93 @@ def header(facts: dict) -> str:
     )
 
 
-def section(facts: dict, results: list[Result]) -> str:
-    """What one number of threads gave: a table for each group, what went wrong, geometric means."""
-    parts = [f"## Threads: {results[0].threads}\n"]
-    for group, cases in GROUPS.items():
-        columns = columns_of(facts["last_level_cache"])
+def section(facts: dict, results: list[Result], left_out: dict[str, str]) -> str:
+    """What one number of threads, or the GPU, gave."""
+    return cuda_section(results, left_out) if "gpu" in facts else cpu_section(facts, results)
+
+
+def cuda_section(results: list[Result], left_out: dict[str, str]) -> str:
+    """The goals, a table for each group, and what went wrong or was left out."""
+    parts = ["## Goals\n", goals_table(results), "## Cases\n", *group_tables(CUDA_GROUPS, cuda_columns(), results)]
+    notes = {}
+    for result in results:
+        for name, entry in result.entries.items():
+            if entry.problem:
+                notes.setdefault(f"{name} {entry.problem}", []).append(str(result.case))
+    for case, reason in left_out.items():
+        notes.setdefault(f"left out, {reason}", []).append(case)
+    if notes:
+        parts.append("".join(f"- {note}: {'; '.join(cases)}\n" for note, cases in notes.items()))
+    return "\n".join(parts)
+
+
+def goals_table(results: list[Result]) -> str:
+    show = {"percent": percent, "times": times, "launches": str}
+    rows = []
+    for verdict in (judge(goal, results) for goal in GOALS):
+        number = show[verdict["unit"]]
+        worst = NOTHING if verdict["worst"] is None else number(verdict["worst"])
+        where = verdict["where"] + (f", {verdict['rival']}" if verdict["rival"] not in ("", "native") else "")
+        counts = f"{verdict['met']} of {verdict['measured']}, of {verdict['cases']}"
+        rows.append([verdict["goal"], number(verdict["wanted"]), verdict["verdict"], worst, where, counts])
+    return table(["goal", "wanted", "verdict", "worst", "where", "met of measured, of all"], rows)
+
+
+def group_tables(groups: dict, columns: list[tuple], results: list[Result]) -> list[str]:
+    parts = []
+    for group, cases in groups.items():
         rows = [[cell(result) for _, cell in columns] for result in results if result.case in cases]
         if rows:
             parts += [f"### {group.capitalize()}\n", table([title for title, _ in columns], rows)]
+    return parts
+
+
+def cuda_columns() -> list[tuple]:
+    """The title of each column, and what makes its cell from a result."""
+
+    def moving(cell):
+        return lambda result: "" if result.case.latency else cell(result)
+
+    def of(measure):
+        return [
+            (measure, partial(ours, measure=measure, spread=True)),
+            ("GB/s", moving(lambda result: rate(result, measure))),
+            ("of copy", moving(lambda result: percent(result.bandwidth(measure)))),
+            ("of floor", moving(lambda result: percent(result.floor(measure)))),
+            ("vs native", partial(ratio, measure=measure, rival="native")),
+            ("vs compiled", partial(ratio, measure=measure, rival="compiled")),
+            ("vs peer", partial(best_peer, measure=measure)),
+        ]
+
+    return [
+        ("case", lambda result: result.case.name),
+        ("dtype", lambda result: result.case.type),
+        *of("forward"),
+        *of("step"),
+        ("peak", partial(peak, name="fusedloss")),
+        ("native's peak", partial(peak, name="native")),
+    ]
+
+
+def rate(result: Result, measure: str) -> str:
+    seconds = result.seconds("fusedloss", measure)
+    return f"{result.bytes_to_move[measure] / seconds / 1e9:.0f}" if seconds else NOTHING
+
+
+def best_peer(result: Result, measure: str) -> str:
+    name = result.best(measure, PEERS)
+    return f"{times(result.ratio(measure, name))} {name}" if name else NOTHING
+
+
+def peak(result: Result, name: str) -> str:
+    count = result.entries[name].peak_bytes if name in result.entries else None
+    return NOTHING if count is None else size(count)
+
+
+def cpu_section(facts: dict, results: list[Result]) -> str:
+    """A table for each group, what went wrong, geometric means."""
+    parts = [f"## Threads: {results[0].threads}\n"]
+    parts += group_tables(CPU_GROUPS, columns_of(facts["last_level_cache"]), results)
     problems = [
         f"- {result.case}, {name}: {entry.problem}\n"
         for result in results
@@ -79,8 +179,12 @@ def columns_of(cache: int) -> list[tuple]:
     ]
 
 
-def ours(result: Result, measure: str) -> str:
-    return problem(result, "fusedloss") or duration(result.seconds("fusedloss", measure))
+def ours(result: Result, measure: str, spread: bool = False) -> str:
+    if found := problem(result, "fusedloss"):
+        return found
+    taken = result.entries["fusedloss"].times[measure]
+    low, high = taken.quartiles
+    return duration(taken.median) + (f" ±{(high - low) / 2 / taken.median:.1%}" if spread else "")
 
 
 def ratio(result: Result, measure: str, rival: str) -> str:
@@ -98,6 +202,8 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
     return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
@@ -126,7 +232,7 @@ def means(results: list[Result]) -> list[dict]:
     found = []
     for measure in reversed(MEASURES):
         for rival in RIVALS:
-            ratios = [result.ratio(measure, rival) for result in results if result.case in GROUPS[GOAL]]
+            ratios = [result.ratio(measure, rival) for result in results if result.case in CPU_GROUPS[GOAL]]
             timed = [value for value in ratios if value is not None]
             if timed:
                 mean = {"measure": measure, "rival": rival, "ratio": geometric_mean(timed), "cases": len(timed)}
@@ -134,11 +240,15 @@ def means(results: list[Result]) -> list[dict]:
     return found
 
 
-def as_json(facts: dict, results: dict[int, list[Result]]) -> str:
+def as_json(facts: dict, results: dict[int | None, list[Result]], left_out: dict[str, str]) -> str:
     """Everything, in seconds and bytes."""
+    if "gpu" in facts:
+        summary = {"goals": [judge(goal, some) for some in results.values() for goal in GOALS], "left_out": left_out}
+    else:
+        summary = {"geometric_means": {threads: means(some) for threads, some in results.items()}}
     data = {
         "machine": facts,
-        "geometric_means": {threads: means(some) for threads, some in results.items()},
+        **summary,
         "results": [{"name": str(r.case), **asdict(r)} for some in results.values() for r in some],
     }
     return json.dumps(data, indent=1, default=str)

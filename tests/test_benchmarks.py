@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import measure
-from benchmarks.cases import GROUPS, IGNORED, Case, bce_with_logits, bytes_to_move, cross_entropy
-from benchmarks.contestants import native, ours
+from benchmarks import __main__ as command_line
+from benchmarks import devices, goals, machine, measure, report
+from benchmarks.cases import GROUPS, IGNORED, IGNORED_PARTS, Case, bce_with_logits, bytes_to_move, cross_entropy
+from benchmarks.contestants import PEERS, CannotRun, Peer, native, ours
 
 ROOT = Path(__file__).parent.parent
-CASES = [case for group in GROUPS.values() for case in group]
+CASES = {device: [case for group in groups.values() for case in group] for device, groups in GROUPS.items()}
+PLAIN = {str(case): case for cases in CASES.values() for case in (replace(one, ours={}) for one in cases)}
 BRIEF = measure.Budget(seconds=0.01, fewest=3, most=3)
 SMALL = cross_entropy(24, 10)
 
@@ -35,6 +38,12 @@ SMALL = cross_entropy(24, 10)
         (Case("nll", "nll_loss", (4096, 1000)), 4096 * 4 + 4096 * 8, 16384000),
         # Logits of 4 bytes and labels of one.
         (bce_with_logits(64, 80, target="uint8 labels"), 20480 + 5120, 20480),
+        # 2 bytes of logits and 2 of labels; 80 weights.
+        (bce_with_logits(64, 80, options=("pos_weight",), dtype=torch.bfloat16), 10240 + 10240 + 160, 10240),
+        # Of 20 rows, 2 are read.
+        (cross_entropy(20, 100, target="nine tenths ignored", dtype=torch.bfloat16), 400 + 160, 4000),
+        # What is cast is the affair of who casts it.
+        (cross_entropy(24, 10, autocast=True, dtype=torch.bfloat16), 480 + 192, 480),
     ],
     ids=str,
 )
@@ -42,7 +51,7 @@ def test_the_bytes_that_must_move(case, forward, gradient):
     assert bytes_to_move(case, *case.draw("cpu")) == {"forward": forward, "step": forward + gradient}
 
 
-@pytest.mark.parametrize("case", [replace(case, ours={}) for case in CASES], ids=str)
+@pytest.mark.parametrize("case", PLAIN.values(), ids=str)
 def test_each_case_in_small_is_one_that_both_can_run(case):
     case = replace(case, shape=tuple(min(size, 24) for size in case.shape))
     logits, target, options = case.draw("cpu")
@@ -51,19 +60,22 @@ def test_each_case_in_small_is_one_that_both_can_run(case):
     positions = (case.shape[0], *case.shape[2:])
     if target.dtype == torch.int64:
         assert target.shape == positions
-        assert (target == IGNORED).sum() == (target.numel() // 3 if "ignored" in case.target else 0)
+        part, whole = IGNORED_PARTS.get(case.target, (0, 1))
+        assert (target == IGNORED).sum() == target.numel() * part // whole
     else:
         assert (target.shape, target.dtype) == (case.shape, torch.uint8 if "uint8" in case.target else case.dtype)
     assert options.keys() == set(case.options)
-    for function in (native(case), ours(case)):
+    calls = [native(case), ours(case)]
+    for function in [measure.under_autocast(call) for call in calls] if case.autocast else calls:
         leaf = logits.clone().requires_grad_()
         function(leaf, target, **options).backward()
         assert leaf.grad.isfinite().all()
 
 
 def test_no_two_cases_have_one_name():
-    names = [str(case) for case in CASES]
-    assert len(set(names)) == len(names)
+    for cases in CASES.values():
+        names = [str(case) for case in cases]
+        assert len(set(names)) == len(names)
 
 
 def right(input, target):
@@ -85,12 +97,50 @@ def without_a_kernel(input, target):
 def test_only_who_is_right_is_timed():
     functions = [right, wrong_loss, wrong_gradient, without_a_kernel]
     contestants = {function.__name__: lambda case, function=function: function for function in functions}
-    entries = measure.run(SMALL, contestants, BRIEF, "cpu").entries
+    entries = measure.run(SMALL, contestants, BRIEF, devices.Cpu()).entries
     assert [name for name, entry in entries.items() if not entry.problem] == ["right"]
     assert [name for name, entry in entries.items() if entry.times] == ["right"]
     assert entries["wrong_loss"].problem.startswith("wrong: loss")
     assert entries["wrong_gradient"].problem.startswith("wrong: gradient")
     assert entries["without_a_kernel"].problem == "failed: NotImplementedError: no kernel"
+
+
+def test_a_contestant_that_a_case_is_not_for_says_so():
+    entries = measure.run(bce_with_logits(8, 4), {"native": native, **PEERS}, BRIEF, devices.Cpu()).entries
+    assert [name for name, entry in entries.items() if not entry.problem] == ["native"]
+    assert entries["quack"].problem == "cannot: has cross entropy alone"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cross_entropy(24, 10),
+        cross_entropy(24, 10, target="half ignored", options=("weight", "label_smoothing")),
+        cross_entropy(24, 10, target="probabilities"),
+        cross_entropy(4, 10, 6, channels_last=True),
+        Case("nll", "nll_loss", (24, 10), options=("weight",)),
+        bce_with_logits(24, 10, options=("weight", "pos_weight")),
+        bce_with_logits(24, 10, target="uint8 labels"),
+        Case("bce", "binary_cross_entropy", (24, 10), "labels"),
+    ],
+    ids=str,
+)
+def test_the_truth_in_parts_is_the_mean_of_all(case, monkeypatch):
+    data = case.draw("cpu")
+    whole = measure.true_outcome(case, *data)
+    monkeypatch.setattr(measure, "CHUNK", 2 * data[0][0].numel())
+    logits, target, options = data
+    results = measure.outcome(lambda logits: native(case)(logits, target, **options), logits)
+    for name, true in measure.true_outcome(case, *data).items():
+        torch.testing.assert_close(true, whole[name], rtol=1e-13, atol=0)
+        torch.testing.assert_close(results[name].double(), true, rtol=1e-4, atol=1e-6)
+    assert measure.fault(results, whole, case.dtype) == ""
+    results["gradient"].select(0, -1).fill_(7)
+    assert measure.fault(results, whole, case.dtype).startswith("wrong: gradient, by up to 7")
+
+
+def test_a_result_of_another_shape_is_wrong():
+    assert "of shape (1,)" in measure.fault({"loss": torch.ones(1)}, {"loss": torch.tensor(1.0)}, torch.float32)
 
 
 def test_nan_is_wrong():
@@ -106,7 +156,7 @@ def test_a_call_that_overwrites_its_logits_never_sees_them_again():
         return loss
 
     untouched, _, _ = SMALL.draw("cpu")
-    result = measure.run(SMALL, {"greedy": lambda case: greedy}, BRIEF, "cpu")
+    result = measure.run(SMALL, {"greedy": lambda case: greedy}, BRIEF, devices.Cpu())
     assert result.entries["greedy"].problem == ""
 
 
@@ -119,12 +169,16 @@ def test_ratios_and_fractions():
         "native": measure.Entry(times={"step": times(6.0)}),
         "compiled": measure.Entry("wrong: loss"),
     }
-    result = measure.Result(SMALL, 1, 960, {"step": 2112}, times(1.0), entries)
+    result = measure.Result(SMALL, 1, 960, {"step": 2112}, times(1.0), entries, memory_bandwidth=1584)
     assert result.ratio("step", "native") == 3.0
     assert result.ratio("step", "compiled") is None
     assert result.ratio("forward", "native") is None
     assert result.copies() == 2.0
     assert result.bandwidth("step") == pytest.approx(2112 / 2 / (2 * 960))
+    assert result.floor("step") == pytest.approx(2112 / 1584 / 2)
+    assert result.floor("forward") is None
+    assert result.best("step", ["compiled", "native", "liger"]) == "native"
+    assert result.best("step", ["compiled", "liger"]) is None
 
 
 def test_a_run_writes_its_tables_and_numbers(tmp_path):
@@ -144,3 +198,324 @@ def test_a_run_writes_its_tables_and_numbers(tmp_path):
     assert "| cross entropy 24x10 | float32 |" in tables
     assert "step vs native" in tables
     assert tables.split("## Threads")[1].strip() in done.stdout
+
+
+# --- What CUDA has of its own, where there is none -----------------------------------------------------------
+
+
+class FakeCuda:
+    """Keeps a log of what the clock does; between two events pass two milliseconds for each call."""
+
+    def __init__(self):
+        self.log = []
+
+    def _sleep(self, cycles):
+        self.log.append("busy")
+
+    def Event(self, enable_timing):
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.at = len(self.cuda.log)
+        self.cuda.log.append("event")
+
+    def synchronize(self):
+        self.cuda.log.append("wait")
+
+    def elapsed_time(self, end):
+        return 2.0 * self.cuda.log[self.at : end.at].count("call")
+
+
+class FakeBuffer:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def zero_(self):
+        self.cuda.log.append("write")
+
+    def sum(self):
+        self.cuda.log.append("read")
+
+
+class FakeGpu(devices.Cuda):
+    """The whole way of a CUDA run, with tensors of the CPU."""
+
+    name = "cpu"
+    bandwidth = 4e12
+
+    def __init__(self):
+        cuda = FakeCuda()
+        self.host = devices.HostClock(span=1e-4)
+        self.device = devices.CudaClock(FakeBuffer(cuda), cuda)
+        self.device.log = cuda.log
+
+    def clock(self, case):
+        clock = super().clock(case)
+        return clock if case.latency else LoggedCalls(clock)
+
+    def prepare(self, case):
+        pass
+
+    def peak_bytes(self, run, logits):
+        return 3 * logits.nbytes
+
+    def launches(self, call, logits):
+        return 2
+
+
+class LoggedCalls:
+    def __init__(self, clock):
+        self.clock = clock
+        self.calls = clock.calls
+
+    def seconds(self, run, inputs):
+        return self.clock.seconds(lambda one: (self.clock.log.append("call"), run(one)), inputs)
+
+
+GPU_FACTS = {
+    "gpu": "NVIDIA H200",
+    "gpu_memory": 150e9,
+    "multiprocessors": 132,
+    "last_level_cache": 60e6,
+    "cuda": "13.0",
+    "driver": "",
+    "triton": "3.6.0",
+    "copy_bandwidth": 4e12,
+    "peers": dict.fromkeys(PEERS, "not installed"),
+}
+
+
+def test_the_clock_of_a_gpu_times_each_call_alone_in_an_empty_cache():
+    cuda = FakeCuda()
+    clock = devices.CudaClock(FakeBuffer(cuda), cuda)
+    assert clock.calls(1e-9) == 1
+    seconds = clock.seconds(lambda one: cuda.log.append("call"), [torch.zeros(1), torch.zeros(1)])
+    assert seconds == pytest.approx(2 * 2e-3)
+    assert cuda.log == 2 * ["write", "read", "busy", "event", "call", "event", "wait"]
+
+
+def test_the_clock_of_the_host_waits_before_and_behind_many_calls():
+    log = []
+    clock = devices.HostClock(span=1.0, wait=lambda: log.append("wait"))
+    assert clock.calls(0.3) == 4
+    assert clock.seconds(lambda one: log.append("call"), [torch.zeros(1)] * 3) > 0
+    assert log == ["wait", "call", "call", "call", "wait"]
+
+
+def test_a_latency_case_has_the_clock_of_the_host():
+    gpu = FakeGpu()
+    assert gpu.clock(cross_entropy(32, 10, latency=True)) is gpu.host
+    assert gpu.clock(SMALL).clock is gpu.device
+
+
+def test_peak_memory_is_counted_from_what_was_there(monkeypatch):
+    memory = {"now": 100, "peak": 900}
+
+    def step(logits):
+        memory["peak"] = max(memory["peak"], memory["now"] + 70)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: memory.update(peak=memory["now"]))
+    assert devices.Cuda.peak_bytes(FakeGpu(), step, torch.zeros(1)) == 70
+
+
+def test_a_case_too_large_for_the_memory_raises_before_it_is_drawn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1e9, 2e9))
+    devices.Cuda.prepare(FakeGpu(), SMALL)
+    with pytest.raises(RuntimeError, match="1 GB of free memory"):
+        devices.Cuda.prepare(FakeGpu(), cross_entropy(8192, 128256))
+
+
+def test_every_case_fits_into_80_gigabytes():
+    assert max(torch.Size(case.shape).numel() for case in CASES["cuda"]) * devices.Cuda.BYTES_PER_LOGIT < 78e9
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    """One that is installed: native's own cross entropy, under another name."""
+    module = types.ModuleType("some_kernels.loss")
+    module.entropy = F.cross_entropy
+    module.Entropy = torch.nn.CrossEntropyLoss
+    monkeypatch.setitem(sys.modules, "some_kernels.loss", module)
+    monkeypatch.setattr("benchmarks.contestants.version", lambda package: "1.2")
+    return Peer("some-kernels", "some_kernels.loss", "entropy", frozenset({"label_smoothing"}))
+
+
+def test_a_peer_runs_what_it_takes(peer):
+    case = cross_entropy(24, 10, target="half ignored", options=("label_smoothing",))
+    with_module = replace(peer, name="Entropy", adapt=PEERS["flash"].adapt)
+    entries = measure.run(case, {"one": peer, "other": with_module}, BRIEF, devices.Cpu()).entries
+    assert {entry.problem for entry in entries.values()} == {""}
+    assert peer.state() == (True, "1.2")
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("nll", "nll_loss", (24, 10)), "cross entropy alone"),
+        (cross_entropy(2, 10, 4), "two dimensions"),
+        (cross_entropy(24, 10, target="probabilities"), "class indices"),
+        (cross_entropy(24, 10, options=("label_smoothing", "weight")), "has no weight"),
+    ],
+    ids=str,
+)
+def test_a_peer_says_what_it_does_not_take(peer, case, reason):
+    with pytest.raises(CannotRun, match=reason):
+        peer(case)
+
+
+def test_a_peer_that_is_absent_or_broken_says_which(peer, monkeypatch):
+    assert replace(peer, module="no_such_kernels.loss").state() == (False, "not installed")
+    assert replace(peer, name="absent").state()[1].startswith("cannot be imported: AttributeError")
+    broken = types.ModuleType("broken")
+    monkeypatch.setitem(sys.modules, "broken", broken)
+    assert replace(peer, module="broken.loss").state()[1].startswith("cannot be imported: ModuleNotFoundError")
+
+
+def results_of(case, **seconds):
+    """A case whose contestants took so long for a forward, and twice as long for a step; a copy takes a second."""
+
+    def times(value):
+        return measure.Times(value, (0.9 * value, 1.1 * value), 7, 1)
+
+    entries = {
+        name: measure.Entry(times={"forward": times(value), "step": times(2 * value)}, peak_bytes=10**9, launches=2)
+        if isinstance(value, float)
+        else measure.Entry(value)
+        for name, value in seconds.items()
+    }
+    size = torch.Size(case.shape).numel() * case.dtype.itemsize
+    moved = {"forward": size, "step": 2 * size}
+    return measure.Result(case, 2, size, moved, times(1.0), entries, memory_bandwidth=2.0 * size)
+
+
+def goal(title):
+    (found,) = [goal for goal in goals.GOALS if goal.title.startswith(title)]
+    return found
+
+
+HEAD = cross_entropy(8192, 128256, dtype=torch.bfloat16)
+
+
+def test_a_goal_is_judged_by_its_worst_case():
+    good = results_of(HEAD, fusedloss=0.5, native=2.5, compiled=0.9, liger=0.8, quack=1.0)
+    bad = results_of(replace(HEAD, shape=(4096, 128256)), fusedloss=0.6, native=2.0, compiled=0.9, liger="cannot: x")
+    vs_native = goals.judge(goal("cross entropy step: vs native"), [good, bad])
+    assert (vs_native["verdict"], vs_native["met"], vs_native["measured"]) == ("missed", 1, 2)
+    assert vs_native["worst"] == pytest.approx(2.0 / 0.6)
+    assert vs_native["where"] == "cross entropy 4096x128256 bfloat16"
+    best = goals.judge(goal("cross entropy step: vs best"), [good])
+    assert (best["verdict"], best["worst"], best["rival"]) == ("reached in part", 1.6, "liger")
+    forward = goals.judge(goal("forward, 1024 classes"), [good, bad])
+    assert (forward["verdict"], forward["worst"]) == ("missed", pytest.approx(1 / 1.2))
+    floor = goals.judge(goal("cross entropy step: of floor"), [good])
+    assert (floor["verdict"], floor["worst"]) == ("reached in part", 1.0)
+
+
+def test_a_goal_is_missed_where_we_fail_and_open_where_nobody_ran():
+    ours_wrong = results_of(HEAD, fusedloss="wrong: loss", native=2.5)
+    verdict = goals.judge(goal("cross entropy step: vs native"), [ours_wrong])
+    assert (verdict["verdict"], verdict["where"], verdict["met"]) == ("missed", str(HEAD), 0)
+    native_failed = results_of(HEAD, fusedloss=0.5, native="failed: x")
+    for results in ([], [native_failed]):
+        assert goals.judge(goal("cross entropy step: vs native"), results)["verdict"] == "not measured"
+
+
+def test_a_goal_for_launches_is_an_upper_bound():
+    results = [results_of(case, fusedloss=0.5, native=0.5) for case in CASES["cuda"] if case.latency]
+    assert goals.judge(goal("launches"), results)["verdict"] == "reached"
+    results[1].entries["fusedloss"].launches = 3
+    verdict = goals.judge(goal("launches"), results)
+    assert (verdict["verdict"], verdict["worst"], verdict["where"]) == ("missed", 3, str(results[1].case))
+
+
+def test_every_goal_has_cases_and_every_case_that_counts_is_large():
+    for goal in goals.GOALS:
+        cases = [case for case in CASES["cuda"] if goal.cases(case)]
+        assert cases
+        assert all(case.shape == (32, 10) or goals.beyond(case, goals.BEYOND_CACHE) for case in cases)
+
+
+def test_the_tables_of_a_gpu():
+    results = [
+        results_of(HEAD, fusedloss=0.5, native=2.5, compiled=0.9, liger=0.8, quack="cannot: x"),
+        results_of(replace(HEAD, shape=(4096, 128256)), fusedloss=3.0, native=2.5, quack="cannot: x"),
+    ]
+    facts = machine.facts("cpu") | GPU_FACTS
+    text = report.document(facts, {None: results}, {"nll": "time"})
+    assert "NVIDIA H200, 150 GB, 132 multiprocessors, 60.0 MB of L2" in text
+    assert "liger-kernel not installed" in text
+    assert "500.00 ms ±10.0%" in text
+    assert "1.60x liger" in text
+    assert "**0.83x**" in text
+    assert "1.0 GB" in text
+    assert "- quack cannot: x: cross entropy 8192x128256 bfloat16; cross entropy 4096x128256 bfloat16" in text
+    assert "- left out, time: nll" in text
+    assert "Threads" not in text
+    data = json.loads(report.as_json(facts, {None: results}, {"nll": "time"}))
+    assert len(data["goals"]) == len(goals.GOALS)
+    assert data["results"][0]["entries"]["fusedloss"]["peak_bytes"] == 10**9
+
+
+def on_a_fake_gpu(monkeypatch, *arguments):
+    monkeypatch.setitem(command_line.DEVICES, "cuda", FakeGpu)
+    monkeypatch.setattr(machine, "no_gpu", lambda: "")
+    monkeypatch.setattr(machine, "gpu_facts", lambda: GPU_FACTS)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cuda", "--quick", "--no-compile", *arguments])
+    command_line.main()
+
+
+@pytest.mark.parametrize("name", ["cross entropy 32x10 autocast bfloat16", "cross entropy 65536x10 bfloat16"])
+def test_a_run_on_a_gpu_writes_goals_and_cases(name, monkeypatch, tmp_path, capsys):
+    on_a_fake_gpu(monkeypatch, "--filter", f"^{name}$", "--output", str(tmp_path))
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert result["name"] == name
+    assert {entry["problem"] for entry in result["entries"].values()} == {""}
+    assert result["entries"]["fusedloss"]["launches"] == (2 if "32x10" in name else None)
+    tables = (tmp_path / "results.md").read_text()
+    assert tables.index("## Goals") < tables.index("## Cases")
+    assert tables.split("## Goals")[1].strip() in capsys.readouterr().out
+
+
+def test_what_comes_too_late_or_fails_is_left_out(monkeypatch, tmp_path):
+    on_a_fake_gpu(monkeypatch, "--minutes", "-1", "--output", str(tmp_path))
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert (data["results"], len(data["left_out"])) == ([], len(CASES["cuda"]))
+
+    def broken(self, case):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(FakeGpu, "prepare", broken)
+    on_a_fake_gpu(monkeypatch, "--filter", "^nll", "--output", str(tmp_path))
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["left_out"]["nll 65536x1000 float32"] == "RuntimeError: CUDA error: out of memory"
+
+
+def test_the_name_of_a_folder(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert machine.slug("cuda") == "nvidia-h100-80gb-hbm3"
+    assert machine.slug("cpu").endswith("-cores")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_an_error_says_so():
+    command = [sys.executable, "-m", "benchmarks", "--device", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "finds no CUDA device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_without_kernels_for_it_is_an_error_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine.fusedloss, "build_info", lambda: {"cuda": ""})
+    assert machine.no_gpu() == "this build of fusedloss has no CUDA kernels"
