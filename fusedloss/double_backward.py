@@ -52,7 +52,7 @@ def _recover_logits(grad_logits, target, weight, grad_scale, reduction, ignore_i
     wide = torch.promote_types(grad_logits.dtype, torch.float32)
     shape = [1] * grad_logits.dim()
     shape[dim] = classes
-    weights = torch.ones(shape, dtype=wide) if weight is None else weight.to(wide).reshape(shape)
+    weights = grad_logits.new_ones(shape, dtype=wide) if weight is None else weight.to(wide).reshape(shape)
     smoothing = max(label_smoothing, 0.0)
     if target.shape == grad_logits.shape:
         masses = weights * ((1 - smoothing) * target.to(wide) + smoothing / classes)

@@ -47,7 +47,7 @@ def case(loss, shape, options, reduction):
 @each_case
 @each_reduction
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_derivatives_match_finite_differences(loss, options, reduction, shape):
+def test_derivatives_match_finite_differences(loss, options, reduction, shape, device):
     function, leaves = case(loss, shape, options, reduction)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert gradcheck(function, leaves)
@@ -56,9 +56,9 @@ def test_derivatives_match_finite_differences(loss, options, reduction, shape):
 
 @each("bce_with_logits", "bce")
 @each_reduction
-def test_derivatives_with_ignored_elements_match_finite_differences(loss, reduction):
-    input, _ = loss.sample(4, 3, dtype=torch.float64)
-    target = torch.tensor([[0, 1, 255]] * 4, dtype=torch.uint8)
+def test_derivatives_with_ignored_elements_match_finite_differences(loss, reduction, device):
+    input, _ = loss.sample(4, 3, dtype=torch.float64, device=device)
+    target = torch.tensor([[0, 1, 255]] * 4, dtype=torch.uint8, device=device)
 
     def function(input):
         return loss.ours(input, target, reduction=reduction, ignore_index=255)

@@ -60,14 +60,14 @@ def test_module_signature(name):
 
 @each_reduction
 @each()
-def test_module_computes_the_function(loss, reduction):
-    input, target = loss.sample(4, 3)
+def test_module_computes_the_function(loss, reduction, device):
+    input, target = loss.sample(4, 3, device=device)
     module = getattr(fusedloss, loss.module)(reduction=reduction)
     assert torch.equal(module(input, target), loss.ours(input, target, reduction=reduction))
 
 
 @each_module
-def test_module_passes_its_options_on(name):
+def test_module_passes_its_options_on(name, device):
     module, (input, target) = configured(name, reduction="sum"), example(name)
     function = next(loss.ours for loss in LOSSES.values() if loss.module == name)
     options = {"pos_weight": module.pos_weight} if name == "BCEWithLogitsLoss" else {}
@@ -76,7 +76,7 @@ def test_module_passes_its_options_on(name):
     assert not torch.equal(module(input, target), getattr(fusedloss, name)(reduction="sum")(input, target))
 
 
-def test_cross_entropy_module_passes_native_options_on():
+def test_cross_entropy_module_passes_native_options_on(device):
     input, target = example("CrossEntropyLoss")
     options = {"ignore_index": 1, "label_smoothing": 0.1}
     loss, lse = fusedloss.CrossEntropyLoss(**options, return_lse=True)(input, target)
@@ -96,7 +96,7 @@ def test_module_is_a_native_module(name):
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_is_the_same_loss(name, clone):
+def test_a_copy_is_the_same_loss(name, clone, device):
     module, (input, target) = configured(name), example(name)
     twin = clone(module)
     assert type(twin) is type(module)
@@ -116,7 +116,7 @@ def test_state_is_exchanged_with_native(name):
 
 
 @each_module
-def test_buffers_follow_the_module(name):
+def test_buffers_follow_the_module(name, device):
     module = configured(name).double()
     assert {buffer.dtype for buffer in module.buffers()} == {torch.float64}
 
@@ -137,8 +137,8 @@ LEGACY = [
 
 @each()
 @pytest.mark.parametrize("options", [*LEGACY, {"reduction": "elementwise_mean"}], ids=str)
-def test_legacy_options_warn_and_act_as_natively(loss, options):
-    input, target = loss.sample(4, 3)
+def test_legacy_options_warn_and_act_as_natively(loss, options, device):
+    input, target = loss.sample(4, 3, device=device)
     (ours, our_warnings), (native, their_warnings) = (
         warned(function, input, target, **options) for function in (loss.ours, loss.native)
     )
