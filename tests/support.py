@@ -129,12 +129,15 @@ def widen(value):
 
 
 def moved(value, device):
-    """The value on the device: a tensor there; lists, tuples and tables of them; and anything else as it is."""
+    """The value on the device: a tensor there; lists, tuples and tables of them; and anything else as it is.
+
+    So is a tensor of the meta device: tests of errors put it there.
+    """
     if isinstance(value, (list, tuple)):
         return type(value)(moved(item, device) for item in value)
     if isinstance(value, dict):
         return {name: moved(item, device) for name, item in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
 
 
 def compare(loss, input, target, grad_output=None, **options):

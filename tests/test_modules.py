@@ -21,15 +21,15 @@ ADDITIONS = {
 each_module = pytest.mark.parametrize("name", ADDITIONS)
 
 
-def configured(name, **options):
+def configured(name, device, **options):
     """A module with a weight and every addition switched on."""
-    weight = torch.tensor([0.5, 2.0, 1.0])
+    weight = torch.tensor([0.5, 2.0, 1.0], device=device)
     extra = {"pos_weight": weight} if name == "BCEWithLogitsLoss" else {}
     return getattr(fusedloss, name)(weight, **extra, **ADDITIONS[name], **options)
 
 
-def example(name):
-    input, target = next(loss for loss in LOSSES.values() if loss.module == name).sample(4, 3)
+def example(name, device):
+    input, target = next(loss for loss in LOSSES.values() if loss.module == name).sample(4, 3, device=device)
     return input, target.round() if target.is_floating_point() else target
 
 
@@ -68,7 +68,7 @@ def test_module_computes_the_function(loss, reduction, device):
 
 @each_module
 def test_module_passes_its_options_on(name, device):
-    module, (input, target) = configured(name, reduction="sum"), example(name)
+    module, (input, target) = configured(name, device, reduction="sum"), example(name, device)
     function = next(loss.ours for loss in LOSSES.values() if loss.module == name)
     options = {"pos_weight": module.pos_weight} if name == "BCEWithLogitsLoss" else {}
     expected = function(input, target, module.weight, reduction="sum", **options, **ADDITIONS[name])
@@ -77,7 +77,7 @@ def test_module_passes_its_options_on(name, device):
 
 
 def test_cross_entropy_module_passes_native_options_on(device):
-    input, target = example("CrossEntropyLoss")
+    input, target = example("CrossEntropyLoss", device)
     options = {"ignore_index": 1, "label_smoothing": 0.1}
     loss, lse = fusedloss.CrossEntropyLoss(**options, return_lse=True)(input, target)
     torch.testing.assert_close(loss, nn.CrossEntropyLoss(**options)(input, target))
@@ -97,7 +97,7 @@ def test_module_is_a_native_module(name):
     "clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
 )
 def test_a_copy_is_the_same_loss(name, clone, device):
-    module, (input, target) = configured(name), example(name)
+    module, (input, target) = configured(name, device), example(name, device)
     twin = clone(module)
     assert type(twin) is type(module)
     assert torch.equal(twin(input, target), module(input, target))
@@ -117,8 +117,8 @@ def test_state_is_exchanged_with_native(name):
 
 @each_module
 def test_buffers_follow_the_module(name, device):
-    module = configured(name).double()
-    assert {buffer.dtype for buffer in module.buffers()} == {torch.float64}
+    module = configured(name, "cpu").to(device).double()
+    assert {(buffer.dtype, buffer.device.type) for buffer in module.buffers()} == {(torch.float64, device)}
 
 
 def warned(function, *arguments, **options):
