@@ -40,7 +40,7 @@ OPTIONS = {
         {},
         *ONE_PASS,
         {"reduction": "none"},
-        {"inplace": True},
+        {"inplace": True, "grad_in_forward": True},
         {"weight": PER_CLASS},
         {"ignore_index": 1},
         {"label_smoothing": 0.1},
@@ -54,7 +54,7 @@ OPTIONS = {
         {},
         *ONE_PASS,
         {"reduction": "none"},
-        {"inplace": True},
+        {"inplace": True, "grad_in_forward": True},
         {"weight": PER_CLASS},
         {"weight": PER_CLASS, "label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": 2.0},
         {"return_lse": True},
@@ -64,7 +64,7 @@ OPTIONS = {
         {},
         *ONE_PASS,
         {"reduction": "none"},
-        {"inplace": True},
+        {"inplace": True, "grad_in_forward": True},
         {"weight": PER_CLASS},
         {"pos_weight": PER_CLASS},
         {"weight": PER_CLASS, "pos_weight": PER_CLASS, "ignore_index": 1},
@@ -544,7 +544,7 @@ def test_numbers_of_rows(loss, rows, reduction):
 
 COLUMNS = [
     *((2, 19, 64, 65), (2, 19, 64, 64), (1, 150, 33, 31), (3, 21, 1, 7), (2, 1000, 5, 5), (1, 2, 257, 129)),
-    *((2, 5000, 3), (1, 150_000, 2)),
+    (2, 5000, 3),
 ]
 
 
@@ -576,7 +576,7 @@ PLACES = {
 @each()
 def test_rows_that_no_vector_load_fits(loss, classes, place, dtype):
     """16-byte loads start before a row and end after it; what lies there, 1e30, must not count."""
-    for rows in (3, 150):
+    for rows in (3, 40):
         input, target = loss.sample(rows, classes, dtype=dtype, device=DEVICE)
         compare(loss, place(input), target)
         if loss.target != "index":
