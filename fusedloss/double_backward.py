@@ -60,7 +60,7 @@ def _recover_logits(grad_logits, target, weight, grad_scale, reduction, ignore_i
     else:
         target = target.long().reshape(grad_logits.select(dim, 0).shape).unsqueeze(dim)
         counts = target != ignore_index
-        on_target = torch.zeros_like(grad_logits, dtype=wide).scatter_(dim, target.where(counts, 0), 1.0)
+        on_target = torch.zeros_like(grad_logits, dtype=wide).scatter_(dim, target.masked_fill(~counts, 0), 1.0)
         masses = weights * ((1 - smoothing) * on_target + smoothing / classes) * counts
         divisor = (weights * on_target * counts).sum(dtype=torch.float64)
     flow = 1.0 if grad_scale is None else grad_scale.double()
