@@ -186,6 +186,21 @@ def test_nothing_waits_in_an_ordinary_training_step(loss):
             loss.ours(step.input, step.target).backward()
 
 
+@each("cross_entropy", "cross_entropy_soft", "bce_with_logits", "bce")
+def test_nothing_waits_for_second_derivatives(loss):
+    """Also where the logits are recovered from the gradient."""
+    step = Step(loss, (32, 10))
+
+    def penalty():
+        (grad,) = torch.autograd.grad(loss.ours(step.input, step.target), step.input, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), step.input)[0]
+
+    expected = penalty()
+    with waiting_is_an_error():
+        actual = penalty()
+    torch.testing.assert_close(actual, expected)
+
+
 # --- Graphs and streams ------------------------------------------------------------------------------------
 
 
@@ -496,7 +511,7 @@ def test_every_run_gives_the_same_bits(loss, reduction, shape, dtype):
 # --- The same numbers --------------------------------------------------------------------------------------
 
 CLASSES = [
-    *(1, 2, 7, 10, 16, 19, 32, 33, 64, 91, 100, 128, 150, 256, 1000, 1023, 1024, 1025, 4096, 4097),
+    *(1, 2, 7, 10, 16, 17, 19, 32, 33, 64, 91, 100, 128, 150, 256, 512, 513, 1000, 1023, 1024, 1025, 4096, 4097),
     *(32_000, 50_257, 128_256, 256_000),
 ]
 each_number_of_classes = pytest.mark.parametrize("classes", CLASSES)
