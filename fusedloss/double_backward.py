@@ -52,7 +52,7 @@ def _recover_logits(grad_logits, target, weight, grad_scale, reduction, ignore_i
     wide = torch.promote_types(grad_logits.dtype, torch.float32)
     shape = [1] * grad_logits.dim()
     shape[dim] = classes
-    weights = torch.ones(shape, dtype=wide) if weight is None else weight.to(wide).reshape(shape)
+    weights = grad_logits.new_ones(shape, dtype=wide) if weight is None else weight.to(wide).reshape(shape)
     smoothing = max(label_smoothing, 0.0)
     if target.shape == grad_logits.shape:
         masses = weights * ((1 - smoothing) * target.to(wide) + smoothing / classes)
@@ -60,7 +60,7 @@ def _recover_logits(grad_logits, target, weight, grad_scale, reduction, ignore_i
     else:
         target = target.long().reshape(grad_logits.select(dim, 0).shape).unsqueeze(dim)
         counts = target != ignore_index
-        on_target = torch.zeros_like(grad_logits, dtype=wide).scatter_(dim, target.where(counts, 0), 1.0)
+        on_target = torch.zeros_like(grad_logits, dtype=wide).scatter_(dim, target.masked_fill(~counts, 0), 1.0)
         masses = weights * ((1 - smoothing) * on_target + smoothing / classes) * counts
         divisor = (weights * on_target * counts).sum(dtype=torch.float64)
     flow = 1.0 if grad_scale is None else grad_scale.double()

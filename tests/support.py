@@ -128,27 +128,42 @@ def widen(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
+def moved(value, device):
+    """The value on the device: a tensor there; lists, tuples and tables of them; and anything else as it is.
+
+    So is a tensor of the meta device: tests of errors put it there.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: moved(item, device) for name, item in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
+
+
 def compare(loss, input, target, grad_output=None, **options):
     """Judges values and gradients; returns ours."""
-    wide = {name: widen(value) for name, value in options.items()}
-    # The others see contiguous copies: native refuses some layouts (the backward of nll_loss: channels_last).
-    plain = input.contiguous(), target.contiguous()
-    truth = differentiate(loss.reference, *map(widen, plain), widen(grad_output), **wide)
+    # The others see contiguous copies: native refuses some layouts (the backward of nll_loss: channels_last). And they
+    # see them on the CPU, whatever the device: native's CUDA kernels refuse or decide differently at some edges.
+    plain = input.contiguous().cpu(), target.contiguous().cpu()
+    seed, plain_options = moved(grad_output, "cpu"), moved(options, "cpu")
+    wide = {name: widen(value) for name, value in plain_options.items()}
+    truth = differentiate(loss.reference, *map(widen, plain), widen(seed), **wide)
     legal = plain[0], loss.native_target(*plain)
-    native = differentiate(loss.baseline(options), *legal, grad_output, **options)
+    native = differentiate(loss.baseline(options), *legal, seed, **plain_options)
     ours = differentiate(loss.ours, input, target, grad_output, **options, **loss.separate)
     # The widest result of narrow data is no more exact than they are.
     grain = max((x.dtype for x in (input, target) if x.is_floating_point()), key=lambda x: torch.finfo(x).eps)
     # Native has one more when it needs an integer target as floats: that target's gradient.
     for our, theirs, true in zip(ours, native[: len(truth)], truth, strict=True):
-        judge(our, theirs, true, grain)
+        assert our.device == input.device
+        judge(our.cpu(), theirs, true, grain)
     if loss.separate and options.get("reduction") != "none" and not options.get("return_lse"):
         # The other road to the gradient, which a target that requires grad cannot take.
-        seed = eighths((), truth[0].dtype) if grad_output is None else grad_output
+        seed = eighths((), truth[0].dtype, input.device) if grad_output is None else grad_output
         options = {**options, "grad_in_forward": True, "grad_scale": seed.to(truth[0].dtype)}
         fused = differentiate(partial(loss.ours, target=target, **options), input, None, grad_output)
         for our, theirs, true in zip(fused, native[:2], truth[:2], strict=True):
-            judge(our, theirs, true, grain)
+            judge(our.cpu(), theirs, true, grain)
     return ours
 
 

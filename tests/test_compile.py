@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import LOSSES, differentiate, each, each_reduction
+from support import LOSSES, differentiate, each, each_reduction, moved
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
@@ -24,8 +24,8 @@ def same_bits(actual, expected):
 
 @each_reduction
 @each()
-def test_compiled_is_eager(loss, reduction):
-    input, target = loss.sample(8, 5)
+def test_compiled_is_eager(loss, reduction, device):
+    input, target = loss.sample(8, 5, device=device)
     actual = differentiate(compiled(loss.ours), input, target, reduction=reduction)
     same_bits(actual, differentiate(loss.ours, input, target, reduction=reduction, **loss.separate))
 
@@ -38,8 +38,9 @@ EXTRAS = {
 
 @pytest.mark.parametrize("options", EXTRAS.values(), ids=EXTRAS)
 @each("cross_entropy", "cross_entropy_soft")
-def test_options_compiled(loss, options):
-    input, target = loss.sample(8, 5)
+def test_options_compiled(loss, options, device):
+    input, target = loss.sample(8, 5, device=device)
+    options = moved(options, device)
     same_bits(
         differentiate(compiled(loss.ours), input, target, **options),
         differentiate(loss.ours, input, target, **options, **loss.separate),
@@ -47,11 +48,13 @@ def test_options_compiled(loss, options):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "bce_with_logits"])
-def test_a_model_through_inductor(name):
+def test_a_model_through_inductor(name, device):
     """The loss behind a layer, as in a training step."""
+    if device == "cuda":
+        pytest.importorskip("triton", reason="inductor needs triton for CUDA")
     loss = LOSSES[name]
-    features, target = torch.randn(8, 4), loss.sample(8, 5)[1]
-    weight = torch.randn(5, 4)
+    features, target = torch.randn(8, 4).to(device), loss.sample(8, 5, device=device)[1]
+    weight = torch.randn(5, 4).to(device)
 
     def step(weight, target):
         return loss.ours(features @ weight.T * 2, target)
@@ -62,9 +65,9 @@ def test_a_model_through_inductor(name):
 
 @pytest.mark.parametrize("layout", ["channels last", "classes last"])
 @each("cross_entropy", "bce_with_logits")
-def test_layouts_compiled(loss, layout):
+def test_layouts_compiled(loss, layout, device):
     """The fake kernels promise the strides the real ones return."""
-    input, target = loss.sample(2, 3, 4, 5)
+    input, target = loss.sample(2, 3, 4, 5, device=device)
     input = input.contiguous(memory_format=torch.channels_last) if layout == "channels last" else input.mT
     target = target if layout == "channels last" else target.mT
     same_bits(
@@ -86,33 +89,35 @@ def recompilations(function, first, *others, **options):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @each()
-def test_new_sizes_recompile_no_more_than_natively(loss, dynamic):
-    calls = [loss.sample(rows, 5) for rows in (4, 5, 6, 7, 8)]
+def test_new_sizes_recompile_no_more_than_natively(loss, dynamic, device):
+    calls = [loss.sample(rows, 5, device=device) for rows in (4, 5, 6, 7, 8)]
     ours, native = (recompilations(f, *calls, dynamic=dynamic) for f in (loss.ours, loss.native))
     assert ours <= native
 
 
 @each()
-def test_dynamic_sizes_give_eager_s_results(loss):
+def test_dynamic_sizes_give_eager_s_results(loss, device):
     step = compiled(loss.ours, dynamic=True)
     for shape in [(4, 5), (7, 5), (7, 9)]:
-        input, target = loss.sample(*shape)
+        input, target = loss.sample(*shape, device=device)
         same_bits(differentiate(step, input, target), differentiate(loss.ours, input, target, **loss.separate))
 
 
 @each()
-def test_modules_compile(loss):
+def test_modules_compile(loss, device):
     module = getattr(fusedloss, loss.module)(**loss.separate)
-    input, target = loss.sample(8, 5)
+    input, target = loss.sample(8, 5, device=device)
     same_bits(differentiate(compiled(module), input, target), differentiate(module, input, target))
 
 
 @each()
-def test_autocast_inside_the_compiled_function(loss):
-    input, target = loss.sample(8, 5, dtype=torch.bfloat16)
+def test_autocast_inside_the_compiled_function(loss, device):
+    if loss.module == "BCELoss" and device == "cuda":
+        pytest.skip("CUDA autocast refuses binary_cross_entropy")
+    input, target = loss.sample(8, 5, dtype=torch.bfloat16, device=device)
 
     def step(input, target):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             return loss.ours(input, target, **loss.separate)
 
     actual, expected = differentiate(compiled(step), input, target), differentiate(step, input, target)
@@ -121,23 +126,23 @@ def test_autocast_inside_the_compiled_function(loss):
 
 
 @each()
-def test_patched_code_compiles(loss):
+def test_patched_code_compiles(loss, device):
     module = getattr(torch.nn, loss.module)()
-    input, target = loss.sample(8, 5)
+    input, target = loss.sample(8, 5, device=device)
     with fusedloss.patch():
         actual = differentiate(compiled(module), input, target)
     same_bits(actual, differentiate(loss.ours, input, target, **loss.separate))
 
 
 @each()
-def test_export_with_a_dynamic_batch(loss):
-    input, target = loss.sample(8, 5)
+def test_export_with_a_dynamic_batch(loss, device):
+    input, target = loss.sample(8, 5, device=device)
     rows = Dim("rows", min=2, max=64)
     program = torch.export.export(
         getattr(fusedloss, loss.module)(), (input, target), dynamic_shapes=({0: rows}, {0: rows})
     )
     assert any("fusedloss" in str(node.target) for node in program.graph.nodes)
-    other = loss.sample(13, 5)
+    other = loss.sample(13, 5, device=device)
     same_bits(program.module()(*other), loss.ours(*other))
 
 
@@ -150,8 +155,8 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @each()
-def test_transforms_inside_the_compiled_function(loss, transform):
+def test_transforms_inside_the_compiled_function(loss, transform, device):
     """Routed to native there too: a C++ autograd Function under a transform gives an error, or a tangent of zeros."""
-    input, target = loss.sample(8, 5)
+    input, target = loss.sample(8, 5, device=device)
     actual = compiled(lambda x: transform(lambda y: loss.ours(y, target), x))(input)
     torch.testing.assert_close(actual, transform(lambda y: loss.native(y, target), input))

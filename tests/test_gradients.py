@@ -33,9 +33,9 @@ each_case = pytest.mark.parametrize(
 )
 
 
-def case(loss, shape, options, reduction):
+def case(loss, shape, options, reduction, device):
     """A function of the floating tensors alone, and those tensors; one index target of several is ignored."""
-    input, target = loss.sample(*shape, dtype=torch.float64)
+    input, target = loss.sample(*shape, dtype=torch.float64, device=device)
     options = options | {name: input.new_tensor(options[name]) for name in ("weight", "pos_weight") if name in options}
     if loss.target != "index":
         return lambda *pair: loss.ours(*pair, reduction=reduction, **options), [input, target]
@@ -47,8 +47,8 @@ def case(loss, shape, options, reduction):
 @each_case
 @each_reduction
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_derivatives_match_finite_differences(loss, options, reduction, shape):
-    function, leaves = case(loss, shape, options, reduction)
+def test_derivatives_match_finite_differences(loss, options, reduction, shape, device):
+    function, leaves = case(loss, shape, options, reduction, device)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert gradcheck(function, leaves)
     assert gradgradcheck(function, leaves)
@@ -56,9 +56,9 @@ def test_derivatives_match_finite_differences(loss, options, reduction, shape):
 
 @each("bce_with_logits", "bce")
 @each_reduction
-def test_derivatives_with_ignored_elements_match_finite_differences(loss, reduction):
-    input, _ = loss.sample(4, 3, dtype=torch.float64)
-    target = torch.tensor([[0, 1, 255]] * 4, dtype=torch.uint8)
+def test_derivatives_with_ignored_elements_match_finite_differences(loss, reduction, device):
+    input, _ = loss.sample(4, 3, dtype=torch.float64, device=device)
+    target = torch.tensor([[0, 1, 255]] * 4, dtype=torch.uint8, device=device)
 
     def function(input):
         return loss.ours(input, target, reduction=reduction, ignore_index=255)

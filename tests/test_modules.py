@@ -21,15 +21,15 @@ ADDITIONS = {
 each_module = pytest.mark.parametrize("name", ADDITIONS)
 
 
-def configured(name, **options):
+def configured(name, device, **options):
     """A module with a weight and every addition switched on."""
-    weight = torch.tensor([0.5, 2.0, 1.0])
+    weight = torch.tensor([0.5, 2.0, 1.0], device=device)
     extra = {"pos_weight": weight} if name == "BCEWithLogitsLoss" else {}
     return getattr(fusedloss, name)(weight, **extra, **ADDITIONS[name], **options)
 
 
-def example(name):
-    input, target = next(loss for loss in LOSSES.values() if loss.module == name).sample(4, 3)
+def example(name, device):
+    input, target = next(loss for loss in LOSSES.values() if loss.module == name).sample(4, 3, device=device)
     return input, target.round() if target.is_floating_point() else target
 
 
@@ -60,15 +60,15 @@ def test_module_signature(name):
 
 @each_reduction
 @each()
-def test_module_computes_the_function(loss, reduction):
-    input, target = loss.sample(4, 3)
+def test_module_computes_the_function(loss, reduction, device):
+    input, target = loss.sample(4, 3, device=device)
     module = getattr(fusedloss, loss.module)(reduction=reduction)
     assert torch.equal(module(input, target), loss.ours(input, target, reduction=reduction))
 
 
 @each_module
-def test_module_passes_its_options_on(name):
-    module, (input, target) = configured(name, reduction="sum"), example(name)
+def test_module_passes_its_options_on(name, device):
+    module, (input, target) = configured(name, device, reduction="sum"), example(name, device)
     function = next(loss.ours for loss in LOSSES.values() if loss.module == name)
     options = {"pos_weight": module.pos_weight} if name == "BCEWithLogitsLoss" else {}
     expected = function(input, target, module.weight, reduction="sum", **options, **ADDITIONS[name])
@@ -76,8 +76,8 @@ def test_module_passes_its_options_on(name):
     assert not torch.equal(module(input, target), getattr(fusedloss, name)(reduction="sum")(input, target))
 
 
-def test_cross_entropy_module_passes_native_options_on():
-    input, target = example("CrossEntropyLoss")
+def test_cross_entropy_module_passes_native_options_on(device):
+    input, target = example("CrossEntropyLoss", device)
     options = {"ignore_index": 1, "label_smoothing": 0.1}
     loss, lse = fusedloss.CrossEntropyLoss(**options, return_lse=True)(input, target)
     torch.testing.assert_close(loss, nn.CrossEntropyLoss(**options)(input, target))
@@ -96,8 +96,8 @@ def test_module_is_a_native_module(name):
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_is_the_same_loss(name, clone):
-    module, (input, target) = configured(name), example(name)
+def test_a_copy_is_the_same_loss(name, clone, device):
+    module, (input, target) = configured(name, device), example(name, device)
     twin = clone(module)
     assert type(twin) is type(module)
     assert torch.equal(twin(input, target), module(input, target))
@@ -116,9 +116,9 @@ def test_state_is_exchanged_with_native(name):
 
 
 @each_module
-def test_buffers_follow_the_module(name):
-    module = configured(name).double()
-    assert {buffer.dtype for buffer in module.buffers()} == {torch.float64}
+def test_buffers_follow_the_module(name, device):
+    module = configured(name, "cpu").to(device).double()
+    assert {(buffer.dtype, buffer.device.type) for buffer in module.buffers()} == {(torch.float64, device)}
 
 
 def warned(function, *arguments, **options):
@@ -137,8 +137,8 @@ LEGACY = [
 
 @each()
 @pytest.mark.parametrize("options", [*LEGACY, {"reduction": "elementwise_mean"}], ids=str)
-def test_legacy_options_warn_and_act_as_natively(loss, options):
-    input, target = loss.sample(4, 3)
+def test_legacy_options_warn_and_act_as_natively(loss, options, device):
+    input, target = loss.sample(4, 3, device=device)
     (ours, our_warnings), (native, their_warnings) = (
         warned(function, input, target, **options) for function in (loss.ours, loss.native)
     )

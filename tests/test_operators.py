@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import LOSSES, differentiate
+from support import LOSSES, differentiate, moved
 from torch.library import opcheck
 
 OPS = torch.ops.fusedloss
@@ -10,7 +10,7 @@ NONE, MEAN, SUM = 0, 1, 2
 
 
 def sample(name, *shape, dtype=torch.float32):
-    """Fixed data: the tables below are made when the file is imported."""
+    """Fixed data, on the CPU: the tables below are made when the file is imported."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LOSSES[name].sample(*shape, dtype=dtype)
@@ -116,8 +116,8 @@ def same_layout(actual, expected):
 
 
 @each_call
-def test_forward_operator(name, arguments):
-    opcheck(operator(name), wanting_gradients(arguments))
+def test_forward_operator(name, arguments, device):
+    opcheck(operator(name), wanting_gradients(moved(arguments, device)))
 
 
 SCALE = torch.tensor(0.5)
@@ -131,13 +131,14 @@ each_call_in_one_pass = pytest.mark.parametrize(("name", "arguments"), IN_ONE_PA
 
 
 @each_call_in_one_pass
-def test_forward_operator_with_the_gradient_in_forward(name, arguments):
-    opcheck(operator(name), wanting_gradients(arguments))
+def test_forward_operator_with_the_gradient_in_forward(name, arguments, device):
+    opcheck(operator(name), wanting_gradients(moved(arguments, device)))
 
 
 @each_call_in_one_pass
-def test_operator_in_one_pass(name, arguments):
+def test_operator_in_one_pass(name, arguments, device):
     """Without autograd: it writes the gradient into the tensor it is given last, of any strides."""
+    arguments, scale = moved((arguments, SCALE), device)
     input, target, *rest = arguments
     weights = 2 if name == "bce_with_logits" else 1
     options = [value for value in rest[weights:-2] if value is not True]
@@ -145,33 +146,34 @@ def test_operator_in_one_pass(name, arguments):
         del options[-2]  # return_lse
     expected = input.detach().requires_grad_()
     loss = operator(name)(expected, *arguments[1:])[0]
-    loss.backward(SCALE)
+    loss.backward(scale)
     grad = torch.full_like(input.T.contiguous(), 7.0).T
-    call = (input, target, *rest[:weights], SCALE, *options, grad)
+    call = (input, target, *rest[:weights], scale, *options, grad)
     opcheck(operator(f"{name}_with_grad"), call)
     torch.testing.assert_close(operator(f"{name}_with_grad")(*call), loss)
     torch.testing.assert_close(grad, expected.grad)
 
 
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)])
-def test_rescaling_a_gradient(scale):
-    grad = sample("cross_entropy", 4, 3)[0]
-    opcheck(OPS.rescale_grad_.default, (grad.clone(), torch.tensor(3.0), scale))
+def test_rescaling_a_gradient(scale, device):
+    grad, grad_output, scale = moved((sample("cross_entropy", 4, 3)[0], torch.tensor(3.0), scale), device)
+    opcheck(OPS.rescale_grad_.default, (grad.clone(), grad_output, scale))
     expected = grad * 3 / (1 if scale is None else scale.float())
-    OPS.rescale_grad_(grad, torch.tensor(3.0), scale)
+    OPS.rescale_grad_(grad, grad_output, scale)
     torch.testing.assert_close(grad, expected)
 
 
 @each_call
-def test_backward_operator(name, arguments):
-    arguments = list(backward_arguments(name, arguments))
+def test_backward_operator(name, arguments, device):
+    arguments = list(backward_arguments(name, moved(arguments, device)))
     opcheck(operator(f"{name}_backward"), tuple(arguments))
     arguments[0] = arguments[0].requires_grad_()
     opcheck(operator(f"{name}_backward"), tuple(arguments))
 
 
 @each_call
-def test_meta_tensors_have_the_real_layout(name, arguments):
+def test_meta_tensors_have_the_real_layout(name, arguments, device):
+    arguments = moved(arguments, device)
     every = EVERY_OUTPUT.get(name, {})
     same_layout(operator(name)(*to_meta(arguments), **every), operator(name)(*arguments, **every))
     arguments = backward_arguments(name, arguments)
@@ -179,8 +181,8 @@ def test_meta_tensors_have_the_real_layout(name, arguments):
     same_layout(backward(*to_meta(arguments)), backward(*arguments))
 
 
-def test_operators_are_differentiable_themselves():
-    input, target = sample("cross_entropy", 4, 3)
+def test_operators_are_differentiable_themselves(device):
+    input, target = moved(sample("cross_entropy", 4, 3), device)
 
     def raw(input, target):
         return OPS.cross_entropy(input, target, None, MEAN, -100, 0.0, 0.0, 0.0, False)[0]
@@ -190,8 +192,8 @@ def test_operators_are_differentiable_themselves():
 
 
 @pytest.mark.parametrize("upcast", [False, True])
-def test_upcast_gives_a_float32_loss_of_half_precision_logits(upcast):
-    input, target = sample("cross_entropy", 4, 3, dtype=torch.bfloat16)
+def test_upcast_gives_a_float32_loss_of_half_precision_logits(upcast, device):
+    input, target = moved(sample("cross_entropy", 4, 3, dtype=torch.bfloat16), device)
     loss = OPS.cross_entropy(input, target, None, MEAN, -100, 0.0, 0.0, 0.0, False, upcast)[0]
     assert loss.dtype == (torch.float32 if upcast else torch.bfloat16)
     expected = torch.nn.functional.cross_entropy(input.float(), target).to(loss.dtype)
@@ -214,9 +216,9 @@ MISMATCHED = {  # positions of the tensors that a backward operator must check a
 @pytest.mark.parametrize(
     ("name", "position"), [(name, position) for name, places in MISMATCHED.items() for position in places]
 )
-def test_backward_operators_check_what_they_are_given(name, position):
+def test_backward_operators_check_what_they_are_given(name, position, device):
     """Called by hand, a tensor that is too short is refused, not read beyond its end."""
-    row = list(ARGUMENTS[name]["plain"])
+    row = list(moved(ARGUMENTS[name]["plain"], device))
     reduction = {"cross_entropy": 3, "nll": 3, "bce_with_logits": 4, "bce": 3}[name]
     row[reduction] = NONE
     arguments = backward_arguments(name, row)
@@ -225,6 +227,7 @@ def test_backward_operators_check_what_they_are_given(name, position):
 
 
 def test_backward_operator_writes_nothing_for_a_target_out_of_range():
+    """On the CPU: a CUDA kernel may refuse it with an assertion, after which no test would have a device."""
     arguments = list(backward_arguments("nll", ARGUMENTS["nll"]["plain"]))
     arguments[2] = torch.tensor([1000, -1, 2**40, 3])
     grad = OPS.nll_backward(*arguments)

@@ -81,8 +81,8 @@ def test_unpatching_what_is_not_patched_changes_nothing():
 
 
 @each()
-def test_patched_values_and_gradients(loss):
-    input, target = loss.sample(4, 3)
+def test_patched_values_and_gradients(loss, device):
+    input, target = loss.sample(4, 3, device=device)
     module = getattr(nn, loss.module)()
     expected = module(input.requires_grad_(), target)
     with fusedloss.patch():
@@ -92,9 +92,9 @@ def test_patched_values_and_gradients(loss):
 
 
 @each()
-def test_what_is_routed_to_native_still_reaches_native(loss):
+def test_what_is_routed_to_native_still_reaches_native(loss, device):
     """A transform inside a patch must find the original function, not itself."""
-    input, target = loss.sample(4, 3)
+    input, target = loss.sample(4, 3, device=device)
     expected = torch.func.grad(loss.native)(input, target)
     with fusedloss.patch():
         assert torch.equal(torch.func.grad(getattr(F, loss.function))(input, target), expected)
@@ -142,9 +142,9 @@ def test_losses_are_replaced_anywhere_in_the_tree():
 
 
 @each()
-def test_a_root_is_replaced_and_computes_the_same(loss):
-    input, target = loss.sample(4, 3)
-    module = getattr(nn, loss.module)(torch.tensor([0.5, 2.0, 1.0]), reduction="sum")
+def test_a_root_is_replaced_and_computes_the_same(loss, device):
+    input, target = loss.sample(4, 3, device=device)
+    module = getattr(nn, loss.module)(torch.tensor([0.5, 2.0, 1.0], device=device), reduction="sum")
     expected = module(input, target)
     assert type(fusedloss.replace_losses(module)) is getattr(fusedloss, loss.module)
     torch.testing.assert_close(module(input, target), expected)

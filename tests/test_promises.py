@@ -62,8 +62,8 @@ def test_a_confident_prediction_keeps_its_gradient(device):
 
 @each_index_loss
 @pytest.mark.parametrize("ignored", [0, 3, 8], ids=["none", "some", "all"])
-def test_compiling_does_not_change_what_is_ignored(loss, ignored):
-    input, target = loss.sample(8, 5)
+def test_compiling_does_not_change_what_is_ignored(loss, ignored, device):
+    input, target = loss.sample(8, 5, device=device)
     target[:ignored] = -100
     compiled = torch.compile(loss.ours, backend="aot_eager", fullgraph=True)
     actual = differentiate(compiled, input, target)

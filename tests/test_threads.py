@@ -38,9 +38,9 @@ def test_one_thread_and_two_give_the_same_bits(loss, reduction, shape, dtype, tw
     torch.testing.assert_close(two, one, rtol=0, atol=0)
 
 
-def test_two_python_threads_at_once(two_threads):
+def test_two_python_threads_at_once(two_threads, device):
     """Each repeats its own loss while the other runs, and always gets the result it gets alone."""
-    cases = {name: (loss, *loss.sample(512, 33)) for name, loss in LOSSES.items()}
+    cases = {name: (loss, *loss.sample(512, 33, device=device)) for name, loss in LOSSES.items()}
     alone = {name: differentiate(loss.ours, input, target) for name, (loss, input, target) in cases.items()}
     failures = []
     start = threading.Barrier(2)

@@ -34,16 +34,16 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @each()
-def test_transform(loss, transform):
-    input, target = loss.sample(4, 3)
+def test_transform(loss, transform, device):
+    input, target = loss.sample(4, 3, device=device)
     ours, native = transform(loss.ours, input, target), transform(loss.native, input, target)
     torch.testing.assert_close(ours, native, rtol=0, atol=0)
 
 
 @each_reduction
 @each()
-def test_forward_mode(loss, reduction):
-    input, target = loss.sample(4, 3)
+def test_forward_mode(loss, reduction, device):
+    input, target = loss.sample(4, 3, device=device)
 
     def tangent(function):
         with forward_ad.dual_level():
@@ -54,8 +54,8 @@ def test_forward_mode(loss, reduction):
 
 
 @each()
-def test_inside_a_dual_level_without_tangents(loss):
-    input, target = loss.sample(4, 3)
+def test_inside_a_dual_level_without_tangents(loss, device):
+    input, target = loss.sample(4, 3, device=device)
     with forward_ad.dual_level():
         value = loss.ours(input, target)
     torch.testing.assert_close(value, loss.native(input, target))
@@ -71,8 +71,8 @@ ADDITIONS = [
 @pytest.mark.parametrize("options", ADDITIONS, ids=str)
 @pytest.mark.parametrize("name", ["grad", "per-sample gradients", "jvp", "hessian"])
 @each("cross_entropy", "cross_entropy_soft")
-def test_transform_of_additions(loss, name, options):
-    input, target = loss.sample(4, 3, dtype=torch.float64)
+def test_transform_of_additions(loss, name, options, device):
+    input, target = loss.sample(4, 3, dtype=torch.float64, device=device)
     ours, reference = (
         TRANSFORMS[name](lambda x, y, f=f: f(x, y, **options), input, target) for f in (loss.ours, loss.reference)
     )
@@ -80,25 +80,25 @@ def test_transform_of_additions(loss, name, options):
 
 
 @each("bce_with_logits", "bce")
-def test_transform_with_ignored_elements(loss):
-    input, target = loss.sample(4, 3)
+def test_transform_with_ignored_elements(loss, device):
+    input, target = loss.sample(4, 3, device=device)
     target = target.round()
     expected = torch.autograd.grad(loss.ours(input.requires_grad_(), target, ignore_index=1), input)[0]
     actual = grad(lambda x: loss.ours(x, target, ignore_index=1))(input.detach())
     torch.testing.assert_close(actual, expected)
 
 
-def test_lse_under_a_transform():
-    input, target = LOSSES["cross_entropy"].sample(4, 3)
+def test_lse_under_a_transform(device):
+    input, target = LOSSES["cross_entropy"].sample(4, 3, device=device)
     gradient, lse = grad(lambda x: fusedloss.cross_entropy(x, target, return_lse=True), has_aux=True)(input)
     torch.testing.assert_close(lse, input.logsumexp(1))
     torch.testing.assert_close(gradient, grad(torch.nn.functional.cross_entropy)(input, target))
 
 
 @each()
-def test_incoming_gradients_may_be_batched(loss):
+def test_incoming_gradients_may_be_batched(loss, device):
     """torch.autograd.functional.jacobian(vectorize=True) maps over the backward of a graph built outside."""
-    input, target = loss.sample(4, 3)
+    input, target = loss.sample(4, 3, device=device)
 
     def jacobian(function):
         return torch.autograd.functional.jacobian(
@@ -109,9 +109,9 @@ def test_incoming_gradients_may_be_batched(loss):
 
 
 @each("cross_entropy_soft")
-def test_a_weight_that_wants_a_gradient(loss):
+def test_a_weight_that_wants_a_gradient(loss, device):
     """Probability targets have a gradient to the weight in native: ours goes there for it."""
-    input, target = loss.sample(4, 3)
-    weight = torch.rand(3, requires_grad=True)
+    input, target = loss.sample(4, 3, device=device)
+    weight = torch.rand(3, requires_grad=True, device=device)
     ours, native = (torch.autograd.grad(f(input, target, weight), weight) for f in (loss.ours, loss.native))
     torch.testing.assert_close(ours, native, rtol=0, atol=0)
