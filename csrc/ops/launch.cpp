@@ -4,6 +4,8 @@
 
 namespace fusedloss::ops {
 
+bool runs_on_cuda(const at::Tensor& tensor) { return !tensor.is_cpu(); }
+
 #if defined(FUSEDLOSS_WITH_CUDA)
 
 const cuda::Kernels& cuda_kernels() { return cuda::kKernels; }

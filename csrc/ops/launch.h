@@ -57,6 +57,9 @@ struct LossKernels {
   cuda::Loss<Args> cuda::Kernels::* cuda;
 };
 
+// Whether a tensor is the CUDA kernels' business.
+bool runs_on_cuda(const at::Tensor& tensor);
+
 // Both raise in a build without CUDA kernels.
 const cuda::Kernels& cuda_kernels();
 void cuda_rescale(const cuda::RescaleArgs& args, void* stream);
@@ -76,7 +79,7 @@ cpu::Partial run_blocks(cpu::Kernel<Args> kernel, const Args& args) {
 // on CUDA an assertion of the device takes its place. Nothing is written then.
 template <class Args>
 int64_t run(const LossKernels<Args>& loss, Pass pass, Args args, const at::Tensor& input) {
-  if (!input.is_cpu()) {
+  if (runs_on_cuda(input)) {
     const c10::DeviceGuard guard(input.device());
     const auto& kernels = cuda_kernels().*loss.cuda;
     const auto bytes = static_cast<int64_t>(kernels.workspace_bytes(args, pass));

@@ -41,7 +41,7 @@ void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor grad_
   check_floating("rescale_grad_", "grad_output", grad_output);
   if (grad.is_meta()) return;
   const Tensor assumed = assumed_grad_output(grad_scale, grad_output.scalar_type());
-  if (grad.is_cpu()) {
+  if (!runs_on_cuda(grad)) {
     const double factor = number_in(grad_output) / (assumed.defined() ? number_in(assumed) : 1);
     if (factor != 1) grad.mul_(factor);
   } else if (grad.is_non_overlapping_and_dense()) {

@@ -89,6 +89,12 @@ class CrossEntropy {
 
   // --- Entries ---
 
+  // The exponential of a difference. In half precision there is no time for an exact one: two bytes of a logit leave
+  // memory as quickly as a dozen instructions pass.
+  __device__ __forceinline__ static Acc exp(Acc difference) {
+    return sizeof(T) == 2 ? math::exp_roughly(difference) : math::exp_nonpositive(difference);
+  }
+
   __device__ __forceinline__ bool capped() const { return kGeneral && args_.logit_softcap != 0; }
   __device__ __forceinline__ bool dense() const {
     return kGeneral && (args_.has_probabilities || args_.label_smoothing != 0);
@@ -119,7 +125,7 @@ class CrossEntropy {
     const Acc shift = math::finite_shift(max);
     Acc sum = Acc(0);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += math::exp_difference(x[i] - shift);
+    for (int i = 0; i < kCount; ++i) sum += exp(x[i] - shift);
     if constexpr (kGeneral) {
       if (dense()) {
         Sums_ part;
@@ -130,7 +136,7 @@ class CrossEntropy {
           if (c < 0) continue;  // no mass times an infinite distance would be NaN
           const Acc mass = this->mass(position, c);
           part.dense_loss += math::entry_loss_at_max(x[i] - shift, mass);
-          part.mass += mass;
+          part.mass += static_cast<double>(mass);
         }
         row.merge(part);
         return;
@@ -146,10 +152,10 @@ class CrossEntropy {
       if (capped()) entry = math::soft_cap(x, static_cast<Acc>(args_.logit_softcap));
       const Acc all = dense() ? row.on_all * mass(position, c) : Acc(0);
       const Acc on_class = c == row.target ? all + row.on_target : all;
-      return math::logit_grad(math::exp_difference(entry.value - row.shift), row.factor, on_class) * entry.slope;
+      return math::logit_grad(exp(entry.value - row.shift), row.factor, on_class) * entry.slope;
     } else {
       const Acc on_class = c == row.target ? row.on_target : Acc(0);
-      return math::logit_grad(math::exp_difference(x - row.shift), row.factor, on_class);
+      return math::logit_grad(exp(x - row.shift), row.factor, on_class);
     }
   }
 
@@ -163,7 +169,7 @@ class CrossEntropy {
     Acc loss = math::entry_loss(target.index < 0 ? Acc(0) : target_logit - max, log_sum, target.mass);
     if constexpr (kGeneral) {
       if (args_.has_probabilities) {
-        loss += row.dense_loss + row.mass * log_sum;
+        loss += row.dense_loss + static_cast<Acc>(row.mass) * log_sum;
       } else if (dense()) {
         loss += smoothing_.spread * row.dense_loss + spread_mass_ * log_sum;
       }
@@ -186,11 +192,11 @@ class CrossEntropy {
   // From a finished row's sums.
   __device__ __forceinline__ Gradient gradient(std::int64_t position, const Target<Acc>& target,
                                                const Sums_& row) const {
-    const Acc inverse = Acc(1) / row.sum;
     Acc mass = target.mass + spread_mass_;
-    if constexpr (kGeneral) mass = args_.has_probabilities ? row.mass : mass;
-    return gradient(position, target, row.max, math::finite_shift(row.max), inverse, mass, Acc(0),
-                    [&] { return math::log(row.sum); });
+    if constexpr (kGeneral) mass = args_.has_probabilities ? static_cast<Acc>(row.mass) : mass;
+    return gradient(
+        position, target, row.max, math::finite_shift(row.max), mass, Acc(0), [&] { return math::log(row.sum); },
+        [&](Acc normaliser) { return normaliser / row.sum; });
   }
 
   // From the statistics that forward has saved; mass: that of probabilities.
@@ -198,11 +204,12 @@ class CrossEntropy {
                                                      Acc probability_mass) const {
     const Acc max = static_cast<const Acc*>(args_.row_max)[position];
     const Acc log_sum = static_cast<const Acc*>(args_.row_log_sum)[position];
-    // log(sum) of no less than 0 is the rule; all logits -inf or an infinite one give -inf and NaN.
-    const Acc inverse = log_sum >= Acc(0) ? math::exp_nonpositive(-log_sum) : log_sum - log_sum;
     const Acc grad_lse = args_.grad_lse ? static_cast<const Acc*>(args_.grad_lse)[position] : Acc(0);
     const Acc mass = args_.has_probabilities ? probability_mass : target.mass + spread_mass_;
-    return gradient(position, target, max, max, inverse, mass, grad_lse, [&] { return log_sum; });
+    return gradient(
+        position, target, max, max, mass, grad_lse, [&] { return log_sum; },
+        // log(sum) of no less than 0 is the rule; all logits -inf or an infinite one give -inf and NaN.
+        [&](Acc normaliser) { return log_sum >= Acc(0) ? math::times_exp(normaliser, -log_sum) : log_sum - log_sum; });
   }
 
   // To a probability q_c, whose (capped) logit is x.
@@ -226,15 +233,15 @@ class CrossEntropy {
     return block_sum_for_all(sums).divisor;
   }
 
-  template <class LogSum>
+  template <class LogSum, class OverSum>
   __device__ __forceinline__ Gradient gradient(std::int64_t position, const Target<Acc>& target, Acc max, Acc shift,
-                                               Acc inverse, Acc mass, Acc grad_lse, LogSum log_sum) const {
+                                               Acc mass, Acc grad_lse, LogSum log_sum, OverSum over_sum) const {
     const PositionTensor& grad_loss = args_.flow.grad_loss;
     double flow = scale_;
     if (grad_loss.data) flow *= load_floating<double>(grad_loss.data, grad_loss.dtype, position * grad_loss.stride);
     const Acc g = target.counts ? static_cast<Acc>(flow) : Acc(0);
     const Acc lse = z_loss_ == Acc(0) ? Acc(0) : math::log_sum_exp(max, log_sum());
-    const Acc factor = math::normaliser_grad(g, grad_lse, target.counts ? mass : Acc(0), lse, z_loss_) * inverse;
+    const Acc factor = over_sum(math::normaliser_grad(g, grad_lse, target.counts ? mass : Acc(0), lse, z_loss_));
     return {shift, factor, g * target.mass, args_.has_probabilities ? g : g * smoothing_.spread, target.index};
   }
 

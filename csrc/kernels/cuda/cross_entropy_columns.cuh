@@ -150,7 +150,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
   }
 
   __device__ __forceinline__ static Acc mass_of(const Row& row) {
-    if constexpr (kGeneral) return row.mass;
+    if constexpr (kGeneral) return static_cast<Acc>(row.mass);
     return Acc(0);
   }
 

@@ -216,12 +216,12 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
       const Acc shift = math::finite_shift(max);
       for_each_entry([&](int k, int c) {
         const Acc shifted = entry(k, c) - shift;
-        sums_of_row.sum += math::exp_difference(shifted);
+        sums_of_row.sum += Base::exp(shifted);
         if constexpr (kGeneral) {
           if (this->dense() && used) {
             const Acc mass = this->mass(position, c);
             sums_of_row.dense_loss += math::entry_loss_at_max(shifted, mass);
-            sums_of_row.mass += mass;
+            sums_of_row.mass += static_cast<double>(mass);
           }
         }
       });
@@ -229,7 +229,7 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
       sums_of_row.sum = group_reduce(sums_of_row.sum, plan_.lanes, add);
       if constexpr (kGeneral) {
         sums_of_row.dense_loss = group_reduce(sums_of_row.dense_loss, plan_.lanes, add);
-        sums_of_row.mass = group_reduce(sums_of_row.mass, plan_.lanes, add);
+        sums_of_row.mass = group_reduce(sums_of_row.mass, plan_.lanes, [](double a, double b) { return a + b; });
       }
     }
     if constexpr (kPass != Pass::backward) {
@@ -271,7 +271,7 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
   __device__ __forceinline__ static Acc nothing() { return -math::kInfinity<Acc>; }
 
   __device__ __forceinline__ static Acc mass_of(const Row& row) {
-    if constexpr (kGeneral) return row.mass;
+    if constexpr (kGeneral) return static_cast<Acc>(row.mass);
     return Acc(0);
   }
 

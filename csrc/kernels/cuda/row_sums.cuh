@@ -26,14 +26,14 @@ struct RowSums<Acc, false> : math::LogSumExp<Acc> {
 template <class Acc>
 struct RowSums<Acc, true> : math::LogSumExp<Acc> {
   Acc dense_loss = Acc(0);
-  Acc mass = Acc(0);
+  double mass = 0;  // the gradient is p times this, minus masses that add up to it: what it rounds off stays
 
   __device__ __forceinline__ void merge(const RowSums& other) {
     const Acc mine = math::finite_shift(this->max), theirs = math::finite_shift(other.max);
     math::LogSumExp<Acc>::merge(other.max, other.sum);
     const Acc both = math::finite_shift(this->max);
-    dense_loss = (dense_loss + math::entry_loss_at_max(mine - both, mass)) +
-                 (other.dense_loss + math::entry_loss_at_max(theirs - both, other.mass));
+    dense_loss = (dense_loss + math::entry_loss_at_max(mine - both, static_cast<Acc>(mass))) +
+                 (other.dense_loss + math::entry_loss_at_max(theirs - both, static_cast<Acc>(other.mass)));
     mass += other.mass;
   }
   __device__ __forceinline__ RowSums shuffled(int lane) const {
