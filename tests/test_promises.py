@@ -213,6 +213,20 @@ def test_rows_of_every_width(loss, offset, device):
         compare(loss, shifted, target, reduction="none")
 
 
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@each("cross_entropy", "cross_entropy_soft", "bce_with_logits")
+def test_rows_of_every_width_are_overwritten_once(loss, offset, device):
+    """A tail that is worked on twice, in place, starts from the gradient of the first time."""
+    for classes in [*range(1, 71), 1025]:
+        input, target = loss.sample(5, classes, device=device)
+        expected = differentiate(lambda x, y: loss.ours(x, y, grad_in_forward=False), input, None, y=target)
+        leaf = input.requires_grad_()
+        output = torch.cat([input.new_zeros(offset), leaf.flatten()])[offset:].view_as(leaf)
+        value = loss.ours(output, target, inplace=True)
+        (grad,) = torch.autograd.grad(value, leaf, expected[0].new_tensor(-7.5 / 8))
+        torch.testing.assert_close([value.detach(), grad], expected)
+
+
 @each("bce_with_logits", "bce")
 def test_an_ignored_element_does_not_count_in_the_mean(loss, device):
     input, target = loss.sample(8, 5, device=device)
