@@ -108,10 +108,11 @@ class CrossEntropy {
     return math::probability_mass(smoothing_, load_floating<Acc>(q.data, q.dtype, at), class_weight(c));
   }
 
-  // Adds kCount entries to a row's sums, with one rescaling for all of them. Entries that do not exist are -inf. Their
-  // masses are asked for by masses(i).
-  template <int kCount, class Masses>
-  __device__ __forceinline__ void add(Sums_& row, const Acc (&x)[kCount], Masses masses) const {
+  // Adds kCount entries to a row's sums, with one rescaling for all of them. class_at(i): the class of entry i, or -1
+  // where there is none; such an entry is -inf, and has no part in the dense sum: no mass times infinity is NaN.
+  template <int kCount, class Classes>
+  __device__ __forceinline__ void add(Sums_& row, std::int64_t position, const Acc (&x)[kCount],
+                                      Classes class_at) const {
     Acc max = row.max;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) max = math::larger(x[i], max);
@@ -125,7 +126,9 @@ class CrossEntropy {
         part.max = max;
         part.sum = sum;
         for (int i = 0; i < kCount; ++i) {
-          const Acc mass = masses(i);
+          const int c = class_at(i);
+          if (c < 0) continue;
+          const Acc mass = this->mass(position, c);
           part.dense_loss += math::entry_loss_at_max(x[i] - shift, mass);
           part.mass += mass;
         }

@@ -98,7 +98,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
           x[u] = c + u < classes ? this->value(convert<Acc>(packets[u].values[i])) : -math::kInfinity<Acc>;
           if (c + u == targets[i].index) target_logits[i] = x[u];
         }
-        this->add(rows[i], x, [&](int u) { return c + u < classes ? this->mass(first + i, c + u) : Acc(0); });
+        this->add(rows[i], first + i, x, [&](int u) { return c + u < classes ? c + u : -1; });
       }
     }
   }

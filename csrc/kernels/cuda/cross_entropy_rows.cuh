@@ -121,10 +121,10 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) x[u * kWidth + i] = value_of(packets[u], c, i);
       }
-      this->add(row, x, [&](int entry) {
+      this->add(row, position, x, [&](int entry) {
         const std::int64_t at = p + entry / kWidth * threads, c = slice.packets.first(at) + entry % kWidth;
         const bool exists = at < slice.end && c >= 0 && c < this->classes();
-        return exists ? this->mass(position, static_cast<int>(c)) : Acc(0);
+        return exists ? static_cast<int>(c) : -1;
       });
       if constexpr (kKeeps) {
 #pragma unroll
