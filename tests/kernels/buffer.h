@@ -10,8 +10,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../cpp/check.h"
@@ -24,8 +25,7 @@ inline constexpr int kPoison = 0x5b;
 
 inline void require(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 inline std::int64_t bytes_of(Dtype dtype) {
@@ -102,8 +102,8 @@ class Buffer {
     return base + lead_ * bytes_of(dtype_);
   }
 
-  double at(std::int64_t i) const { return read(host_, i); }      // on the host
-  double got(std::int64_t i) const { return read(got_, i); }      // what download() has brought
+  double at(std::int64_t i) const { return read(host_, i); }  // on the host
+  double got(std::int64_t i) const { return read(got_, i); }  // what download() has brought
   bool is_poison(std::int64_t i) const { return is_poison_at((i + lead_) * bytes_of(dtype_), bytes_of(dtype_)); }
   const std::vector<char>& got_bytes() const { return got_; }
   bool lead_is_poison() const { return is_poison_at(0, lead_ * bytes_of(dtype_)); }

@@ -15,9 +15,9 @@ using fusedloss::NllArgs;
 using fusedloss::Reduction;
 
 enum class Layout {
-  rows,      // classes are neighbours; rows follow one another at classes + pad
-  columns,   // positions are neighbours; classes follow one another at inner + pad
-  strided,   // no neighbours: every third element
+  rows,     // classes are neighbours; rows follow one another at classes + pad
+  columns,  // positions are neighbours; classes follow one another at inner + pad
+  strided,  // no neighbours: every third element
 };
 
 struct ClassOptions {
@@ -143,7 +143,9 @@ class CrossEntropyCheck {
 
  private:
   double logit(std::int64_t position, std::int64_t c) const { return logits_.at(strides_.at(shape_, position, c)); }
-  double capped(double x) const { return options_.softcap == 0 ? x : options_.softcap * std::tanh(x / options_.softcap); }
+  double capped(double x) const {
+    return options_.softcap == 0 ? x : options_.softcap * std::tanh(x / options_.softcap);
+  }
 
   void fill() {
     Random random(shape_.classes * 31 + shape_.positions() * 7 + case_.lead + int(case_.dtype) * 1000003);
@@ -156,8 +158,8 @@ class CrossEntropyCheck {
         double x = 3 * random.normal() + common;
         if (options_.specials) {
           const std::int64_t kind = i % 7;
-          if (kind == 1 && c % 2 == 0) x = -INFINITY;            // some entries
-          if (kind == 2) x = -INFINITY;                          // all of them
+          if (kind == 1 && c % 2 == 0) x = -INFINITY;  // some entries
+          if (kind == 2) x = -INFINITY;                // all of them
           if (kind == 3 && c == classes / 2) x = INFINITY;
           if (kind == 4 && c == classes - 1) x = NAN;
           if (kind == 5 && c <= 1) x = INFINITY;
@@ -259,8 +261,8 @@ class CrossEntropyCheck {
     for (const Truth& row : truth_) counted_ += row.weight;
   }
 
-  // Half units in the last place that a sum over classes is off by: every thread adds up one part and then the parts are
-  // added; errors of either sign grow with the square root of their number. Beside it a constant for the elementary
+  // Half units in the last place that a sum over classes is off by: every thread adds up one part and then the parts
+  // are added; errors of either sign grow with the square root of their number. Beside it a constant for the elementary
   // functions, and what the soft cap rounds off (of the size of the cap), which is an error of the exponent.
   double units() const { return 16 + std::sqrt(double(shape_.classes)) + 6 * options_.softcap; }
   double loss_tolerance(const Truth& row) const { return rounding(acc_) * units() * (1 + row.spread); }
@@ -324,7 +326,8 @@ class CrossEntropyCheck {
         if (*output) output->poison();
       }
     };
-    launch_twice(what.c_str(), fusedloss::cuda::kKernels.cross_entropy, with_outputs(true), Pass::forward, outputs, poison);
+    launch_twice(what.c_str(), fusedloss::cuda::kKernels.cross_entropy, with_outputs(true), Pass::forward, outputs,
+                 poison);
     cpu_.cross_entropy(with_outputs(false), Pass::forward);
 
     Comparison compare(what);
@@ -332,8 +335,10 @@ class CrossEntropyCheck {
     for (std::int64_t i = 0; i < shape_.positions(); ++i) {
       const Truth& row = truth_[i];
       if (loss_) {
-        const double tolerance = loss_tolerance(row) + rounding(case_.dtype) * std::fabs(row.loss) + smallest(case_.dtype);
-        compare("loss", i, 0, loss_, i, row.counts ? row.loss : 0, row.counts ? tolerance : 0, row.finite || !row.counts);
+        const double tolerance =
+            loss_tolerance(row) + rounding(case_.dtype) * std::fabs(row.loss) + smallest(case_.dtype);
+        compare("loss", i, 0, loss_, i, row.counts ? row.loss : 0, row.counts ? tolerance : 0,
+                row.finite || !row.counts);
       }
       if (!row.counts && !options_.lse) continue;  // of no use to anyone, and left to the kernels
       if (shape_.classes == 0) continue;
@@ -347,7 +352,7 @@ class CrossEntropyCheck {
   }
 
   struct Flow {
-    double scale;   // of grad_loss
+    double scale;  // of grad_loss
     bool with_lse;
   };
 
@@ -376,7 +381,9 @@ class CrossEntropyCheck {
     }
   }
 
-  double flow_of(std::int64_t position) const { return grad_loss_.at(options_.reduction == Reduction::none ? position : 0); }
+  double flow_of(std::int64_t position) const {
+    return grad_loss_.at(options_.reduction == Reduction::none ? position : 0);
+  }
 
   void forward_with_gradient() {
     // It has neither a gradient of its own for each position nor one of the lse.
@@ -449,8 +456,9 @@ class CrossEntropyCheck {
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
         const double factor = flow_of(i) * scale * (1 - options_.smoothing) * weight(c);
         const double entry = row.log_sum - (capped(logit(i, c)) - row.max), truth = factor * entry;
-        const double tolerance = rounding(acc_) * std::fabs(factor) * (units() + 4 * row.log_sum + 4 * std::fabs(entry)) +
-                                 rounding(dtype) * std::fabs(truth) + smallest(dtype);
+        const double tolerance =
+            rounding(acc_) * std::fabs(factor) * (units() + 4 * row.log_sum + 4 * std::fabs(entry)) +
+            rounding(dtype) * std::fabs(truth) + smallest(dtype);
         compare("gradient to a probability", i, c, grad_probabilities_, probability_strides_.at(shape_, i, c), truth,
                 tolerance, row.finite);
       }
@@ -552,7 +560,7 @@ class NllCheck {
     }
     compare("divisor", 0, 0, divisor, 0, counted, 1e-13 * counted);
     const double truth = is_mean ? sum / counted : sum;
-    if (total) compare("total", 0, 0, total, 0, truth, (u + out) * truth);
+    if (total) compare("total", 0, 0, total, 0, truth, (u + out + 1e-15 * std::sqrt(double(positions))) * truth);
 
     what = what_ + ", backward";
     divisor.set(0, counted);

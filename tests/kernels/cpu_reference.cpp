@@ -14,7 +14,7 @@ double const*& divisor_of(ElementwiseArgs& args) { return args.flow.divisor; }
 double const*& divisor_of(CrossEntropyArgs& args) { return args.flow.divisor; }
 double const*& divisor_of(NllArgs& args) { return args.flow.divisor; }
 
-template <class Args, cpu::Loss<Args> cpu::Kernels::*kLoss>
+template <class Args, cpu::Loss<Args> cpu::Kernels::* kLoss>
 void run(const Args& args, Pass pass) {
   const cpu::Loss<Args>& loss = kernels().*kLoss;
   const std::int64_t blocks = cpu::block_count(args);

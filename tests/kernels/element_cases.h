@@ -69,8 +69,7 @@ class ElementCheck {
   View make(Dtype dtype, std::int64_t row_stride, std::int64_t column_stride, int lead = 0) {
     const std::int64_t extent =
         count_ == 0 ? 0 : 1 + (case_.rows - 1) * row_stride + (case_.columns - 1) * column_stride;
-    return {Buffer(dtype, extent, lead), row_stride, column_stride,
-            row_stride == case_.columns && column_stride == 1};
+    return {Buffer(dtype, extent, lead), row_stride, column_stride, row_stride == case_.columns && column_stride == 1};
   }
   View make_linear(Dtype dtype, int lead = 0) { return make(dtype, case_.columns, 1, lead); }
   View make_weight(Weight weight, Random& random) {
@@ -217,8 +216,8 @@ class ElementCheck {
     for (std::int64_t e = 0; e < count_; ++e) {
       const Answer loss = loss_of(e);
       sum.value += loss.value;
-      // Up to 16 packets are added up in the accumulate type.
-      lost += (16 + 12) * rounding(acc_) * loss.size;
+      // Up to 16 packets are added up in the accumulate type, and all of them in float64.
+      lost += ((16 + 12) * rounding(acc_) + std::sqrt(double(count_)) * 0x1p-53) * loss.size;
     }
     const double scale = options_.reduction == Reduction::mean ? 1 / counted_ : 1;
     compare("total", 0, 0, total_, 0, sum.value * scale,
@@ -308,10 +307,11 @@ class ElementCheck {
       with.grad_target = tensor(grad_target_, on_device);
       return with;
     };
-    launch_twice(what.c_str(), loss_of_, with_outputs(true), Pass::backward, {&grad_.buffer, &grad_target_.buffer}, [&] {
-      grad_.buffer.poison();
-      if (grad_target_.buffer) grad_target_.buffer.poison();
-    });
+    launch_twice(what.c_str(), loss_of_, with_outputs(true), Pass::backward, {&grad_.buffer, &grad_target_.buffer},
+                 [&] {
+                   grad_.buffer.poison();
+                   if (grad_target_.buffer) grad_target_.buffer.poison();
+                 });
     cpu_(with_outputs(false), Pass::backward);
     check_gradient(what, grad_, mean_scale());
     if (!grad_target_.buffer) return;
@@ -366,7 +366,8 @@ inline void check_rescale(Dtype dtype, std::int64_t count, int lead, double assu
     const double truth = grad.at(i) * factor;
     const double tolerance =
         factor == 1 ? 0 : (2 * rounding(flow_dtype) + rounding(dtype)) * std::fabs(truth) + smallest(dtype);
-    EXPECT(agree(grad.got(i), truth, tolerance), "%s: element %ld: %.9g, truth %.9g", what, long(i), grad.got(i), truth);
+    EXPECT(agree(grad.got(i), truth, tolerance), "%s: element %ld: %.9g, truth %.9g", what, long(i), grad.got(i),
+           truth);
   }
   EXPECT(grad.lead_is_poison() || lead == 0, "%s: written before the gradient", what);
 }

@@ -36,8 +36,9 @@ inline void judge(const char* pass, const Tensor& tensor, std::int64_t k, Truth 
            device, cpu);
     return;
   }
-  EXPECT(std::fabs(device - truth.value) <= tolerance, "%s, %s %ld: %.9g, truth %.9g (the CPU has %.9g), tolerance %.2g",
-         pass, tensor.name().c_str(), long(k), device, truth.value, cpu, tolerance);
+  EXPECT(std::fabs(device - truth.value) <= tolerance,
+         "%s, %s %ld: %.9g, truth %.9g (the CPU has %.9g), tolerance %.2g", pass, tensor.name().c_str(), long(k),
+         device, truth.value, cpu, tolerance);
   EXPECT(std::fabs(cpu - truth.value) <= tolerance, "%s, %s %ld: the CPU has %.9g, truth %.9g, tolerance %.2g", pass,
          tensor.name().c_str(), long(k), cpu, truth.value, tolerance);
   if (tolerance > 0) worst_error() = std::max(worst_error(), std::fabs(device - truth.value) / tolerance);

@@ -106,14 +106,6 @@ class Tensor {
     if (role_ == Role::in_place) cpu_ = image_;
   }
 
-  // What the CPU's kernel has overwritten.
-  void restore_cpu() {
-    if (role_ == Role::in_place) {
-      cpu_ = image_;
-      device_.write(image_);
-    }
-  }
-
   void prepare_device(int run) {
     if (role_ == Role::output) device_.fill(kPoison[run]);
     if (role_ == Role::in_place) device_.write(image_);
