@@ -243,28 +243,35 @@ class CrossEntropyCheck {
         row.max = std::max(row.max, capped(x));
       }
       row.finite = row.finite && (std::isfinite(row.max) || shape_.classes == 0);
-      double sum = 0;
+      long double sum = 0;  // as all long sums of the truth: in float64 their own rounding would show
       for (std::int64_t c = 0; c < shape_.classes; ++c) sum += std::exp(capped(logit(i, c)) - row.max);
-      row.log_sum = std::log(sum);
+      row.log_sum = static_cast<double>(std::log(sum));
       row.lse = row.max + row.log_sum;
       if (!row.counts) continue;
+      long double mass_sum = 0, loss = 0;
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
         const double a = mass(i, c), entry = a == 0 ? 0 : a * (row.log_sum - (capped(logit(i, c)) - row.max));
-        row.mass += a;
-        row.loss += entry;
+        mass_sum += a;
+        loss += entry;
         row.spread += std::fabs(entry) + a * row.log_sum;
       }
-      row.loss += options_.z_loss * row.lse * row.lse;
+      row.mass = static_cast<double>(mass_sum);
+      row.loss = static_cast<double>(loss) + options_.z_loss * row.lse * row.lse;
       row.spread += options_.z_loss * row.lse * row.lse;
       if (shape_.classes == 0) row.loss = 0;
     }
-    for (const Truth& row : truth_) counted_ += row.weight;
+    long double counted = 0;
+    for (const Truth& row : truth_) counted += row.weight;
+    counted_ = static_cast<double>(counted);
   }
 
   // Half units in the last place that a sum over classes is off by: every thread adds up one part and then the parts
   // are added; errors of either sign grow with the square root of their number. Beside it a constant for the elementary
   // functions, and what the soft cap rounds off (of the size of the cap), which is an error of the exponent.
-  double units() const { return 16 + std::sqrt(double(shape_.classes)) + 6 * options_.softcap; }
+  // Where the kernel's type is that of the truth, both are off by as much.
+  double units() const {
+    return (acc_ == Dtype::float64 ? 32 : 16) + std::sqrt(double(shape_.classes)) + 6 * options_.softcap;
+  }
   double loss_tolerance(const Truth& row) const { return rounding(acc_) * units() * (1 + row.spread); }
 
   CrossEntropyArgs args(bool on_device) const {
@@ -294,7 +301,8 @@ class CrossEntropyCheck {
       compare("divisor", 0, 0, divisor_, 0, counted_, 1e-13 * counted_);
     }
     if (!total_) return;
-    double sum = 0, tolerance = 0;
+    long double sum = 0;
+    double tolerance = 0;
     bool finite = true;
     for (const Truth& row : truth_) {
       if (!row.counts) continue;
@@ -304,7 +312,7 @@ class CrossEntropyCheck {
     }
     const bool is_mean = options_.reduction == Reduction::mean;
     const double scale = is_mean ? 1 / counted_ : 1;
-    const double truth = is_mean ? sum / counted_ : sum;
+    const double truth = static_cast<double>(is_mean ? sum / counted_ : sum);
     tolerance = tolerance * scale + rounding(case_.dtype) * std::fabs(truth) + smallest(case_.dtype);
     compare("total", 0, 0, total_, 0, truth, tolerance, finite);
   }
@@ -373,8 +381,10 @@ class CrossEntropyCheck {
         // The exponent is off by half units of its own size, and the sum by those of the loss; then two products, a
         // difference, and the rounding of the result. Zero is exact.
         const double exponent = p == 0 ? 0 : (units() + std::fabs(shifted) + row.log_sum) * p;
-        double tolerance = u * (exponent * size + 4 * (p * size + g * a));
+        double tolerance = u * (exponent * size + 8 * (p * size + g * a));
         tolerance += out * std::fabs(truth) + smallest(case_.dtype);
+        // The mean's divisor is a sum in float64, in another order here and there.
+        tolerance += 4 * std::sqrt(double(shape_.positions())) * 0x1p-53 * (p * size + std::fabs(g) * a);
         if (skipped) tolerance = 0;
         compare("gradient", i, c, grad, strides_.at(shape_, i, c), truth, tolerance, row.finite || skipped);
       }
@@ -583,7 +593,9 @@ class NllCheck {
       const double flow = grad_loss.at(none ? i : 0) / (is_mean ? counted : 1), w = weight_of(i);
       for (std::int64_t c = 0; c < classes; ++c) {
         const double entry = w != 0 && c == std::int64_t(index.at(i)) ? -w * flow : 0;
-        const double tolerance = entry == 0 ? 0 : (u + out) * std::fabs(entry) + smallest(case_.dtype);
+        const double tolerance =
+            entry == 0 ? 0
+                       : (u + out + 1e-15 * std::sqrt(double(positions))) * std::fabs(entry) + smallest(case_.dtype);
         compare_grad("gradient", i, c, grad, strides_.at(shape_, i, c), entry, tolerance);
       }
     }

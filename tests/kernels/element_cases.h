@@ -211,17 +211,18 @@ class ElementCheck {
     Comparison compare(what);
     compare("divisor", 0, 0, divisor_, 0, counted_, 0);
     if (!total_) return;
-    Answer sum{0, 0};
+    long double sum = 0;
     double lost = 0;
     for (std::int64_t e = 0; e < count_; ++e) {
       const Answer loss = loss_of(e);
-      sum.value += loss.value;
+      sum += loss.value;
       // Up to 16 packets are added up in the accumulate type, and all of them in float64.
       lost += ((16 + 12) * rounding(acc_) + std::sqrt(double(count_)) * 0x1p-53) * loss.size;
     }
     const double scale = options_.reduction == Reduction::mean ? 1 / counted_ : 1;
-    compare("total", 0, 0, total_, 0, sum.value * scale,
-            scale * (lost + rounding(case_.dtype) * std::fabs(sum.value)) + smallest(case_.dtype));
+    const double truth = static_cast<double>(sum) * scale;
+    compare("total", 0, 0, total_, 0, truth,
+            scale * lost + rounding(case_.dtype) * std::fabs(truth) + smallest(case_.dtype));
   }
 
   void forward() {
