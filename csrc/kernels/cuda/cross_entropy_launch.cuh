@@ -47,7 +47,7 @@ class CrossEntropyLauncher {
                       (!args_.grad_logits.data || args_.grad_logits.class_stride == 1);
     if (empty || !rows) {
       columns();
-    } else if (args_.shape.classes <= kTileClasses) {
+    } else if (fits_tiles()) {
       tiles();
     } else {
       this->rows();
@@ -106,9 +106,16 @@ class CrossEntropyLauncher {
 
   // --- Traversals ---
 
+  static std::size_t tile_bytes(const TilePlan& plan) { return 2 * plan.elements() * sizeof(T); }
+
+  // Two tiles of a thousand float64 classes are more than some devices' blocks hold.
+  bool fits_tiles() const {
+    return args_.shape.classes <= kTileClasses && tile_bytes(plan_tiles<T>(args_)) <= device_.shared_per_block;
+  }
+
   void tiles() {
     const TilePlan plan = plan_tiles<T>(args_);
-    Launch shape{.threads = kTileThreads, .shared_bytes = 2 * plan.elements() * sizeof(T)};
+    Launch shape{.threads = kTileThreads, .shared_bytes = tile_bytes(plan)};
     shape.blocks =
         std::min(plan.tiles, device_.multiprocessors * resident_blocks(device_, shape.threads, shape.shared_bytes));
     const Run run = prepare(shape.blocks);
@@ -171,7 +178,7 @@ class CrossEntropyLauncher {
     const std::int64_t most_slices = std::max<std::int64_t>(1, row_bytes / kSmallestSlice);
     if (pass_ == Pass::forward_with_gradient) {
       const auto share = static_cast<std::int64_t>(device_.shared_per_block) - 4096;
-      const int most = device_.clusters ? kMaxCluster : 1;
+      const int most = device_.clusters && is_compiled_for_clusters() ? kMaxCluster : 1;
       const auto grows = [&](std::int64_t bytes) {
         return bytes > kPreferredShare ||
                (plan.slices * positions < device_.multiprocessors && bytes > 2 * kSmallestSlice);
@@ -209,6 +216,17 @@ class CrossEntropyLauncher {
       }
       start("cross_entropy_rows", cross_entropy_rows<T, kGeneral, kPass, false>, shape, args_, plan, run);
     });
+  }
+
+  // Code of an older architecture that the driver has translated for this device knows no clusters.
+  static bool is_compiled_for_clusters() {
+    static const bool is = [] {
+      cudaFuncAttributes attributes{};
+      const auto kernel = cross_entropy_rows<T, true, Pass::forward_with_gradient, true>;
+      check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+      return attributes.ptxVersion >= 90;
+    }();
+    return is;
   }
 
   // Rows that no shared memory holds are read twice. Statistics and divisor go through the workspace.

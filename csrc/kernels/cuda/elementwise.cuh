@@ -60,7 +60,7 @@ struct Offsets {
   template <class... Operands>
   __device__ __forceinline__ Offsets(const ElementwiseShape& shape, std::int64_t element, const Operands&... operands)
       : at{(operands.linear ? element : 0)...} {
-    if ((operands.linear && ...)) return;
+    if (((operands.linear || !operands.data) && ...)) return;
     std::int64_t rest = element;
 #pragma unroll 1
     for (int d = shape.dims - 1; d >= 0; --d) {

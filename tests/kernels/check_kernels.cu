@@ -1,0 +1,323 @@
+// The CUDA kernels against the CPU kernels and against the formulas written out in double precision, on raw pointers.
+// Every loss, element type, traversal and pass, at sizes at which some packet, slice, tile, ticket or tail is ragged.
+//
+// As a program it runs all of the cases and exits with their verdict, or with 77 where there is no device. An emulator
+// of CUDA calls the functions with C linkage instead, some of the cases each time.
+
+#include "measure.h"
+
+namespace {
+
+constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16};
+
+// --- What is varied ---
+
+const ClassOptions kPlain[] = {
+    {.name = "mean"},
+    {.name = "sum, some ignored, weights", .reduction = Reduction::sum, .ignored = 3, .weight = true},
+    {.name = "none, some ignored", .reduction = Reduction::none, .ignored = 4, .index = Dtype::int32},
+    {.name = "mean, weights, in place, some ignored", .ignored = 2, .weight = true, .in_place = true},
+    {.name = "lse of all, z loss", .ignored = 3, .z_loss = 1e-2, .lse = true},
+};
+
+const ClassOptions kGeneral[] = {
+    {.name = "smoothing, some ignored", .ignored = 3, .smoothing = 0.1},
+    {.name = "smoothing, weights, z loss, in place, sum",
+     .reduction = Reduction::sum,
+     .ignored = 5,
+     .weight = true,
+     .smoothing = 0.3,
+     .z_loss = 1e-3,
+     .in_place = true},
+    {.name = "softcap, in place", .ignored = 4, .softcap = 15, .in_place = true},
+    {.name = "softcap, smoothing, lse, none",
+     .reduction = Reduction::none,
+     .smoothing = 0.1,
+     .softcap = 30,
+     .lse = true},
+    {.name = "probabilities, gradient to them", .probabilities = true, .grad_probabilities = true},
+    {.name = "bfloat16 probabilities, weights, smoothing, softcap, none",
+     .reduction = Reduction::none,
+     .weight = true,
+     .smoothing = 0.1,
+     .softcap = 20,
+     .probabilities = true,
+     .probability_dtype = Dtype::bfloat16,
+     .grad_probabilities = true},
+    {.name = "probabilities, in place, sum, z loss",
+     .reduction = Reduction::sum,
+     .z_loss = 1e-2,
+     .probabilities = true,
+     .probability_dtype = Dtype::float64,
+     .in_place = true},
+    {.name = "probabilities, gradient to them alone, lse",
+     .probabilities = true,
+     .lse = true,
+     .grad_probabilities = true,
+     .only_grad_probabilities = true},
+};
+
+const ClassOptions kRare[] = {
+    {.name = "all ignored", .ignored = 1},
+    {.name = "all ignored, none", .reduction = Reduction::none, .ignored = 1, .weight = true, .smoothing = 0.1},
+    {.name = "infinities and NaN", .reduction = Reduction::none, .ignored = 6, .specials = true},
+    {.name = "infinities and NaN, sum", .reduction = Reduction::sum, .ignored = 6, .specials = true},
+    {.name = "uint8 index", .ignored = 3, .index = Dtype::uint8},
+};
+
+// --- Cross entropy ---
+
+void check_cross_entropy(const CpuReference& cpu, const ClassCase& c, const ClassOptions& options) {
+  CrossEntropyCheck(cpu, c, options).run();
+}
+
+template <std::size_t kCount>
+void check_all(const CpuReference& cpu, const ClassCase& c, const ClassOptions (&options)[kCount]) {
+  for (const ClassOptions& option : options) check_cross_entropy(cpu, c, option);
+}
+
+// Few options for a large case: they take turns.
+void check_some(const CpuReference& cpu, const ClassCase& c, int& turn) {
+  check_cross_entropy(cpu, c, kPlain[turn % std::size(kPlain)]);
+  check_cross_entropy(cpu, c, kGeneral[turn % std::size(kGeneral)]);
+  ++turn;
+}
+
+void small_cross_entropy(const CpuReference& cpu, Dtype dtype) {
+  const bool wide = dtype == Dtype::float64;
+  // Tiles: lanes of a row from 1 to 32, one tile and several, ragged and not.
+  const ClassCase tiles[] = {
+      {.shape = {1, 1, 3}, .dtype = dtype},
+      {.shape = {1, 7, 37}, .dtype = dtype, .lead = 1},
+      {.shape = {1, 16, 5}, .dtype = dtype},
+      {.shape = {1, 33, 70}, .dtype = dtype, .skewed = true},
+      {.shape = {1, 128, 3}, .dtype = dtype, .pad = 3},
+      {.shape = {1, 300, 9}, .dtype = dtype, .lead = 1},
+  };
+  // Rows: one slice, slices that meet through memory or in a cluster; where rows begin at any place in a packet.
+  const std::int64_t classes = 17000 / bytes_of(dtype) + 3;
+  const ClassCase rows[] = {
+      {.shape = {1, 1025, 2}, .dtype = dtype, .lead = 1},
+      {.shape = {1, classes, 2}, .dtype = dtype, .skewed = true},
+  };
+  const ClassCase columns[] = {
+      {.shape = {2, 5, 9}, .layout = Layout::columns, .dtype = dtype},
+      {.shape = {1, 3, 40}, .layout = Layout::strided, .dtype = dtype},
+      {.shape = {1, 2,
+                 (wide                      ? 2
+                  : dtype == Dtype::float32 ? 4
+                                            : 8) *
+                     1030},
+       .layout = Layout::columns,
+       .dtype = dtype},
+  };
+  for (const ClassCase& c : tiles) {
+    check_all(cpu, c, kPlain);
+    check_all(cpu, c, kGeneral);
+  }
+  check_all(cpu, tiles[1], kRare);
+  int turn = 0;
+  for (const ClassCase& c : rows) {
+    check_some(cpu, c, turn);
+    check_some(cpu, c, turn);
+  }
+  for (const ClassCase& c : {columns[0], columns[1]}) {
+    check_all(cpu, c, kPlain);
+    check_all(cpu, c, kGeneral);
+    check_all(cpu, c, kRare);
+  }
+  check_cross_entropy(cpu, columns[2], kPlain[3]);
+}
+
+void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
+  int turn = int(dtype);
+  for (const std::int64_t classes : {1, 2, 7, 10, 16, 19, 32, 33, 64, 91, 128, 129, 256, 257, 1000, 1024}) {
+    for (const std::int64_t positions : {1, 67, 700}) {
+      if (classes * positions > 100000) continue;
+      for (const ClassCase& c :
+           {ClassCase{.shape = {1, classes, positions}, .dtype = dtype},
+            ClassCase{.shape = {1, classes, positions}, .dtype = dtype, .lead = 1},
+            ClassCase{.shape = {1, classes, positions}, .dtype = dtype, .pad = 3, .skewed = true}}) {
+        check_some(cpu, c, turn);
+      }
+    }
+    check_all(cpu, {.shape = {2, classes, 9}, .dtype = dtype, .lead = 1}, kRare);
+  }
+  for (const std::int64_t classes : {19, 1000}) {
+    const ClassCase c{.shape = {1, classes, 67}, .dtype = dtype, .lead = 1};
+    check_all(cpu, c, kPlain);
+    check_all(cpu, c, kGeneral);
+  }
+  // Many positions: the divisor has a launch of its own.
+  for (const ClassOptions& options : {kPlain[0], kPlain[3], kGeneral[0]}) {
+    check_cross_entropy(cpu, {.shape = {1, 7, 9001}, .dtype = dtype, .lead = 1}, options);
+    check_cross_entropy(cpu, {.shape = {3, 5, 2999}, .layout = Layout::columns, .dtype = dtype}, options);
+  }
+  // More tiles than blocks.
+  check_cross_entropy(cpu, {.shape = {1, 33, 40001}, .dtype = dtype}, kPlain[1]);
+
+  for (const std::int64_t classes : {1025, 2049, 8193, 50257, 128256}) {
+    for (const std::int64_t positions : {1, 5, 150}) {
+      if (classes * positions > 350000) continue;
+      check_some(cpu, {.shape = {1, classes, positions}, .dtype = dtype}, turn);
+      check_some(cpu, {.shape = {1, classes, positions}, .dtype = dtype, .lead = 1, .skewed = turn % 2 == 0}, turn);
+      check_some(cpu, {.shape = {1, classes, positions}, .dtype = dtype, .pad = 1}, turn);
+    }
+  }
+  for (const std::int64_t classes : {1025, 20011}) {
+    const ClassCase c{.shape = {1, classes, 3}, .dtype = dtype, .lead = 1};
+    check_all(cpu, c, kPlain);
+    check_all(cpu, c, kGeneral);
+    check_all(cpu, {.shape = {2, classes, 7}, .dtype = dtype, .pad = 1}, kRare);
+  }
+  check_cross_entropy(cpu, {.shape = {1, 1000003, 2}, .dtype = dtype, .lead = 1}, kPlain[turn % 5]);
+  check_cross_entropy(cpu, {.shape = {1, 1000003, 2}, .dtype = dtype}, kGeneral[0]);
+
+  // Columns: packets or not, kept or read twice.
+  for (const std::int64_t classes : {1, 7, 19, 33, 150, 1000}) {
+    for (const ClassShape& shape :
+         {ClassShape{1, classes, 13}, ClassShape{3, classes, 32}, ClassShape{2, classes, 8320}}) {
+      if (shape.positions() * classes > 200000) continue;
+      check_some(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype}, turn);
+      check_some(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype, .lead = 1, .pad = 8}, turn);
+      if (shape.positions() < 1000) check_some(cpu, {.shape = shape, .layout = Layout::strided, .dtype = dtype}, turn);
+    }
+    check_all(cpu, {.shape = {2, classes, 7}, .layout = Layout::columns, .dtype = dtype}, kRare);
+  }
+  for (const ClassShape& shape : {ClassShape{1, 19, 20}, ClassShape{1, 7, 8400}}) {
+    check_all(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype}, kPlain);
+    check_all(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype}, kGeneral);
+  }
+  // Nothing at all.
+  check_all(cpu, {.shape = {1, 5, 0}, .dtype = dtype}, kPlain);
+}
+
+// --- Negative log likelihood ---
+
+void check_nll(const CpuReference& cpu, Dtype dtype, bool full) {
+  const std::int64_t many = full ? 5000 : 300;
+  for (const ClassShape& shape :
+       {ClassShape{1, 7, many}, ClassShape{1, 1, 3}, ClassShape{2, 33, 35}, ClassShape{1, 1000, 20}}) {
+    for (const Layout layout : {Layout::rows, Layout::columns, Layout::strided}) {
+      for (const int pad : {0, 1}) {
+        for (const ClassOptions& options : {kPlain[0], kPlain[1], kPlain[2], kRare[0], kRare[4]}) {
+          if (!full && shape.positions() * shape.classes > 3000 && (pad == 1 || options.weight)) continue;
+          NllCheck(cpu, {.shape = shape, .layout = layout, .dtype = dtype, .lead = pad, .pad = pad}, options).run();
+        }
+      }
+    }
+  }
+  if (full) NllCheck(cpu, {.shape = {1, 50257, 9}, .dtype = dtype, .lead = 1}, kPlain[1]).run();
+}
+
+// --- Losses of one element ---
+
+const ElementOptions kElementOptions[] = {
+    {.name = "mean"},
+    {.name = "none", .reduction = Reduction::none},
+    {.name = "none, one flow, some ignored", .reduction = Reduction::none, .ignored = 3, .one_flow = true},
+    {.name = "sum, in place", .reduction = Reduction::sum, .in_place = true},
+    {.name = "mean, some ignored, in place", .ignored = 4, .in_place = true},
+    {.name = "uint8 targets, some ignored", .other_target = true, .target_dtype = Dtype::uint8, .ignored = 5},
+    {.name = "int64 targets, weights of columns",
+     .other_target = true,
+     .target_dtype = Dtype::int64,
+     .weight = Weight::of_columns,
+     .pos_weight = Weight::of_columns},
+    {.name = "weights of rows, none, some ignored",
+     .reduction = Reduction::none,
+     .ignored = 7,
+     .weight = Weight::of_rows,
+     .pos_weight = Weight::one},
+    {.name = "weights of elements, gradient to the target, sum",
+     .reduction = Reduction::sum,
+     .weight = Weight::of_elements,
+     .pos_weight = Weight::of_rows,
+     .grad_target = true},
+    {.name = "gradient to the target, some ignored, none",
+     .reduction = Reduction::none,
+     .ignored = 4,
+     .grad_target = true},
+    {.name = "gaps", .ignored = 3, .weight = Weight::of_columns, .gaps_in_input = true, .gaps_in_target = true},
+    {.name = "turned target, float32, in place",
+     .other_target = true,
+     .ignored = 9,
+     .gaps_in_target = true,
+     .in_place = true},
+    {.name = "all ignored", .reduction = Reduction::sum, .ignored = 1},
+};
+
+void check_elements(const CpuReference& cpu, Dtype dtype, bool full) {
+  for (const bool with_logits : {true, false}) {
+    for (const ElementOptions& options : kElementOptions) {
+      for (const ElementCase& c :
+           {ElementCase{1, 1, dtype}, ElementCase{3, 7, dtype, 1, 0}, ElementCase{5, 61, dtype, 1, 2}}) {
+        ElementCheck(cpu, with_logits, c, options).run();
+      }
+      if (full) {
+        for (const ElementCase& c : {ElementCase{17, 64, dtype}, ElementCase{29, 1001, dtype, 1, 1}}) {
+          ElementCheck(cpu, with_logits, c, options).run();
+        }
+      }
+    }
+    // More than a block counts for itself, and the divisor has a launch of its own.
+    if (!full) ElementCheck(cpu, with_logits, {1, 16390, dtype, 1, 0}, kElementOptions[4]).run();
+    if (full) ElementCheck(cpu, with_logits, {1000, 701, dtype, 0, 1}, kElementOptions[4]).run();
+  }
+}
+
+void check_rescaling(Dtype dtype, bool full) {
+  for (const std::int64_t count : {1, 7, 1000, full ? 100003 : 300}) {
+    for (const int lead : {0, 1}) {
+      check_rescale(dtype, count, lead, 1, 1);
+      check_rescale(dtype, count, lead, 1, 0.3);
+      check_rescale(dtype, count, lead, 0.5, 3);
+    }
+  }
+}
+
+}  // namespace
+
+// part: which loss; returns the number of failed checks so far.
+extern "C" std::int64_t fusedloss_check(const CpuReference* cpu, std::int64_t dtype, std::int64_t part,
+                                        std::int64_t full) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 1 << 12);
+  const Dtype type = kDtypes[dtype];
+  try {
+    switch (part) {
+      case 0: full ? full_cross_entropy(*cpu, type) : small_cross_entropy(*cpu, type); break;
+      case 1: check_nll(*cpu, type, full != 0); break;
+      case 2: check_elements(*cpu, type, full != 0); break;
+      case 3: check_rescaling(type, full != 0); break;
+    }
+  } catch (const std::exception& error) {
+    // An error of a kernel stays with the device: nothing after it would tell anything.
+    EXPECT(false, "%s, part %ld, after %d cases: %s", name_of(type), long(part), cases(), error.what());
+  }
+  std::fflush(stdout);
+  return failures();
+}
+
+extern "C" std::int64_t fusedloss_cases() { return cases(); }
+extern "C" std::int64_t fusedloss_failures() { return failures(); }
+
+extern "C" void fusedloss_measure(std::int64_t what, std::int64_t pass, std::int64_t dtype, std::int64_t classes,
+                                  std::int64_t positions, std::int64_t ignored) {
+  measure(Measured(what), Pass(pass), kDtypes[dtype], classes, positions, ignored != 0);
+}
+
+#if !defined(__CUDA_EMU__)
+int main() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("kernels: no device\n");
+    return 77;
+  }
+  for (std::int64_t dtype = 0; dtype < 4; ++dtype) {
+    for (std::int64_t part = 0; part < 4; ++part) fusedloss_check(fusedloss_cpu_reference(), dtype, part, 1);
+    std::printf("%s: done\n", name_of(kDtypes[dtype]));
+  }
+  std::printf("kernels: %d cases, %d failed checks\n", cases(), failures());
+  return failures() == 0 ? 0 : 1;
+}
+#endif

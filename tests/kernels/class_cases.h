@@ -1,0 +1,613 @@
+// Losses over classes: a case is a shape, how it lies in memory, and options; it runs every pass. The truth is the
+// definition in csrc/math/cross_entropy.h, written out in double precision.
+
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "launch.h"
+
+using fusedloss::ClassShape;
+using fusedloss::ClassTensor;
+using fusedloss::CrossEntropyArgs;
+using fusedloss::NllArgs;
+using fusedloss::Reduction;
+
+enum class Layout {
+  rows,     // classes are neighbours; rows follow one another at classes + pad
+  columns,  // positions are neighbours; classes follow one another at inner + pad
+  strided,  // no neighbours: every third element
+};
+
+struct ClassOptions {
+  const char* name;
+  Reduction reduction = Reduction::mean;
+  int ignored = 0;  // one in so many; 1: all
+  bool weight = false;
+  double smoothing = 0;
+  double z_loss = 0;
+  double softcap = 0;
+  bool probabilities = false;
+  Dtype probability_dtype = Dtype::float32;
+  bool lse = false;  // wanted of every position, with a gradient of its own
+  bool grad_probabilities = false;
+  bool only_grad_probabilities = false;
+  bool in_place = false;
+  bool specials = false;  // rows with infinities and NaN
+  Dtype index = Dtype::int64;
+};
+
+struct ClassCase {
+  ClassShape shape;
+  Layout layout = Layout::rows;
+  Dtype dtype = Dtype::float32;
+  int lead = 0;  // elements before the logits; before the gradient one more, if `skewed`
+  int pad = 0;
+  bool skewed = false;
+};
+
+inline std::string describe(const char* loss, const ClassCase& c, const ClassOptions& options) {
+  constexpr const char* kLayouts[] = {"rows", "columns", "strided"};
+  char text[256];
+  std::snprintf(text, sizeof(text), "%s (%ld, %ld, %ld) %s %s lead %d pad %d%s, %s", loss, long(c.shape.outer),
+                long(c.shape.classes), long(c.shape.inner), name_of(c.dtype), kLayouts[int(c.layout)], c.lead, c.pad,
+                c.skewed ? " skewed" : "", options.name);
+  return text;
+}
+
+struct Strides {
+  std::int64_t outer, classes, inner;
+
+  static Strides of(const ClassShape& shape, Layout layout, int pad) {
+    if (layout == Layout::rows) return {shape.inner * (shape.classes + pad), 1, shape.classes + pad};
+    if (layout == Layout::columns) return {shape.classes * (shape.inner + pad), shape.inner + pad, 1};
+    return {shape.inner * (3 * shape.classes + pad), 3, 3 * shape.classes + pad};
+  }
+  std::int64_t extent(const ClassShape& shape) const {
+    if (shape.positions() == 0 || shape.classes == 0) return 0;
+    return 1 + (shape.outer - 1) * outer + (shape.classes - 1) * classes + (shape.inner - 1) * inner;
+  }
+  std::int64_t at(const ClassShape& shape, std::int64_t position, std::int64_t c) const {
+    return position / shape.inner * outer + position % shape.inner * inner + c * classes;
+  }
+  ClassTensor tensor(const Buffer& buffer, bool on_device) const {
+    return {buffer.data(on_device), buffer.dtype(), outer, classes, inner};
+  }
+};
+
+// Nothing but the tensor's own elements may have been written.
+inline void check_gaps(const std::string& what, const Buffer& buffer, const Strides& strides, const ClassShape& shape) {
+  std::vector<char> is_element(buffer.count(), 0);
+  for (std::int64_t i = 0; i < shape.positions(); ++i) {
+    for (std::int64_t c = 0; c < shape.classes; ++c) is_element[strides.at(shape, i, c)] = 1;
+  }
+  bool untouched = buffer.lead_is_poison();
+  for (std::int64_t i = 0; i < buffer.count(); ++i) untouched = untouched && (is_element[i] || buffer.is_poison(i));
+  EXPECT(untouched, "%s: written beside the gradient", what.c_str());
+}
+
+// Both answers against the truth, and against each other. Where the truth is not a number of the formulas (rows with
+// infinities), the CPU's answer is the truth.
+class Comparison {
+ public:
+  explicit Comparison(std::string what) : what_(std::move(what)) {}
+
+  void operator()(const char* name, std::int64_t position, std::int64_t c, const Buffer& buffer, std::int64_t at,
+                  double truth, double tolerance, bool has_truth = true) {
+    const double got = buffer.got(at), cpu = buffer.at(at);
+    // Beyond the type's largest number either rounds to infinity.
+    if (has_truth) {
+      EXPECT(agree(got, truth, tolerance), "%s: %s (%ld, %ld): %.9g, truth %.9g, tolerance %.3g, CPU %.9g",
+             what_.c_str(), name, long(position), long(c), got, truth, tolerance, cpu);
+    }
+    // A row with an infinity or NaN is either that as well, or has nothing but coarse numbers in it.
+    if (!has_truth) tolerance = 1e-2 * (1 + std::fabs(cpu));
+    EXPECT(agree(got, cpu, 2 * tolerance), "%s: %s (%ld, %ld): %.9g, on the CPU %.9g, tolerance %.3g", what_.c_str(),
+           name, long(position), long(c), got, cpu, tolerance);
+  }
+
+ private:
+  std::string what_;
+};
+
+// What the definition says of one position.
+struct Truth {
+  bool counts = true;
+  bool finite = true;  // the largest logit is a number, and none is NaN
+  double max = 0, log_sum = 0, lse = 0, loss = 0, mass = 0;
+  double spread = 0;  // the sum of |mass (log_sum - shifted)|: what the loss is added up from
+  double weight = 0;
+};
+
+class CrossEntropyCheck {
+ public:
+  CrossEntropyCheck(const CpuReference& cpu, const ClassCase& c, const ClassOptions& options)
+      : cpu_(cpu),
+        case_(c),
+        options_(options),
+        what_(describe("cross_entropy", c, options)),
+        shape_(c.shape),
+        strides_(Strides::of(c.shape, c.layout, c.pad)),
+        acc_(accumulate_type(c.dtype)) {
+    fill();
+    find_truth();
+  }
+
+  void run() {
+    ++cases();
+    forward();
+    forward_with_gradient();
+    backward();
+  }
+
+ private:
+  double logit(std::int64_t position, std::int64_t c) const { return logits_.at(strides_.at(shape_, position, c)); }
+  double capped(double x) const {
+    return options_.softcap == 0 ? x : options_.softcap * std::tanh(x / options_.softcap);
+  }
+
+  void fill() {
+    Random random(shape_.classes * 31 + shape_.positions() * 7 + case_.lead + int(case_.dtype) * 1000003);
+    const std::int64_t positions = shape_.positions(), classes = shape_.classes, extent = strides_.extent(shape_);
+    logits_ = Buffer(case_.dtype, extent, case_.lead);
+    for (std::int64_t i = 0; i < positions; ++i) {
+      // Large common parts: what must not reach the differences.
+      const double common = i % 3 == 2 ? 40 : 0;
+      for (std::int64_t c = 0; c < classes; ++c) {
+        double x = 3 * random.normal() + common;
+        if (options_.specials) {
+          const std::int64_t kind = i % 7;
+          if (kind == 1 && c % 2 == 0) x = -INFINITY;  // some entries
+          if (kind == 2) x = -INFINITY;                // all of them
+          if (kind == 3 && c == classes / 2) x = INFINITY;
+          if (kind == 4 && c == classes - 1) x = NAN;
+          if (kind == 5 && c <= 1) x = INFINITY;
+        }
+        logits_.set(strides_.at(shape_, i, c), x);
+      }
+    }
+    logits_.upload();
+    if (options_.probabilities) {
+      probability_strides_ = Strides::of(shape_, case_.layout, 0);
+      probabilities_ = Buffer(options_.probability_dtype, probability_strides_.extent(shape_));
+      for (std::int64_t i = 0; i < positions; ++i) {
+        for (std::int64_t c = 0; c < classes; ++c) {
+          // They need not add up to 1, and do not.
+          probabilities_.set(probability_strides_.at(shape_, i, c), random.uniform() * 2 / double(classes));
+        }
+      }
+      probabilities_.upload();
+      if (options_.grad_probabilities) {
+        grad_probabilities_ = Buffer(options_.probability_dtype, probability_strides_.extent(shape_));
+      }
+    } else {
+      index_ = Buffer(options_.index, positions);
+      const std::int64_t limit = options_.index == Dtype::uint8 ? std::min<std::int64_t>(classes, 255) : classes;
+      for (std::int64_t i = 0; i < positions; ++i) {
+        const bool ignored = limit == 0 || (options_.ignored > 0 && i % options_.ignored == options_.ignored - 1);
+        index_.set(i, ignored ? double(ignore_index()) : double(random.below(limit)));
+      }
+      index_.upload();
+    }
+    if (options_.weight) {
+      weight_ = Buffer(acc_, classes);
+      for (std::int64_t c = 0; c < classes; ++c) weight_.set(c, 0.25 + random.uniform());
+      weight_.upload();
+    }
+    max_ = Buffer(acc_, positions);
+    log_sum_ = Buffer(acc_, positions);
+    if (options_.lse) {
+      lse_ = Buffer(acc_, positions);
+      grad_lse_ = Buffer(acc_, positions);
+      for (std::int64_t i = 0; i < positions; ++i) grad_lse_.set(i, random.normal());
+      grad_lse_.upload();
+    }
+    if (options_.reduction == Reduction::none) {
+      loss_ = Buffer(case_.dtype, positions);
+      grad_loss_ = Buffer(case_.dtype, positions);
+      for (std::int64_t i = 0; i < positions; ++i) grad_loss_.set(i, 0.5 + random.uniform());
+    } else {
+      total_ = Buffer(case_.dtype, 1);
+      grad_loss_ = Buffer(case_.dtype, 1);
+      grad_loss_.set(0, 0.75);
+    }
+    grad_loss_.upload();
+    divisor_ = Buffer(Dtype::float64, 1);
+    if (!options_.only_grad_probabilities) {
+      grad_ = Buffer(case_.dtype, extent, case_.lead + (case_.skewed ? 1 : 0));
+    }
+  }
+
+  std::int64_t ignore_index() const { return options_.index == Dtype::uint8 ? 255 : -100; }
+  double weight(std::int64_t c) const { return weight_ ? weight_.at(c) : 1; }
+  double mass(std::int64_t position, std::int64_t c) const {
+    const double s = options_.smoothing, spread = s / double(shape_.classes);
+    if (options_.probabilities) {
+      return weight(c) * ((1 - s) * probabilities_.at(probability_strides_.at(shape_, position, c)) + spread);
+    }
+    const double on_all = spread * weight(c);
+    return c == std::int64_t(index_.at(position)) ? on_all + (1 - s) * weight(c) : on_all;
+  }
+
+  void find_truth() {
+    truth_.resize(shape_.positions());
+    for (std::int64_t i = 0; i < shape_.positions(); ++i) {
+      Truth& row = truth_[i];
+      row.counts = options_.probabilities || std::int64_t(index_.at(i)) != ignore_index();
+      row.weight = !row.counts || shape_.classes == 0 ? 0 : options_.probabilities ? 1 : weight(index_.at(i));
+      row.max = -INFINITY;
+      for (std::int64_t c = 0; c < shape_.classes; ++c) {
+        const double x = logit(i, c);
+        row.finite = row.finite && !std::isnan(x);
+        row.max = std::max(row.max, capped(x));
+      }
+      row.finite = row.finite && (std::isfinite(row.max) || shape_.classes == 0);
+      long double sum = 0;  // as all long sums of the truth: in float64 their own rounding would show
+      for (std::int64_t c = 0; c < shape_.classes; ++c) sum += std::exp(capped(logit(i, c)) - row.max);
+      row.log_sum = static_cast<double>(std::log(sum));
+      row.lse = row.max + row.log_sum;
+      if (!row.counts) continue;
+      long double mass_sum = 0, loss = 0;
+      for (std::int64_t c = 0; c < shape_.classes; ++c) {
+        const double a = mass(i, c), entry = a == 0 ? 0 : a * (row.log_sum - (capped(logit(i, c)) - row.max));
+        mass_sum += a;
+        loss += entry;
+        row.spread += std::fabs(entry) + a * row.log_sum;
+      }
+      row.mass = static_cast<double>(mass_sum);
+      row.loss = static_cast<double>(loss) + options_.z_loss * row.lse * row.lse;
+      row.spread += options_.z_loss * row.lse * row.lse;
+      if (shape_.classes == 0) row.loss = 0;
+    }
+    long double counted = 0;
+    for (const Truth& row : truth_) counted += row.weight;
+    counted_ = static_cast<double>(counted);
+  }
+
+  // Half units in the last place that a sum over classes is off by: every thread adds up one part and then the parts
+  // are added; errors of either sign grow with the square root of their number. Beside it a constant for the elementary
+  // functions, and what the soft cap rounds off (of the size of the cap), which is an error of the exponent.
+  // Where the kernel's type is that of the truth, both are off by as much.
+  double units() const {
+    return (acc_ == Dtype::float64 ? 32 : 16) + std::sqrt(double(shape_.classes)) + 6 * options_.softcap;
+  }
+  double loss_tolerance(const Truth& row) const { return rounding(acc_) * units() * (1 + row.spread); }
+
+  CrossEntropyArgs args(bool on_device) const {
+    CrossEntropyArgs args;
+    args.shape = shape_;
+    args.logits = strides_.tensor(logits_, on_device);
+    args.has_probabilities = options_.probabilities;
+    if (options_.probabilities) {
+      args.probabilities = probability_strides_.tensor(probabilities_, on_device);
+    } else {
+      args.target = {{index_.data(on_device), options_.index, 1}, ignore_index()};
+    }
+    args.weight = weight_.data(on_device);
+    args.label_smoothing = options_.smoothing;
+    args.z_loss = options_.z_loss;
+    args.logit_softcap = options_.softcap;
+    args.total = {.reduction = options_.reduction,
+                  .loss = total_.data(on_device),
+                  .dtype = case_.dtype,
+                  .divisor = static_cast<double*>(divisor_.data(on_device))};
+    return args;
+  }
+
+  void check_totals(const std::string& what) {
+    Comparison compare(what);
+    if (shape_.classes > 0) {
+      compare("divisor", 0, 0, divisor_, 0, counted_, 1e-13 * counted_);
+    }
+    if (!total_) return;
+    long double sum = 0;
+    double tolerance = 0;
+    bool finite = true;
+    for (const Truth& row : truth_) {
+      if (!row.counts) continue;
+      sum += row.loss;
+      tolerance += loss_tolerance(row);
+      finite = finite && row.finite;
+    }
+    const bool is_mean = options_.reduction == Reduction::mean;
+    const double scale = is_mean ? 1 / counted_ : 1;
+    const double truth = static_cast<double>(is_mean ? sum / counted_ : sum);
+    tolerance = tolerance * scale + rounding(case_.dtype) * std::fabs(truth) + smallest(case_.dtype);
+    compare("total", 0, 0, total_, 0, truth, tolerance, finite);
+  }
+
+  void forward() {
+    const std::string what = what_ + ", forward";
+    const auto with_outputs = [&](bool on_device) {
+      CrossEntropyArgs with = args(on_device);
+      with.row_max = max_.data(on_device);
+      with.row_log_sum = log_sum_.data(on_device);
+      with.lse = lse_.data(on_device);
+      with.every_lse = options_.lse;
+      with.loss = {loss_.data(on_device), case_.dtype, 1};
+      return with;
+    };
+    const auto outputs = {&max_, &log_sum_, &lse_, &loss_, &total_, &divisor_};
+    const auto poison = [&] {
+      for (Buffer* output : outputs) {
+        if (*output) output->poison();
+      }
+    };
+    launch_twice(what.c_str(), fusedloss::cuda::kKernels.cross_entropy, with_outputs(true), Pass::forward, outputs,
+                 poison);
+    cpu_.cross_entropy(with_outputs(false), Pass::forward);
+
+    Comparison compare(what);
+    const double u = rounding(acc_);
+    for (std::int64_t i = 0; i < shape_.positions(); ++i) {
+      const Truth& row = truth_[i];
+      if (loss_) {
+        const double tolerance =
+            loss_tolerance(row) + rounding(case_.dtype) * std::fabs(row.loss) + smallest(case_.dtype);
+        compare("loss", i, 0, loss_, i, row.counts ? row.loss : 0, row.counts ? tolerance : 0,
+                row.finite || !row.counts);
+      }
+      if (!row.counts && !options_.lse) continue;  // of no use to anyone, and left to the kernels
+      if (shape_.classes == 0) continue;
+      const double cap = 4 * u * options_.softcap;
+      compare("max", i, 0, max_, i, row.max, cap, row.finite);
+      const double tolerance = u * (units() + std::fabs(row.log_sum)) + cap;
+      compare("log_sum", i, 0, log_sum_, i, row.log_sum, tolerance, row.finite);
+      if (lse_) compare("lse", i, 0, lse_, i, row.lse, tolerance + u * std::fabs(row.lse), row.finite);
+    }
+    check_totals(what);
+  }
+
+  struct Flow {
+    double scale;  // of grad_loss
+    bool with_lse;
+  };
+
+  void check_gradient(const std::string& what, const Buffer& grad, const Flow& flow) {
+    Comparison compare(what);
+    const double u = rounding(acc_), out = rounding(case_.dtype);
+    for (std::int64_t i = 0; i < shape_.positions(); ++i) {
+      const Truth& row = truth_[i];
+      const double g = row.counts ? flow_of(i) * flow.scale : 0, from_lse = flow.with_lse ? grad_lse_.at(i) : 0;
+      const double factor = g * (row.mass + 2 * options_.z_loss * row.lse) + from_lse;
+      const double size = std::fabs(g) * (row.mass + 2 * options_.z_loss * std::fabs(row.lse)) + std::fabs(from_lse);
+      const bool skipped = !row.counts && !flow.with_lse;
+      for (std::int64_t c = 0; c < shape_.classes; ++c) {
+        const double x = logit(i, c), a = row.counts ? mass(i, c) : 0;
+        const double shifted = capped(x) - row.max, p = std::exp(shifted - row.log_sum);
+        const double t = options_.softcap == 0 ? 0 : std::tanh(x / options_.softcap);
+        const double truth = skipped ? 0 : (p * factor - g * a) * (1 - t) * (1 + t);
+        // The exponent is off by half units of its own size, and the sum by those of the loss; then two products, a
+        // difference, and the rounding of the result. Zero is exact.
+        const double exponent = p == 0 ? 0 : (units() + std::fabs(shifted) + row.log_sum) * p;
+        double tolerance = u * (exponent * size + 8 * (p * size + g * a));
+        tolerance += out * std::fabs(truth) + smallest(case_.dtype);
+        // The mean's divisor is a sum in float64, in another order here and there.
+        tolerance += 4 * std::sqrt(double(shape_.positions())) * 0x1p-53 * (p * size + std::fabs(g) * a);
+        if (skipped) tolerance = 0;
+        compare("gradient", i, c, grad, strides_.at(shape_, i, c), truth, tolerance, row.finite || skipped);
+      }
+    }
+  }
+
+  double flow_of(std::int64_t position) const {
+    return grad_loss_.at(options_.reduction == Reduction::none ? position : 0);
+  }
+
+  void forward_with_gradient() {
+    // It has neither a gradient of its own for each position nor one of the lse.
+    if (options_.reduction == Reduction::none || !grad_) return;
+    const std::string what = what_ + ", forward_with_gradient";
+    Buffer place;
+    if (options_.in_place) place = Buffer(case_.dtype, logits_.count(), case_.lead);
+    Buffer& grad = options_.in_place ? place : grad_;
+    const auto with_outputs = [&](bool on_device) {
+      CrossEntropyArgs with = args(on_device);
+      with.flow.grad_loss = {grad_loss_.data(on_device), case_.dtype, 0};
+      if (options_.in_place) with.logits.data = place.data(on_device);
+      with.grad_logits = strides_.tensor(grad, on_device);
+      return with;
+    };
+    const auto poison = [&] {
+      grad.poison();
+      if (place) place.copy_from(logits_);
+      total_.poison();
+      divisor_.poison();
+    };
+    launch_twice(what.c_str(), fusedloss::cuda::kKernels.cross_entropy, with_outputs(true), Pass::forward_with_gradient,
+                 {&grad, &total_, &divisor_}, poison);
+    cpu_.cross_entropy(with_outputs(false), Pass::forward_with_gradient);
+    check_totals(what);
+    const bool is_mean = options_.reduction == Reduction::mean;
+    check_gradient(what, grad, {is_mean ? 1 / counted_ : 1, false});
+    check_gaps(what, grad, strides_, shape_);
+  }
+
+  void backward() {
+    const std::string what = what_ + ", backward";
+    divisor_.set(0, counted_);
+    divisor_.upload();
+    Buffer place;
+    if (options_.in_place) place = Buffer(case_.dtype, logits_.count(), case_.lead);
+    Buffer& grad = options_.in_place ? place : grad_;
+    const bool is_mean = options_.reduction == Reduction::mean;
+    const auto with_outputs = [&](bool on_device) {
+      CrossEntropyArgs with = args(on_device);
+      with.total = {};
+      with.row_max = max_.data(on_device);
+      with.row_log_sum = log_sum_.data(on_device);
+      with.flow.grad_loss = {grad_loss_.data(on_device), case_.dtype, options_.reduction == Reduction::none};
+      if (is_mean) with.flow.divisor = static_cast<const double*>(divisor_.data(on_device));
+      with.grad_lse = grad_lse_.data(on_device);
+      if (options_.in_place) with.logits.data = place.data(on_device);
+      if (grad) with.grad_logits = strides_.tensor(grad, on_device);
+      if (grad_probabilities_) with.grad_probabilities = probability_strides_.tensor(grad_probabilities_, on_device);
+      return with;
+    };
+    const auto poison = [&] {
+      if (grad) grad.poison();
+      if (place) place.copy_from(logits_);
+      if (grad_probabilities_) grad_probabilities_.poison();
+    };
+    launch_twice(what.c_str(), fusedloss::cuda::kKernels.cross_entropy, with_outputs(true), Pass::backward,
+                 {&grad, &grad_probabilities_}, poison);
+    cpu_.cross_entropy(with_outputs(false), Pass::backward);
+    const double scale = is_mean ? 1 / counted_ : 1;
+    if (grad) {
+      check_gradient(what, grad, {scale, options_.lse});
+      check_gaps(what, grad, strides_, shape_);
+    }
+    if (!grad_probabilities_) return;
+    Comparison compare(what);
+    const Dtype dtype = options_.probability_dtype;
+    for (std::int64_t i = 0; i < shape_.positions(); ++i) {
+      const Truth& row = truth_[i];
+      for (std::int64_t c = 0; c < shape_.classes; ++c) {
+        const double factor = flow_of(i) * scale * (1 - options_.smoothing) * weight(c);
+        const double entry = row.log_sum - (capped(logit(i, c)) - row.max), truth = factor * entry;
+        const double tolerance =
+            rounding(acc_) * std::fabs(factor) * (units() + 4 * row.log_sum + 4 * std::fabs(entry)) +
+            rounding(dtype) * std::fabs(truth) + smallest(dtype);
+        compare("gradient to a probability", i, c, grad_probabilities_, probability_strides_.at(shape_, i, c), truth,
+                tolerance, row.finite);
+      }
+    }
+  }
+
+  const CpuReference& cpu_;
+  const ClassCase case_;
+  const ClassOptions options_;
+  const std::string what_;
+  const ClassShape shape_;
+  const Strides strides_;
+  const Dtype acc_;
+  Strides probability_strides_{};
+  Buffer logits_, probabilities_, index_, weight_;
+  Buffer max_, log_sum_, lse_, loss_, total_, divisor_;
+  Buffer grad_loss_, grad_lse_, grad_, grad_probabilities_;
+  std::vector<Truth> truth_;
+  double counted_ = 0;
+};
+
+class NllCheck {
+ public:
+  NllCheck(const CpuReference& cpu, const ClassCase& c, const ClassOptions& options)
+      : cpu_(cpu),
+        case_(c),
+        options_(options),
+        what_(describe("nll", c, options)),
+        shape_(c.shape),
+        strides_(Strides::of(c.shape, c.layout, c.pad)),
+        acc_(accumulate_type(c.dtype)) {}
+
+  void run() {
+    ++cases();
+    Random random(shape_.classes + shape_.positions());
+    const std::int64_t positions = shape_.positions(), classes = shape_.classes, extent = strides_.extent(shape_);
+    const bool none = options_.reduction == Reduction::none, is_mean = options_.reduction == Reduction::mean;
+    const std::int64_t ignore_index = options_.index == Dtype::uint8 ? 255 : -100;
+    Buffer log_probs(case_.dtype, extent, case_.lead), index(options_.index, positions), weight;
+    for (std::int64_t i = 0; i < positions; ++i) {
+      for (std::int64_t c = 0; c < classes; ++c) log_probs.set(strides_.at(shape_, i, c), -5 * random.uniform());
+      const bool ignored = options_.ignored > 0 && i % options_.ignored == options_.ignored - 1;
+      const std::int64_t limit = options_.index == Dtype::uint8 ? std::min<std::int64_t>(classes, 255) : classes;
+      index.set(i, double(ignored ? ignore_index : random.below(limit)));
+    }
+    if (options_.weight) {
+      weight = Buffer(acc_, classes);
+      for (std::int64_t c = 0; c < classes; ++c) weight.set(c, 0.25 + random.uniform());
+      weight.upload();
+    }
+    log_probs.upload();
+    index.upload();
+    Buffer loss, total, divisor(Dtype::float64, 1), grad(case_.dtype, extent, case_.lead);
+    Buffer grad_loss(case_.dtype, none ? positions : 1);
+    for (std::int64_t i = 0; i < grad_loss.count(); ++i) grad_loss.set(i, 0.5 + random.uniform());
+    grad_loss.upload();
+    if (none) {
+      loss = Buffer(case_.dtype, positions);
+    } else {
+      total = Buffer(case_.dtype, 1);
+    }
+    const auto args = [&](bool on_device) {
+      NllArgs args;
+      args.shape = shape_;
+      args.log_probs = strides_.tensor(log_probs, on_device);
+      args.target = {{index.data(on_device), options_.index, 1}, ignore_index};
+      args.weight = weight.data(on_device);
+      return args;
+    };
+    const auto forward = [&](bool on_device) {
+      NllArgs with = args(on_device);
+      with.loss = {loss.data(on_device), case_.dtype, 1};
+      with.total = {options_.reduction, total.data(on_device), case_.dtype,
+                    static_cast<double*>(divisor.data(on_device))};
+      return with;
+    };
+    std::string what = what_ + ", forward";
+    launch_twice(what.c_str(), fusedloss::cuda::kKernels.nll, forward(true), Pass::forward, {&loss, &total, &divisor},
+                 [&] {
+                   if (loss) loss.poison();
+                   if (total) total.poison();
+                   divisor.poison();
+                 });
+    cpu_.nll(forward(false), Pass::forward);
+    Comparison compare(what);
+    // A product of two: half a unit, and the rounding of the result.
+    const double u = 2 * rounding(acc_), out = rounding(case_.dtype);
+    double sum = 0, counted = 0;
+    const auto weight_of = [&](std::int64_t i) {
+      const auto c = std::int64_t(index.at(i));
+      return c == ignore_index ? 0 : weight ? weight.at(c) : 1;
+    };
+    for (std::int64_t i = 0; i < positions; ++i) {
+      const double w = weight_of(i);
+      const double truth = w == 0 ? 0 : -w * log_probs.at(strides_.at(shape_, i, std::int64_t(index.at(i))));
+      sum += truth;
+      counted += w;
+      if (loss) compare("loss", i, 0, loss, i, truth, (u + out) * truth + (w == 0 ? 0 : smallest(case_.dtype)));
+    }
+    compare("divisor", 0, 0, divisor, 0, counted, 1e-13 * counted);
+    const double truth = is_mean ? sum / counted : sum;
+    if (total) compare("total", 0, 0, total, 0, truth, (u + out + 1e-15 * std::sqrt(double(positions))) * truth);
+
+    what = what_ + ", backward";
+    divisor.set(0, counted);
+    divisor.upload();
+    const auto backward = [&](bool on_device) {
+      NllArgs with = args(on_device);
+      with.flow.grad_loss = {grad_loss.data(on_device), case_.dtype, none};
+      if (is_mean) with.flow.divisor = static_cast<const double*>(divisor.data(on_device));
+      with.grad_log_probs = strides_.tensor(grad, on_device);
+      return with;
+    };
+    launch_twice(what.c_str(), fusedloss::cuda::kKernels.nll, backward(true), Pass::backward, {&grad},
+                 [&] { grad.poison(); });
+    for (std::int64_t i = 0; i < positions; ++i) {  // the CPU's kernel is handed zeros
+      for (std::int64_t c = 0; c < classes; ++c) grad.set(strides_.at(shape_, i, c), 0);
+    }
+    cpu_.nll(backward(false), Pass::backward);
+    Comparison compare_grad(what);
+    for (std::int64_t i = 0; i < positions; ++i) {
+      const double flow = grad_loss.at(none ? i : 0) / (is_mean ? counted : 1), w = weight_of(i);
+      for (std::int64_t c = 0; c < classes; ++c) {
+        const double entry = w != 0 && c == std::int64_t(index.at(i)) ? -w * flow : 0;
+        const double tolerance =
+            entry == 0 ? 0
+                       : (u + out + 1e-15 * std::sqrt(double(positions))) * std::fabs(entry) + smallest(case_.dtype);
+        compare_grad("gradient", i, c, grad, strides_.at(shape_, i, c), entry, tolerance);
+      }
+    }
+    check_gaps(what, grad, strides_, shape_);
+  }
+
+ private:
+  const CpuReference& cpu_;
+  const ClassCase case_;
+  const ClassOptions options_;
+  const std::string what_;
+  const ClassShape shape_;
+  const Strides strides_;
+  const Dtype acc_;
+};
