@@ -37,9 +37,9 @@ def find_cuda_home():
 def decide_cuda():
     """The toolkit to build the CUDA kernels with, or None; says what was decided and why."""
     wish = os.environ.get("FUSEDLOSS_CUDA", "auto")
+    home = find_cuda_home()
     if wish not in ("auto", "1", "0"):
         sys.exit(f"FUSEDLOSS_CUDA must be auto, 1 or 0, got {wish!r}")
-    home = find_cuda_home()
     if wish == "1" and not home:
         sys.exit("FUSEDLOSS_CUDA=1, but no CUDA toolkit (nvcc) was found")
     build = home and wish != "0"
@@ -58,21 +58,25 @@ def write_build_info(cuda_archs):
         "CUDA_ARCHS": cuda_archs.replace(";", " "),
     }
     text = "".join(f'#define FUSEDLOSS_{name} "{value}"\n' for name, value in facts.items())
-    BUILD.mkdir(exist_ok=True)
     header = BUILD / "fusedloss_build_info.h"
+    BUILD.mkdir(exist_ok=True)
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
 
 
 def extension():
-    patterns = ("csrc/**/*.cpp", "csrc/kernels/cuda/*.cu")
-    sources, cuda_sources = (sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(each)) for each in patterns)
+    kinds = ("csrc/**/*.cpp", "csrc/kernels/cuda/*.cu")
+    sources, cuda_sources = (sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(kind)) for kind in kinds)
     options = {"include_dirs": [str(BUILD)], "extra_link_args": ["-fopenmp"]}
     cuda_home = decide_cuda()
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         sources = cuda_sources + sources  # the longest to compile first
+        # A build of torch without CUDA does not tell ninja which headers a .cu includes.
+        newest = max(path.stat().st_mtime for path in ROOT.glob("csrc/**/*.*h"))
+        for stale in (o for o in BUILD.glob("temp*/csrc/kernels/cuda/*.o") if o.stat().st_mtime < newest):
+            stale.unlink()
         # One CUDA runtime in the process: torch's where it has one, else our own.
         runtime = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
         options |= {"libraries": runtime, "library_dirs": [f"{cuda_home}/lib64"]}

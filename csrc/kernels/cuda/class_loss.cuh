@@ -8,9 +8,19 @@
 
 namespace fusedloss::cuda {
 
+// The types that a class index may have, and no others: a target is read at many places.
+__device__ __forceinline__ std::int64_t index_at(const PositionTensor& tensor, std::int64_t position) {
+  const std::int64_t at = position * tensor.stride;
+  switch (tensor.dtype) {
+    case Dtype::uint8: return static_cast<const std::uint8_t*>(tensor.data)[at];
+    case Dtype::int32: return static_cast<const std::int32_t*>(tensor.data)[at];
+    default: return static_cast<const std::int64_t*>(tensor.data)[at];
+  }
+}
+
 // A class index; ignored ones are no class. Any other number that is no class stops the kernel before it is used.
 __device__ __forceinline__ int class_of(const ClassTarget& target, std::int64_t position, std::int64_t classes) {
-  const std::int64_t index = load<std::int64_t>(target.index.data, target.index.dtype, position * target.index.stride);
+  const std::int64_t index = index_at(target.index, position);
   if (index == target.ignore_index) return -1;
   refuse_unless(index >= 0 && index < classes);
   return static_cast<int>(index);

@@ -7,6 +7,13 @@
 
 namespace fusedloss::cuda {
 
+// Of the architecture that code is compiled for.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kHasClusters = true;
+#else
+inline constexpr bool kHasClusters = false;
+#endif
+
 // Waits for all threads of the cluster; what they wrote before is visible after.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900

@@ -268,7 +268,9 @@ __global__ void __launch_bounds__(kRowThreads)
     cross_entropy_rows(const __grid_constant__ CrossEntropyArgs args, const __grid_constant__ RowPlan plan,
                        const __grid_constant__ Run run) {
   extern __shared__ __align__(16) unsigned char memory[];
-  Rows<T, kGeneral, kPass, kCluster>(args, plan, run, reinterpret_cast<Packet<T>*>(memory)).process(run);
+  if constexpr (!kCluster || kHasClusters) {
+    Rows<T, kGeneral, kPass, kCluster>(args, plan, run, reinterpret_cast<Packet<T>*>(memory)).process(run);
+  }
 }
 
 }  // namespace fusedloss::cuda
