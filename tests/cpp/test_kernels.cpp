@@ -35,11 +35,10 @@ template <class T>
 constexpr Dtype kDtype = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
 
 template <class Args>
-Partial run(cpu::Kernel<Args> kernel, Args& args) {
-  std::vector<Partial> partials(cpu::block_count(args));
-  args.partials = partials.data();
-  kernel(args, 0, static_cast<std::int64_t>(partials.size()));
-  return reduce(partials.data(), static_cast<std::int64_t>(partials.size()));
+cpu::Partial run(cpu::Kernel<Args> kernel, const Args& args) {
+  std::vector<cpu::Partial> partials(cpu::block_count(args));
+  kernel(args, partials.data(), 0, static_cast<std::int64_t>(partials.size()));
+  return cpu::reduce(partials.data(), static_cast<std::int64_t>(partials.size()));
 }
 
 template <class T>
@@ -76,19 +75,19 @@ void test_cross_entropy(const Set& set, Layout layout, std::int64_t positions, s
   args.row_max = max.data();
   args.row_log_sum = log_sum.data();
   args.loss = {loss.data(), kDtype<T>, 1};
-  args.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, 0};
+  args.flow.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, 0};
 
   const auto& kernels = cpu::kernels(set.set).cross_entropy;
   args.grad_logits.data = nullptr;
-  const Partial total = run(kernels.forward, args);
+  const cpu::Partial total = run(kernels.forward, args);
   args.grad_logits.data = grad.data();
-  kernels.backward(args, 0, cpu::block_count(args));
-  const Partial counted = run(kernels.count, args);
+  kernels.backward(args, nullptr, 0, cpu::block_count(args));
+  const cpu::Partial counted = run(kernels.count, args);
 
   std::vector<T> in_place = logits;
   args.logits.data = args.grad_logits.data = in_place.data();
   args.row_max = args.row_log_sum = args.loss.data = nullptr;
-  const Partial again = run(kernels.forward, args);
+  const cpu::Partial again = run(kernels.forward, args);
 
   double sum = 0;
   for (std::int64_t i = 0; i < positions; ++i) {
@@ -129,7 +128,7 @@ void test_nll(const Set& set) {
   args.log_probs = {const_cast<T*>(log_probs.data()), kDtype<T>, 0, 1, 2};
   args.target = {{target.data(), Dtype::int64, 1}, -100};
   args.weight = weight.data();
-  const Partial total = run(cpu::kernels(set.set).nll.forward, args);
+  const cpu::Partial total = run(cpu::kernels(set.set).nll.forward, args);
   EXPECT(total.invalid == 1, "%s: position 1 has no class 9, not %ld", set.name, long(total.invalid));
   EXPECT(total.loss == 3 * 2 + 2 * 5 && total.divisor == 5, "%s: %g / %g", set.name, total.loss, total.divisor);
 }
@@ -153,20 +152,18 @@ void test_bce_with_logits(const Set& set, std::int64_t rows, std::int64_t column
   args.pos_weight = {pos_weight.data(), kDtype<T>, false, {0, 1}};
   args.has_ignore_index = true;
   args.ignore_index = 255;
-  args.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, false, {0, 0}};
+  args.flow.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, false, {0, 0}};
   args.grad_input = {grad.data(), kDtype<T>, true, {columns, 1}};
   const auto& kernel = cpu::kernels(set.set).bce_with_logits;
   args.grad_input.data = nullptr;
-  const Partial total = run(kernel.forward, args);
+  const cpu::Partial total = run(kernel.forward, args);
   args.grad_input.data = grad.data();
-  kernel.backward(args, 0, cpu::block_count(args));
-  const Partial alone = run(kernel.count, args);
+  kernel.backward(args, nullptr, 0, cpu::block_count(args));
+  const cpu::Partial alone = run(kernel.count, args);
 
   std::vector<T> in_place = x;
   args.input.data = args.grad_input.data = in_place.data();
-  args.grad_loss.data = nullptr;
-  args.grad_scale = grad_loss;
-  const Partial again = run(kernel.forward, args);
+  const cpu::Partial again = run(kernel.forward, args);
 
   double sum = 0, counted = 0;
   const double tolerance = sizeof(T) == 8 ? 1e-12 : 2e-6;

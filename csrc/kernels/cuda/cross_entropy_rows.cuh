@@ -212,13 +212,15 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     const Slice slice = slice_of(position, slice_index);
     typename Base::Gradient gradient{};
     if (!target.skip) gradient = this->saved_gradient(position, target, probability_mass(position));
-    if (args_.grad_logits.data) store_gradient(position, target, gradient, slice);
     if constexpr (kGeneral) {
-      if (!args_.grad_probabilities.data) return;
-      for (int c = threadIdx.x; c < this->classes(); c += blockDim.x) {
-        this->store_probability_gradient(gradient, position, this->value(convert<Acc>(slice.packets.row[c])), c);
+      if (args_.grad_probabilities.data) {
+        for (int c = threadIdx.x; c < this->classes(); c += blockDim.x) {
+          this->store_probability_gradient(gradient, position, this->value(convert<Acc>(slice.packets.row[c])), c);
+        }
+        __syncthreads();  // the logits are read before their gradient may take their place
       }
     }
+    if (args_.grad_logits.data) store_gradient(position, target, gradient, slice);
   }
 
   // The mass of a row of probabilities; its logits are not needed for it. Such rows are not sliced.
