@@ -293,6 +293,8 @@ def test_an_input_that_must_not_be_overwritten_is_refused(loss, device):
     input, target = loss.sample(4, 3, device=device)
     with pytest.raises(RuntimeError, match="cannot overwrite an input that is a leaf"):
         loss.ours(input.requires_grad_(), target, inplace=True)
+    with pytest.raises(RuntimeError, match="or a view of one"):
+        loss.ours(input.view(4, 3), target, inplace=True)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         loss.ours(input[:1].expand(4, 3), target, inplace=True)
 

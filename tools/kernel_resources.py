@@ -54,7 +54,9 @@ def demangled(names: list[str]) -> dict[str, str]:
     if not names or not shutil.which("c++filt"):
         return dict(zip(names, names, strict=True))
     shown = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return {name: re.sub(r"\(fusedloss::(?!Pass).*", "", line) for name, line in zip(names, shown.splitlines(), strict=True)}
+    return {
+        name: re.sub(r"\(fusedloss::(?!Pass).*", "", line) for name, line in zip(names, shown.splitlines(), strict=True)
+    }
 
 
 def main() -> None:

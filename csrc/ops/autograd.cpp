@@ -87,10 +87,10 @@ bool grad_in_forward(const char* loss, OptionalBool wish, bool inplace, bool pos
 Tensor gradient_place(const char* loss, const Tensor& input, bool inplace, Tensor (*empty_like)(const Tensor&),
                       std::initializer_list<ops::NamedTensor> others) {
   if (!inplace || is_traced()) return ops::with_huge_pages(empty_like(input));
+  at::assert_no_internal_overlap(input);
   const at::TensorBase& base = input.is_view() ? input._base() : input;
   TORCH_CHECK(!input.is_leaf() && !(base.is_leaf() && base.requires_grad()), loss,
               ": inplace=True cannot overwrite an input that is a leaf and requires grad, or a view of one");
-  at::assert_no_internal_overlap(input);
   for (const auto& [name, tensor] : others) {
     if (tensor) at::assert_no_overlap(input, *tensor);
   }
