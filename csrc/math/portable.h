@@ -203,7 +203,9 @@ FUSEDLOSS_FN Acc times_exp(Acc factor, Acc x) {
   const ReducedExp<Acc> reduced = reduce_exp(x);
   const Acc rest = (reduced.series * reduced.r + Acc(1)) * reduced.r;
   const Acc high = rest + Acc(1), low = rest - (high - Acc(1));
-  return (factor * high + factor * low) * reduced.scale();
+  const Acc product = factor * high;
+  // An infinite factor stays one: times a low of 0 or less it would be NaN.
+  return (abs(product) < kInfinity<Acc> ? product + factor * low : product) * reduced.scale();
 }
 
 // tanh(x) = -t / (t + 2) with t = exp(-2 |x|) - 1, which keeps its relative accuracy near 0.
