@@ -68,10 +68,15 @@ void cuda_rescale(const cuda::RescaleArgs& args, void* stream);
 void* current_stream(at::Device device);
 
 template <class Args>
+void run_blocks(cpu::Kernel<Args> kernel, const Args& args, cpu::Partial* partials, int64_t blocks) {
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, partials, begin, end); });
+}
+
+template <class Args>
 cpu::Partial run_blocks(cpu::Kernel<Args> kernel, const Args& args) {
   const int64_t blocks = cpu::block_count(args);
   c10::SmallVector<cpu::Partial, 16> partials(blocks);
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, partials.data(), begin, end); });
+  run_blocks(kernel, args, partials.data(), blocks);
   return cpu::reduce(partials.data(), blocks);
 }
 
@@ -90,7 +95,7 @@ int64_t run(const LossKernels<Args>& loss, Pass pass, Args args, const at::Tenso
   }
   const auto& kernels = cpu_kernels().*loss.cpu;
   if (pass == Pass::backward) {
-    run_blocks(kernels.backward, args);
+    run_blocks(kernels.backward, args, nullptr, cpu::block_count(args));
     return -1;
   }
   double divisor;

@@ -61,12 +61,6 @@ __host__ __device__ __forceinline__ void with_dtype(Dtype dtype, F&& body) {
   }
 }
 
-inline std::int64_t size_of(Dtype dtype) {
-  std::int64_t size = 0;
-  with_dtype(dtype, [&]<class T>() { size = sizeof(T); });
-  return size;
-}
-
 template <class Value>
 __device__ __forceinline__ Value load(const void* data, Dtype dtype, std::int64_t offset) {
   Value value;
