@@ -1,10 +1,10 @@
 // The Python module fusedloss._C. Importing it registers the operators (csrc/register.cpp); all it exports itself is
-// what this build was made of. Operators are never called through pybind11: torch.compile could not see them.
+// what this build was made of, and where Python leaves the Triton kernels. Operators are never called through pybind11: torch.compile could not see them.
 
 #include <fusedloss_build_info.h>
 #include <pybind11/pybind11.h>
 
-namespace py = pybind11;
+#include "triton.h"
 
 namespace {
 
@@ -33,4 +33,7 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info);
+  m.def("install_triton", &fusedloss::install_triton);
+}

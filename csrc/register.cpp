@@ -2,11 +2,15 @@
 
 #include <torch/library.h>
 
+#include "ops/backend.h"
 #include "ops/losses.h"
 
 namespace fusedloss {
 
-TORCH_LIBRARY(fusedloss, m) {
+using ops::Backend;
+using ops::Under;
+
+static void define(torch::Library& m) {
   // reduction: 0 none, 1 mean, 2 sum. Forward operators return what their backward needs behind the loss;
   // NAME_with_grad is forward and backward in one pass.
   m.def(
@@ -55,41 +59,57 @@ TORCH_LIBRARY(fusedloss, m) {
       "int ignore_index, float label_smoothing) -> Tensor logits");  // fusedloss/double_backward.py
 }
 
+template <Backend kBackend>
 static void implement(torch::Library& m) {
-  m.impl("cross_entropy", ops::cross_entropy);
-  m.impl("cross_entropy_with_grad", ops::cross_entropy_with_grad);
-  m.impl("cross_entropy_backward", ops::cross_entropy_backward);
-  m.impl("nll", ops::nll);
-  m.impl("nll_backward", ops::nll_backward);
-  m.impl("bce_with_logits", ops::bce_with_logits);
-  m.impl("bce_with_logits_with_grad", ops::bce_with_logits_with_grad);
-  m.impl("bce_with_logits_backward", ops::bce_with_logits_backward);
-  m.impl("bce", ops::bce);
-  m.impl("bce_with_grad", ops::bce_with_grad);
-  m.impl("bce_backward", ops::bce_backward);
-  m.impl("rescale_grad_", ops::rescale_grad_);
+  m.impl("cross_entropy", Under<kBackend, &ops::cross_entropy>::call);
+  m.impl("cross_entropy_with_grad", Under<kBackend, &ops::cross_entropy_with_grad>::call);
+  m.impl("cross_entropy_backward", Under<kBackend, &ops::cross_entropy_backward>::call);
+  m.impl("nll", Under<kBackend, &ops::nll>::call);
+  m.impl("nll_backward", Under<kBackend, &ops::nll_backward>::call);
+  m.impl("bce_with_logits", Under<kBackend, &ops::bce_with_logits>::call);
+  m.impl("bce_with_logits_with_grad", Under<kBackend, &ops::bce_with_logits_with_grad>::call);
+  m.impl("bce_with_logits_backward", Under<kBackend, &ops::bce_with_logits_backward>::call);
+  m.impl("bce", Under<kBackend, &ops::bce>::call);
+  m.impl("bce_with_grad", Under<kBackend, &ops::bce_with_grad>::call);
+  m.impl("bce_backward", Under<kBackend, &ops::bce_backward>::call);
+  m.impl("rescale_grad_", Under<kBackend, &ops::rescale_grad_>::call);
 }
 
+template <Backend kBackend>
 static void implement_autocast(torch::Library& m) {
-  m.impl("cross_entropy", autocast::cross_entropy);
-  m.impl("nll", autocast::nll);
-  m.impl("bce_with_logits", autocast::bce_with_logits);
-  m.impl("bce", autocast::bce);
+  m.impl("cross_entropy", Under<kBackend, &autocast::cross_entropy>::call);
+  m.impl("nll", Under<kBackend, &autocast::nll>::call);
+  m.impl("bce_with_logits", Under<kBackend, &autocast::bce_with_logits>::call);
+  m.impl("bce", Under<kBackend, &autocast::bce>::call);
 }
 
-TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { implement(m); }
+template <Backend kBackend>
+static void implement_autograd(torch::Library& m) {
+  m.impl("cross_entropy", Under<kBackend, &autograd::cross_entropy>::call);
+  m.impl("nll", Under<kBackend, &autograd::nll>::call);
+  m.impl("bce_with_logits", Under<kBackend, &autograd::bce_with_logits>::call);
+  m.impl("bce", Under<kBackend, &autograd::bce>::call);
+}
+
+TORCH_LIBRARY(fusedloss, m) { define(m); }
+TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { implement<Backend::compiled>(m); }
 #if defined(FUSEDLOSS_WITH_CUDA)
-TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) { implement(m); }
+TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) { implement<Backend::compiled>(m); }
 #endif
-TORCH_LIBRARY_IMPL(fusedloss, Meta, m) { implement(m); }
-TORCH_LIBRARY_IMPL(fusedloss, AutocastCPU, m) { implement_autocast(m); }
-TORCH_LIBRARY_IMPL(fusedloss, AutocastCUDA, m) { implement_autocast(m); }
+TORCH_LIBRARY_IMPL(fusedloss, Meta, m) { implement<Backend::compiled>(m); }
+TORCH_LIBRARY_IMPL(fusedloss, AutocastCPU, m) { implement_autocast<Backend::compiled>(m); }
+TORCH_LIBRARY_IMPL(fusedloss, AutocastCUDA, m) { implement_autocast<Backend::compiled>(m); }
+TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) { implement_autograd<Backend::compiled>(m); }
 
-TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
-  m.impl("cross_entropy", autograd::cross_entropy);
-  m.impl("nll", autograd::nll);
-  m.impl("bce_with_logits", autograd::bce_with_logits);
-  m.impl("bce", autograd::bce);
-}
+// Whatever device Triton has a driver for; of the CPU, its interpreter.
+TORCH_LIBRARY(fusedloss_triton, m) { define(m); }
+TORCH_LIBRARY_IMPL(fusedloss_triton, CPU, m) { implement<Backend::triton>(m); }
+TORCH_LIBRARY_IMPL(fusedloss_triton, CUDA, m) { implement<Backend::triton>(m); }
+TORCH_LIBRARY_IMPL(fusedloss_triton, XPU, m) { implement<Backend::triton>(m); }
+TORCH_LIBRARY_IMPL(fusedloss_triton, Meta, m) { implement<Backend::triton>(m); }
+TORCH_LIBRARY_IMPL(fusedloss_triton, AutocastCPU, m) { implement_autocast<Backend::triton>(m); }
+TORCH_LIBRARY_IMPL(fusedloss_triton, AutocastCUDA, m) { implement_autocast<Backend::triton>(m); }
+TORCH_LIBRARY_IMPL(fusedloss_triton, AutocastXPU, m) { implement_autocast<Backend::triton>(m); }
+TORCH_LIBRARY_IMPL(fusedloss_triton, Autograd, m) { implement_autograd<Backend::triton>(m); }
 
 }  // namespace fusedloss

@@ -6,7 +6,8 @@
 //
 // In an ordinary backward pass no graph is built, and the operators go straight to their kernels. With
 // create_graph=True both roads take NAME_backward through the Autograd key, where fusedloss/double_backward.py
-// differentiates it.
+// differentiates it. Backward runs on threads of autograd's own, which know nothing of the backend that forward had: a
+// Function remembers it.
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
@@ -47,6 +48,14 @@ void check_no_grad(const char* loss, const char* name, OptionalTensor tensor) {
 
 std::optional<Tensor> to_optional(const Tensor& tensor) {
   return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+void remember_backend(AutogradContext* ctx) {
+  ctx->saved_data["backend"] = static_cast<int64_t>(ops::current_backend());
+}
+
+ops::Backend backend_of(AutogradContext* ctx) {
+  return static_cast<ops::Backend>(ctx->saved_data["backend"].toInt());
 }
 
 Tensor to_tensor(OptionalTensor tensor) { return tensor.value_or(Tensor()); }
@@ -139,6 +148,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
         FUSEDLOSS_OPERATOR(cross_entropy)
             .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse,
                   upcast, std::nullopt, std::nullopt, false, /*statistics=*/true);
+    remember_backend(ctx);
     ctx->save_for_backward({logits, target, to_tensor(weight), row_max, row_log_sum, divisor});
     save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
     variable_list constants{row_max, row_log_sum, divisor};
@@ -149,6 +159,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const ops::BackendGuard guard(backend_of(ctx));
     const auto saved = ctx->get_saved_variables();
     const Tensor &logits = saved[0], &target = saved[1], &row_max = saved[3], &row_log_sum = saved[4],
                  &divisor = saved[5];
@@ -183,6 +194,7 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
     });
     // The logits are saved only where the gradient does not tell what their derivatives need.
     const bool recoverable = z_loss == 0 && logit_softcap == 0;
+    remember_backend(ctx);
     ctx->save_for_backward({finished(grad, logits), to_tensor(grad_scale), target, to_tensor(weight),
                             recoverable || grad.is_same(logits) ? Tensor() : logits});
     save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
@@ -190,6 +202,7 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const ops::BackendGuard guard(backend_of(ctx));
     const auto saved = ctx->get_saved_variables();
     const Tensor grad = at::GradMode::is_enabled() ? differentiable(ctx, grads[0], saved)
                                                    : rescaled(saved[0], grads[0], to_optional(saved[1]));
@@ -236,6 +249,7 @@ struct Nll : torch::autograd::Function<Nll> {
                                OptionalTensor weight, int64_t reduction, int64_t ignore_index, bool upcast) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [loss, divisor] = FUSEDLOSS_OPERATOR(nll).call(log_probs, target, weight, reduction, ignore_index, upcast);
+    remember_backend(ctx);
     ctx->save_for_backward({log_probs, target, to_tensor(weight), divisor});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
@@ -244,6 +258,7 @@ struct Nll : torch::autograd::Function<Nll> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const ops::BackendGuard guard(backend_of(ctx));
     const auto saved = ctx->get_saved_variables();
     const Tensor grad = call_backward([&] {
       return FUSEDLOSS_OPERATOR(nll_backward)
@@ -267,6 +282,7 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
     Tensor loss = call_below_autograd([&] {
       return Operators::with_grad().call(input, target, weights..., grad_scale, reduction, ignore_index, upcast, grad);
     });
+    remember_backend(ctx);
     ctx->save_for_backward({finished(grad, input), to_tensor(grad_scale), grad.is_same(input) ? Tensor() : input,
                             target, to_tensor(weights)...});
     ctx->saved_data["reduction"] = reduction;
@@ -275,6 +291,7 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const ops::BackendGuard guard(backend_of(ctx));
     variable_list input_grads(7 + sizeof...(Weights));  // one for each argument of forward
     const auto saved = ctx->get_saved_variables();
     input_grads[0] = at::GradMode::is_enabled()
@@ -310,6 +327,7 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
                                const Weights&... weights, int64_t reduction, OptionalIndex ignore_index, bool upcast) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [loss, divisor] = Operators::forward(input, target, weights..., reduction, ignore_index, upcast);
+    remember_backend(ctx);
     ctx->save_for_backward({input, target, divisor, to_tensor(weights)...});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
@@ -318,6 +336,7 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const ops::BackendGuard guard(backend_of(ctx));
     return backward(ctx, grads[0], std::index_sequence_for<Weights...>());
   }
 

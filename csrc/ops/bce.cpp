@@ -5,7 +5,7 @@
 namespace fusedloss::ops {
 namespace {
 
-constexpr ElementwiseLoss kLoss{"binary_cross_entropy", {&cpu::Kernels::bce, &cuda::Kernels::bce}, true};
+constexpr ElementwiseLoss kLoss{"binary_cross_entropy", {&cpu::Kernels::bce, &cuda::Kernels::bce, &TritonKernels::bce}, true};
 
 }  // namespace
 

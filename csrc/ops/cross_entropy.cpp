@@ -14,7 +14,8 @@ namespace fusedloss::ops {
 namespace {
 
 constexpr const char* kName = "cross_entropy";
-constexpr LossKernels<CrossEntropyArgs> kKernels{&cpu::Kernels::cross_entropy, &cuda::Kernels::cross_entropy};
+constexpr LossKernels<CrossEntropyArgs> kKernels{&cpu::Kernels::cross_entropy, &cuda::Kernels::cross_entropy,
+                                                 &TritonKernels::cross_entropy};
 
 // A target of the input's own shape holds probabilities.
 bool has_probabilities(const Tensor& logits, const Tensor& target) {

@@ -9,8 +9,11 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/SmallVector.h>
 
+#include <functional>
+
 #include "../kernels/cpu/cpu.h"
 #include "../kernels/cuda/cuda.h"
+#include "backend.h"
 #include "checks.h"
 #include "losses.h"
 
@@ -50,14 +53,35 @@ inline const cpu::Kernels& cpu_kernels() {
   return chosen;
 }
 
-// A loss's kernels, by what their table on each device calls them.
+// Starts a pass on the stream that is current where `input` lies; workspace is the launcher's own affair.
+template <class Args>
+using TritonLaunch = std::function<void(const Args& args, Pass pass, const at::Tensor& input)>;
+
+// The Triton kernels, which Python brings (csrc/triton.cpp). Empty until then: a call raises.
+struct TritonKernels {
+  TritonLaunch<CrossEntropyArgs> cross_entropy;
+  TritonLaunch<NllArgs> nll;
+  TritonLaunch<ElementwiseArgs> bce_with_logits;
+  TritonLaunch<ElementwiseArgs> bce;
+  std::function<void(const cuda::RescaleArgs& args, const at::Tensor& grad)> rescale;
+};
+TritonKernels& triton_kernels();
+
+template <class... Arguments>
+void launch_triton(const std::function<void(Arguments...)>& launch, std::type_identity_t<Arguments>... arguments) {
+  TORCH_CHECK_NOT_IMPLEMENTED(launch, "fusedloss's Triton kernels are not loaded; import fusedloss.triton first");
+  launch(arguments...);
+}
+
+// A loss's kernels, by what their table for each backend calls them.
 template <class Args>
 struct LossKernels {
   cpu::Loss<Args> cpu::Kernels::* cpu;
   cuda::Loss<Args> cuda::Kernels::* cuda;
+  TritonLaunch<Args> TritonKernels::* triton;
 };
 
-// Whether a tensor is the CUDA kernels' business.
+// Whether a tensor is the CUDA kernels' business, under the compiled backend.
 bool runs_on_cuda(const at::Tensor& tensor);
 
 // Both raise in a build without CUDA kernels.
@@ -81,9 +105,14 @@ cpu::Partial run_blocks(cpu::Kernel<Args> kernel, const Args& args) {
 }
 
 // Runs the kernels for one pass where `input` is. Returns the first position whose target or value is invalid, or -1;
-// on CUDA an assertion of the device takes its place. Nothing is written then.
+// on CUDA and in Triton an assertion of the device takes its place. Nothing is written then.
 template <class Args>
 int64_t run(const LossKernels<Args>& loss, Pass pass, Args args, const at::Tensor& input) {
+  if (current_backend() == Backend::triton) {
+    const c10::DeviceGuard guard(input.device());
+    launch_triton(triton_kernels().*loss.triton, args, pass, input);
+    return -1;
+  }
   if (runs_on_cuda(input)) {
     const c10::DeviceGuard guard(input.device());
     const auto& kernels = cuda_kernels().*loss.cuda;

@@ -14,7 +14,7 @@ namespace fusedloss::ops {
 namespace {
 
 constexpr const char* kName = "nll_loss";
-constexpr LossKernels<NllArgs> kKernels{&cpu::Kernels::nll, &cuda::Kernels::nll};
+constexpr LossKernels<NllArgs> kKernels{&cpu::Kernels::nll, &cuda::Kernels::nll, &TritonKernels::nll};
 
 void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction, bool upcast) {
   check_reduction(kName, reduction);

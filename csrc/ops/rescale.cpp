@@ -29,7 +29,11 @@ void rescale_on_device(Tensor& grad, const Tensor& grad_output, const Tensor& as
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_dtype = dtype_of(grad_output.scalar_type());
   args.assumed = assumed.defined() ? assumed.const_data_ptr() : nullptr;
-  cuda_rescale(args, current_stream(grad.device()));
+  if (current_backend() == Backend::triton) {
+    launch_triton(triton_kernels().rescale, args, grad);
+  } else {
+    cuda_rescale(args, current_stream(grad.device()));
+  }
 }
 
 }  // namespace
@@ -41,7 +45,8 @@ void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor grad_
   check_floating("rescale_grad_", "grad_output", grad_output);
   if (grad.is_meta()) return;
   const Tensor assumed = assumed_grad_output(grad_scale, grad_output.scalar_type());
-  if (!runs_on_cuda(grad)) {
+  const bool on_device = current_backend() == Backend::triton || runs_on_cuda(grad);
+  if (!on_device) {
     const double factor = number_in(grad_output) / (assumed.defined() ? number_in(assumed) : 1);
     if (factor != 1) grad.mul_(factor);
   } else if (grad.is_non_overlapping_and_dense()) {

@@ -1,0 +1,41 @@
+// Which kernels the operators run. A backend is a namespace of operators: torch.ops.fusedloss has the compiled kernels
+// (csrc/kernels/cpu, csrc/kernels/cuda), torch.ops.fusedloss_triton those of fusedloss/triton. Both namespaces hold the
+// same functions, registered under the backend that they are to run.
+
+#pragma once
+
+namespace fusedloss::ops {
+
+enum class Backend { compiled, triton };
+
+constexpr const char* namespace_of(Backend backend) {
+  return backend == Backend::triton ? "fusedloss_triton" : "fusedloss";
+}
+
+// Of the operator that this thread is in.
+Backend current_backend();
+
+class BackendGuard {
+ public:
+  explicit BackendGuard(Backend backend);
+  ~BackendGuard();
+  BackendGuard(const BackendGuard&) = delete;
+  BackendGuard& operator=(const BackendGuard&) = delete;
+
+ private:
+  const Backend outer_;
+};
+
+// A function as an operator of one backend's namespace: Under<backend, function>::call.
+template <Backend kBackend, auto kFunction, class Type = decltype(kFunction)>
+struct Under;
+
+template <Backend kBackend, auto kFunction, class Result, class... Arguments>
+struct Under<kBackend, kFunction, Result (*)(Arguments...)> {
+  static Result call(Arguments... arguments) {
+    const BackendGuard guard(kBackend);
+    return kFunction(static_cast<Arguments&&>(arguments)...);
+  }
+};
+
+}  // namespace fusedloss::ops

@@ -1,0 +1,184 @@
+// The bridge to the Triton kernels, which are Python (fusedloss/triton). They are handed what the CUDA kernels are
+// handed: the structs of csrc/kernels, field by field and by the same names. A pointer becomes a tensor of one element,
+// since Triton takes an address and a type from a tensor; a null pointer becomes None.
+
+#include "triton.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "ops/launch.h"
+
+namespace fusedloss {
+namespace {
+
+using namespace py::literals;
+
+at::ScalarType scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return at::kFloat;
+    case Dtype::float64: return at::kDouble;
+    case Dtype::bfloat16: return at::kBFloat16;
+    case Dtype::float16: return at::kHalf;
+    case Dtype::uint8: return at::kByte;
+    case Dtype::int8: return at::kChar;
+    case Dtype::int16: return at::kShort;
+    case Dtype::int32: return at::kInt;
+    case Dtype::int64: return at::kLong;
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+template <class... Fields>
+py::object object(Fields&&... fields) {
+  static const py::handle type = py::object(py::module_::import("types").attr("SimpleNamespace")).release();
+  return type(std::forward<Fields>(fields)...);
+}
+
+class ToPython {
+ public:
+  // dtype: of the input, which decides the accumulate type.
+  ToPython(const at::Tensor& input, Dtype dtype)
+      : device_(input.device()), accumulate_(ops::accumulate_type(scalar_type(dtype))) {}
+
+  py::object operator()(const CrossEntropyArgs& a) const {
+    return object("device"_a = device_, "shape"_a = shape(a.shape), "logits"_a = input(a.logits),
+                  "has_probabilities"_a = a.has_probabilities, "target"_a = a.has_probabilities ? absent_target() : target(a.target),
+                  "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight),
+                  "label_smoothing"_a = a.label_smoothing, "z_loss"_a = a.z_loss, "logit_softcap"_a = a.logit_softcap,
+                  "every_lse"_a = a.every_lse, "row_max"_a = sums(a.row_max), "row_log_sum"_a = sums(a.row_log_sum),
+                  "loss"_a = tensor(a.loss), "lse"_a = sums(a.lse), "total"_a = total(a.total), "flow"_a = flow(a.flow),
+                  "grad_lse"_a = sums(a.grad_lse), "grad_logits"_a = tensor(a.grad_logits),
+                  "grad_probabilities"_a = tensor(a.grad_probabilities));
+  }
+
+  py::object operator()(const NllArgs& a) const {
+    return object("device"_a = device_, "shape"_a = shape(a.shape), "log_probs"_a = input(a.log_probs),
+                  "target"_a = target(a.target), "weight"_a = sums(a.weight), "loss"_a = tensor(a.loss),
+                  "total"_a = total(a.total), "flow"_a = flow(a.flow), "grad_log_probs"_a = tensor(a.grad_log_probs));
+  }
+
+  py::object operator()(const ElementwiseArgs& a) const {
+    const auto with_strides = [&](const ElementwiseTensor& t, const py::object& data) {
+      py::tuple strides(a.shape.dims);
+      for (int d = 0; d < a.shape.dims; ++d) strides[d] = t.strides[d];
+      return object("data"_a = data, "linear"_a = t.linear, "strides"_a = strides);
+    };
+    const auto tensor = [&](const ElementwiseTensor& t) { return with_strides(t, pointer(t.data, t.dtype)); };
+    const auto input = [&](const ElementwiseTensor& t) { return with_strides(t, present(t.data, t.dtype)); };
+    py::tuple sizes(a.shape.dims);
+    for (int d = 0; d < a.shape.dims; ++d) sizes[d] = a.shape.sizes[d];
+    return object("device"_a = device_, "shape"_a = object("numel"_a = a.shape.numel, "sizes"_a = sizes),
+                  "input"_a = input(a.input), "target"_a = input(a.target), "weight"_a = tensor(a.weight),
+                  "pos_weight"_a = tensor(a.pos_weight), "has_ignore_index"_a = a.has_ignore_index,
+                  "ignore_index"_a = a.ignore_index, "loss"_a = tensor(a.loss), "total"_a = total(a.total),
+                  "flow"_a = object("grad_loss"_a = tensor(a.flow.grad_loss), "divisor"_a = float64(a.flow.divisor)),
+                  "grad_input"_a = tensor(a.grad_input), "grad_target"_a = tensor(a.grad_target));
+  }
+
+  py::object operator()(const cuda::RescaleArgs& a) const {
+    return object("device"_a = device_, "grad"_a = pointer(a.grad, a.dtype), "numel"_a = a.numel,
+                  "grad_output"_a = pointer(a.grad_output, a.grad_output_dtype),
+                  "assumed"_a = pointer(a.assumed, a.grad_output_dtype));
+  }
+
+ private:
+  py::object pointer(const void* data, at::ScalarType type) const {
+    if (!data) return py::none();
+    // With the device named, nobody asks the driver whose memory it is.
+    return py::cast(at::for_blob(const_cast<void*>(data), {1})
+                        .options(at::TensorOptions(type).device(device_))
+                        .target_device(device_)
+                        .make_tensor());
+  }
+  py::object pointer(const void* data, Dtype dtype) const { return pointer(data, scalar_type(dtype)); }
+  // An empty tensor's data is null, and it is not absent.
+  py::object present(const void* data, Dtype dtype) const {
+    if (data) return pointer(data, dtype);
+    return py::cast(at::empty({0}, at::TensorOptions(scalar_type(dtype)).device(device_)));
+  }
+  py::object sums(const void* data) const { return pointer(data, accumulate_); }
+  py::object float64(const double* data) const { return pointer(data, at::kDouble); }
+
+  static py::object shape(const ClassShape& s) {
+    return object("outer"_a = s.outer, "classes"_a = s.classes, "inner"_a = s.inner, "positions"_a = s.positions());
+  }
+  static py::object with_strides(const ClassTensor& t, const py::object& data) {
+    return object("data"_a = data, "outer_stride"_a = t.outer_stride, "class_stride"_a = t.class_stride,
+                  "inner_stride"_a = t.inner_stride);
+  }
+  py::object tensor(const ClassTensor& t) const { return with_strides(t, pointer(t.data, t.dtype)); }
+  py::object input(const ClassTensor& t) const { return with_strides(t, present(t.data, t.dtype)); }
+  py::object tensor(const PositionTensor& t) const {
+    return object("data"_a = pointer(t.data, t.dtype), "stride"_a = t.stride);
+  }
+  py::object target(const ClassTarget& t) const {
+    return object("index"_a = object("data"_a = present(t.index.data, t.index.dtype), "stride"_a = t.index.stride),
+                  "ignore_index"_a = t.ignore_index);
+  }
+  static py::object absent_target() {
+    return object("index"_a = object("data"_a = py::none(), "stride"_a = 0), "ignore_index"_a = 0);
+  }
+  py::object flow(const ClassFlow& f) const {
+    return object("grad_loss"_a = tensor(f.grad_loss), "divisor"_a = float64(f.divisor));
+  }
+  py::object total(const Total& t) const {
+    return object("is_mean"_a = t.reduction == Reduction::mean, "loss"_a = pointer(t.loss, t.dtype),
+                  "divisor"_a = float64(t.divisor));
+  }
+
+  const at::Device device_;
+  const at::ScalarType accumulate_;
+};
+
+Dtype dtype_of(const CrossEntropyArgs& args) { return args.logits.dtype; }
+Dtype dtype_of(const NllArgs& args) { return args.log_probs.data ? args.log_probs.dtype : args.grad_log_probs.dtype; }
+Dtype dtype_of(const ElementwiseArgs& args) { return args.dtype; }
+
+const char* name_of(Pass pass) {
+  switch (pass) {
+    case Pass::forward: return "forward";
+    case Pass::forward_with_gradient: return "forward_with_gradient";
+    case Pass::backward: return "backward";
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+// Calls Python from a thread of any kind; what is raised there is raised here.
+template <class Call>
+void in_python(Call call) {
+  const py::gil_scoped_acquire gil;
+  try {
+    call();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    python_error as_autograd_passes_it_on;
+    as_autograd_passes_it_on.persist();
+    throw std::move(as_autograd_passes_it_on);
+  }
+}
+
+template <class Args>
+ops::TritonLaunch<Args> loss(const py::object& launchers, const char* name) {
+  return [launch = py::object(launchers.attr(name))](const Args& args, Pass pass, const at::Tensor& input) {
+    in_python([&] { launch(ToPython(input, dtype_of(args))(args), name_of(pass)); });
+  };
+}
+
+}  // namespace
+
+void install_triton(const py::object& launchers) {
+  ops::TritonKernels& kernels = ops::triton_kernels();
+  kernels.cross_entropy = loss<CrossEntropyArgs>(launchers, "cross_entropy");
+  kernels.nll = loss<NllArgs>(launchers, "nll");
+  kernels.bce_with_logits = loss<ElementwiseArgs>(launchers, "bce_with_logits");
+  kernels.bce = loss<ElementwiseArgs>(launchers, "bce");
+  kernels.rescale = [launch = py::object(launchers.attr("rescale"))](const cuda::RescaleArgs& args,
+                                                                     const at::Tensor& grad) {
+    in_python([&] { launch(ToPython(grad, args.dtype)(args)); });
+  };
+}
+
+}  // namespace fusedloss

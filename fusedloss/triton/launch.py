@@ -1,0 +1,63 @@
+"""How kernels are declared, started, and given memory; what the device is like."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# What code outside the kernels has to know of an element type.
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+INT32_MAX = 2**31 - 1
+
+
+def kernel(function):
+    """Declares a kernel: like triton.jit, with device_assert in force, and compiled for types and constexprs alone.
+
+    Numbers are annotated with their type and not specialised: Triton would compile once for 1, once for multiples of
+    16, once for each other number; and it would take a float for a float32.
+    """
+    numbers = [name for name, kind in function.__annotations__.items() if kind in (tl.int64, tl.float64)]
+    return triton.jit(function, debug=True, do_not_specialize=numbers)
+
+
+def start(function, programs, *arguments, warps=4, **constants):
+    """Starts a kernel of so many programs on the current stream."""
+    if programs > 0:
+        # device_assert alone is wanted of debug=True: checking each addition for an overflow would be slow.
+        function[(programs,)](*arguments, **constants, num_warps=warps, sanitize_overflow=False)
+
+
+def accumulate_type(pointer):
+    return tl.float64 if pointer.dtype == torch.float64 else tl.float32
+
+
+def index_type(count):
+    """Of a running number below count: 32 bits where they do, since a division of 64 takes several times as long."""
+    return tl.int32 if count <= INT32_MAX // 2 else tl.int64
+
+
+def workspace(device, count, dtype=torch.float64):
+    return torch.empty(count, dtype=dtype, device=device)
+
+
+@functools.cache
+def multiprocessors(device):
+    module = getattr(torch, device.type)
+    if device.type == "cpu":  # the interpreter
+        return 1
+    properties = module.get_device_properties(device)
+    return getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_eu_count", 0) or 1
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def next_power_of_2(count):
+    return 1 << max(count - 1, 0).bit_length()
