@@ -6,6 +6,7 @@ modules.py -> functional.py -> the operators in csrc/register.cpp -> csrc/ops ->
 
 from fusedloss import double_backward, reference
 from fusedloss._library import build_info
+from fusedloss.backend import backends, use_backend
 from fusedloss.functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -22,6 +23,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "NLLLoss",
+    "backends",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "build_info",
@@ -31,6 +33,7 @@ __all__ = [
     "reference",
     "replace_losses",
     "unpatch",
+    "use_backend",
 ]
 
-double_backward.register("fusedloss")
+double_backward.register()

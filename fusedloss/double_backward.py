@@ -9,6 +9,7 @@ same derivatives are recovered from it first.
 import torch
 
 from fusedloss import reference
+from fusedloss.backend import NAMESPACES
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -74,11 +75,12 @@ _FLOWS = ("grad_loss", "grad_lse")  # what a backward operator is given for each
 _NOT_OF_THE_LOSS = {*_FLOWS, "row_max", "row_log_sum", "divisor", "output_mask"}
 
 
-def register(namespace: str) -> None:
-    """Makes the backward operators of a namespace differentiable."""
-    for name, loss in _LOSSES.items():
-        _register(getattr(getattr(torch.ops, namespace), f"{name}_backward").default, loss)
-    torch.library.impl(f"{namespace}::recover_logits", "CompositeExplicitAutograd", _recover_logits)
+def register() -> None:
+    """Makes the backward operators of every namespace differentiable."""
+    for namespace in NAMESPACES:
+        for name, loss in _LOSSES.items():
+            _register(getattr(getattr(torch.ops, namespace), f"{name}_backward").default, loss)
+        torch.library.impl(f"{namespace}::recover_logits", "CompositeExplicitAutograd", _recover_logits)
 
 
 def _register(operator, loss) -> None:

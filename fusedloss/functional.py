@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import _reduction as native_reduction
 
 from fusedloss import reference
-from fusedloss._library import ops
+from fusedloss.backend import operators
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -36,6 +36,7 @@ def cross_entropy(
     grad_in_forward: bool | str = "auto",
     grad_scale: float | Tensor | None = None,
     inplace: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross entropy between logits and targets; :func:`torch.nn.functional.cross_entropy` in one pass.
 
@@ -66,6 +67,8 @@ def cross_entropy(
             1 / accumulation steps, or a GradScaler's scale): then no pass is needed. A hint; no result depends on it.
         inplace: write the gradient over the storage of ``input``, which must not be used afterwards; autograd raises
             where something else needs its former values. Without a gradient to write, ``input`` is only read.
+        backend: the kernels: ``"cpu"``, ``"cuda"``, ``"triton"``, or None: those for the device of ``input``, CUDA's
+            before Triton's (:mod:`fusedloss.backend`).
 
     Returns:
         The loss in the type of ``input`` (promoted with probabilities' and weight's; float32 under autocast), a
@@ -77,7 +80,8 @@ def cross_entropy(
             ``grad_in_forward=True`` or ``inplace=True``) where it cannot be written there.
         RuntimeError: other shapes or types do not fit, ``label_smoothing`` is above 1, tensors are on different
             devices, ``weight`` requires grad beside class indices, ``inplace=True`` with a leaf.
-        NotImplementedError: ``input`` is not a floating-point tensor of a supported type.
+        NotImplementedError: ``input`` is not a floating-point tensor of a supported type, or there are no kernels for
+            its device.
     """
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
@@ -94,7 +98,7 @@ def cross_entropy(
         return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, **options)
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"cross_entropy: logit_softcap must be positive, got {logit_softcap}")
-    loss, lse, _, _, _ = ops.cross_entropy.default(
+    loss, lse, _, _, _ = operators(backend, input).cross_entropy.default(
         input,
         target,
         weight,
@@ -117,6 +121,8 @@ def nll_loss(
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Negative log likelihood of log-probabilities; :func:`torch.nn.functional.nll_loss`.
 
@@ -129,6 +135,7 @@ def nll_loss(
         size_average, reduce: deprecated, as in native torch.
         ignore_index: targets equal to it give no loss and no gradient; any int64.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the weights of the targets that count.
+        backend: as in :func:`cross_entropy`.
 
     Returns:
         The loss in the type of ``input`` (float32 under autocast), a scalar or of the shape of ``target``.
@@ -147,7 +154,7 @@ def nll_loss(
         _check_int("nll_loss", "ignore_index", ignore_index)
     if _native_road():
         return reference.nll_loss(input, target, weight, ignore_index, reduction)
-    return ops.nll.default(input, target, weight, _reduction_code(reduction), ignore_index)[0]
+    return operators(backend, input).nll.default(input, target, weight, _reduction_code(reduction), ignore_index)[0]
 
 
 def binary_cross_entropy_with_logits(
@@ -163,6 +170,7 @@ def binary_cross_entropy_with_logits(
     grad_in_forward: bool | str = "auto",
     grad_scale: float | Tensor | None = None,
     inplace: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Binary cross entropy on logits; :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
 
@@ -177,7 +185,7 @@ def binary_cross_entropy_with_logits(
         reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the elements that are not ignored.
         pos_weight: broadcasts to the shape of ``input``; multiplies the loss of the positive part.
         ignore_index: elements whose target equals it give no loss and no gradient and do not count in the mean.
-        grad_in_forward, grad_scale, inplace: as in :func:`cross_entropy`.
+        grad_in_forward, grad_scale, inplace, backend: as in :func:`cross_entropy`.
 
     Returns:
         The loss in the type of a floating-point ``target``, else of ``input`` (float32 under autocast).
@@ -203,7 +211,9 @@ def binary_cross_entropy_with_logits(
         )
     code = _reduction_code(reduction)
     options = _gradient_options("binary_cross_entropy_with_logits", input, grad_in_forward, grad_scale, inplace)
-    return ops.bce_with_logits.default(input, target, weight, pos_weight, code, ignore_index, *options)[0]
+    return operators(backend, input).bce_with_logits.default(
+        input, target, weight, pos_weight, code, ignore_index, *options
+    )[0]
 
 
 def binary_cross_entropy(
@@ -217,6 +227,7 @@ def binary_cross_entropy(
     ignore_index: int | None = None,
     grad_in_forward: bool | str = "auto",
     grad_scale: float | Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Binary cross entropy on probabilities; :func:`torch.nn.functional.binary_cross_entropy`.
 
@@ -229,7 +240,7 @@ def binary_cross_entropy(
         size_average, reduce: deprecated, as in native torch.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the elements that are not ignored.
         ignore_index: elements whose target equals it give no loss and no gradient and do not count in the mean.
-        grad_in_forward, grad_scale: as in :func:`cross_entropy`.
+        grad_in_forward, grad_scale, backend: as in :func:`cross_entropy`.
 
     Returns:
         The loss in the type of ``input`` (float32 under CPU autocast; CUDA autocast refuses, as native does).
@@ -250,7 +261,9 @@ def binary_cross_entropy(
     if _native_road():
         return reference.binary_cross_entropy(input, target, weight, reduction, ignore_index=ignore_index)
     options = _gradient_options("binary_cross_entropy", input, grad_in_forward, grad_scale)
-    return ops.bce.default(input, target, weight, _reduction_code(reduction), ignore_index, *options)[0]
+    return operators(backend, input).bce.default(
+        input, target, weight, _reduction_code(reduction), ignore_index, *options
+    )[0]
 
 
 def _native_road() -> bool:

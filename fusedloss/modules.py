@@ -19,6 +19,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     grad_in_forward: bool | str = "auto"
     grad_scale: float | Tensor | None = None
     inplace: bool = False
+    backend: str | None = None
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         grad_in_forward: bool | str = "auto",
         grad_scale: float | Tensor | None = None,
         inplace: bool = False,
+        backend: str | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss = z_loss
@@ -43,6 +45,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.grad_in_forward = grad_in_forward
         self.grad_scale = grad_scale
         self.inplace = inplace
+        self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return functional.cross_entropy(
@@ -58,11 +61,27 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             grad_in_forward=self.grad_in_forward,
             grad_scale=self.grad_scale,
             inplace=self.inplace,
+            backend=self.backend,
         )
 
 
 class NLLLoss(nn.NLLLoss):
     """:class:`torch.nn.NLLLoss`; the options are those of :func:`fusedloss.functional.nll_loss`."""
+
+    backend: str | None = None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction)
+        self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.nll_loss(
@@ -71,6 +90,7 @@ class NLLLoss(nn.NLLLoss):
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            backend=self.backend,
         )
 
 
@@ -82,6 +102,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     grad_in_forward: bool | str = "auto"
     grad_scale: float | Tensor | None = None
     inplace: bool = False
+    backend: str | None = None
 
     def __init__(
         self,
@@ -95,12 +116,14 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         grad_in_forward: bool | str = "auto",
         grad_scale: float | Tensor | None = None,
         inplace: bool = False,
+        backend: str | None = None,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         self.ignore_index = ignore_index
         self.grad_in_forward = grad_in_forward
         self.grad_scale = grad_scale
         self.inplace = inplace
+        self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -113,6 +136,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             grad_in_forward=self.grad_in_forward,
             grad_scale=self.grad_scale,
             inplace=self.inplace,
+            backend=self.backend,
         )
 
 
@@ -122,6 +146,7 @@ class BCELoss(nn.BCELoss):
     ignore_index: int | None = None
     grad_in_forward: bool | str = "auto"
     grad_scale: float | Tensor | None = None
+    backend: str | None = None
 
     def __init__(
         self,
@@ -133,11 +158,13 @@ class BCELoss(nn.BCELoss):
         ignore_index: int | None = None,
         grad_in_forward: bool | str = "auto",
         grad_scale: float | Tensor | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction)
         self.ignore_index = ignore_index
         self.grad_in_forward = grad_in_forward
         self.grad_scale = grad_scale
+        self.backend = backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy(
@@ -148,4 +175,5 @@ class BCELoss(nn.BCELoss):
             ignore_index=self.ignore_index,
             grad_in_forward=self.grad_in_forward,
             grad_scale=self.grad_scale,
+            backend=self.backend,
         )

@@ -7,14 +7,18 @@ this package with the arguments that a CUDA kernel would get. The losses are cro
 Importing this package imports Triton.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 from fusedloss import _C
-from fusedloss.triton.cross_entropy import cross_entropy
-from fusedloss.triton.elementwise import bce, bce_with_logits
-from fusedloss.triton.nll import nll
-from fusedloss.triton.rescale import rescale
+from fusedloss.triton import cross_entropy, elementwise, nll, rescale
 
 _C.install_triton(
-    SimpleNamespace(cross_entropy=cross_entropy, nll=nll, bce=bce, bce_with_logits=bce_with_logits, rescale=rescale)
+    SimpleNamespace(
+        cross_entropy=cross_entropy.launch,
+        nll=nll.launch,
+        bce_with_logits=partial(elementwise.launch, "bce_with_logits"),
+        bce=partial(elementwise.launch, "bce"),
+        rescale=rescale.launch,
+    )
 )

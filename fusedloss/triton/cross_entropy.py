@@ -120,9 +120,7 @@ def _merge(sums, o: tl.constexpr):
 
 
 @triton.jit
-def _sweep(
-    view, q_view, weight, begin, end, readable, smoothing, softcap, tile: tl.constexpr, o: tl.constexpr
-):
+def _sweep(view, q_view, weight, begin, end, readable, smoothing, softcap, tile: tl.constexpr, o: tl.constexpr):
     """The sums of the entries [begin, end) of each row, tile by tile."""
     positions: tl.constexpr = tile.positions
     lanes: tl.constexpr = tile.lanes
@@ -670,7 +668,7 @@ def _geometry(double):
 # --- Launches --------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(args, pass_name):
+def launch(args, pass_name):
     """Starts the kernels of a pass."""
     tensors = [args.logits, args.grad_logits, args.probabilities, args.grad_probabilities]
     double = args.logits.data.dtype == torch.float64

@@ -222,7 +222,8 @@ def _elementwise(
     finish(parts, total_loss, total_divisor, losses, count, IS_MEAN, ALONE)
 
 
-def _elementwise_loss(name, args, pass_name):
+def launch(name, args, pass_name):
+    """Starts the kernels of a pass."""
     in_domain, evaluate, target_grad = _LOSSES[name]
     shape, total, flow = args.shape, args.total, args.flow
     numel = shape.numel
@@ -271,13 +272,3 @@ def _elementwise_loss(name, args, pass_name):
         **types,
     )
     parts.add_up()
-
-
-def bce(args, pass_name):
-    """Starts the kernels of a pass."""
-    _elementwise_loss("bce", args, pass_name)
-
-
-def bce_with_logits(args, pass_name):
-    """Starts the kernels of a pass."""
-    _elementwise_loss("bce_with_logits", args, pass_name)

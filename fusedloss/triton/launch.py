@@ -6,14 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# What code outside the kernels has to know of an element type.
-TYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-INT32_MAX = 2**31 - 1
+INTERPRETED = triton.knobs.runtime.interpret  # kernels are declared for one or the other, when they are imported
 
 
 def kernel(function):
@@ -39,7 +32,7 @@ def accumulate_type(pointer):
 
 def index_type(count):
     """Of a running number below count: 32 bits where they do, since a division of 64 takes several times as long."""
-    return tl.int32 if count <= INT32_MAX // 2 else tl.int64
+    return tl.int32 if count < 2**30 else tl.int64
 
 
 def workspace(device, count, dtype=torch.float64):
@@ -48,11 +41,10 @@ def workspace(device, count, dtype=torch.float64):
 
 @functools.cache
 def multiprocessors(device):
-    module = getattr(torch, device.type)
-    if device.type == "cpu":  # the interpreter
+    if device.type == "cpu":  # the interpreter's
         return 1
-    properties = module.get_device_properties(device)
-    return getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_eu_count", 0) or 1
+    properties = getattr(torch, device.type).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", 0) or properties.gpu_subslice_count  # CUDA and HIP, or XPU
 
 
 def ceil_div(a, b):

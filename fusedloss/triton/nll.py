@@ -82,9 +82,7 @@ def _backward(
     if weight is not None:
         weights = tl.load(weight + index, mask=counts, other=0.0)
     on_target = math.nll_grad(g.to(ACC), weights)
-    view = view_of(
-        grad_log_probs, position, inner, classes, outer_stride, class_stride, inner_stride, tile
-    )
+    view = view_of(grad_log_probs, position, inner, classes, outer_stride, class_stride, inner_stride, tile)
     rows, head, _, _ = view
     entry = entries(chunk * (tile.chunk * tile.lanes), tile)
     is_target = (entry - head == index[:, None, None]) & counts[:, None, None]
@@ -96,7 +94,7 @@ def _geometry(entries, wide):
     return (_ENTRIES // lanes, *((1, lanes) if wide else (lanes, 1)), 4, False)
 
 
-def nll(args, pass_name):
+def launch(args, pass_name):
     """Starts the kernels of a pass."""
     shape, target, flow = args.shape, args.target, args.flow
     sizes = shape.positions, shape.classes, shape.inner

@@ -19,7 +19,7 @@ def _rescale(grad, grad_output, assumed, numel: tl.int64, ACC: tl.constexpr, IND
         tl.store(grad + i, values.to(grad.dtype.element_ty), mask=i < numel)
 
 
-def rescale(args):
+def launch(args):
     """Starts the kernel."""
     pointers = args.grad, args.grad_output, args.assumed
     types = {"ACC": accumulate_type(args.grad), "INDEX": index_type(args.numel)}
