@@ -1,9 +1,23 @@
 """Fixtures every test file shares."""
 
+import importlib.util
+import os
+import zlib
+
 import pytest
 import torch
 
-import fusedloss
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import fusedloss  # noqa: E402
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not HAS_GPU:
+    import interpreter
+
+    interpreter.mend()
 
 
 def missing_cuda():
@@ -13,10 +27,49 @@ def missing_cuda():
     return None if fusedloss.build_info()["cuda"] else "fusedloss is built without CUDA kernels"
 
 
-# Without CUDA its half of the tests is left out as a whole; test_cuda_is_there says so, in one line.
-@pytest.fixture(params=["cpu"] if missing_cuda() else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backends_here():
+    """(backend, device) of every kernel that can run: Triton's on a GPU if there is one, else interpreted on the CPU."""
+    here = [("cpu", "cpu")]
+    if not missing_cuda():
+        here += [("cuda", "cuda")]
+    if HAS_TRITON:
+        here += [("triton", "cuda" if HAS_GPU else "cpu")]
+    return here
+
+
+# What this machine lacks is left out as a whole; test_what_is_there says so, in one line.
+@pytest.fixture(
+    params=[
+        pytest.param(pair, id=pair[0], marks=[pytest.mark.gpu] if pair[1] == "cuda" else []) for pair in backends_here()
+    ]
+)
 def device(request):
-    return request.param
+    """Where tensors are to be for a backend's kernels, which are the default meanwhile."""
+    backend, device = request.param
+    with fusedloss.use_backend(backend):
+        yield device
+
+
+# Interpreted, a test takes from a tenth of a second to some seconds. Which ones are chosen depends on their names alone.
+ONE_IN = 24
+
+
+def pytest_addoption(parser):
+    help = f"the tests over devices that run Triton's interpreter: all, none, or a sample of one in {ONE_IN}"
+    parser.addoption("--interpreted", choices=["all", "sample", "none"], default="sample", help=help)
+
+
+def pytest_collection_modifyitems(config, items):
+    wish = config.getoption("--interpreted")
+
+    def left_out(item):
+        parameters = getattr(item, "callspec", None)
+        if parameters is None or parameters.params.get("device") != ("triton", "cpu"):
+            return False
+        return wish == "none" or (wish == "sample" and zlib.crc32(item.nodeid.encode()) % ONE_IN != 0)
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = [item for item in items if not left_out(item)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,13 @@
-"""The operators under torch.ops.fusedloss: schemas, fakes, autograd registration, strides."""
+"""The operators of each namespace: schemas, fakes, autograd registration, strides."""
+
+import sys
 
 import pytest
 import torch
 from support import LOSSES, differentiate, moved
 from torch.library import opcheck
+
+from fusedloss.backend import operators
 
 OPS = torch.ops.fusedloss
 NONE, MEAN, SUM = 0, 1, 2
@@ -70,6 +74,14 @@ each_call = pytest.mark.parametrize(
     ("name", "arguments"),
     [pytest.param(name, row, id=f"{name} {what}") for name, rows in ARGUMENTS.items() for what, row in rows.items()],
 )
+
+
+@pytest.fixture(autouse=True)
+def operators_of_the_backend(request, monkeypatch):
+    """Tests over devices are about the namespace of the device's backend."""
+    if "device" in request.fixturenames:
+        input = torch.empty(0, device=request.getfixturevalue("device"))
+        monkeypatch.setattr(sys.modules[__name__], "OPS", operators(None, input))
 
 
 def operator(name):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from fusedloss.triton import math
 from fusedloss.triton.launch import ceil_div, index_type, kernel, start, workspace
 from fusedloss.triton.reduce import sum_of_parts
 
@@ -49,10 +50,22 @@ class Tile:
 
 
 @triton.jit
-def positions_of(block, tile: tl.constexpr):
-    """The numbers of the positions of a block."""
+def _multiple(x, align: tl.constexpr):
+    if align == 1:
+        return x
+    else:
+        return x // align * align
+
+
+@triton.jit
+def positions_of(block, positions, tile: tl.constexpr):
+    """(the numbers of a block's positions, which of them there are)"""
     count: tl.constexpr = tile.positions
-    return block.to(tile.index) * count + tl.arange(0, count).to(tile.index)
+    position = block.to(tile.index) * count + tl.arange(0, count).to(tile.index)
+    if tile.order == "columns":
+        return position, position < _multiple(positions.to(tile.index), tile.align)
+    else:
+        return position, position < positions
 
 
 @triton.jit
@@ -66,16 +79,8 @@ def class_of(target, target_stride, position, live, ignore_index, classes):
 
 # --- Entries ---------------------------------------------------------------------------------------------------
 #
-# The view of a tile is a tuple (rows, head, class_stride, classes): pointers to class 0 of each position, how many
-# elements each row begins behind the tile, and how classes follow one another.
-
-
-@triton.jit
-def _multiple(x, align: tl.constexpr):
-    if align == 1:
-        return x
-    else:
-        return x // align * align
+# The view of a tile is a tuple (rows, head, class_stride, classes): pointers to entry 0 of each position; how many
+# entries there are before its class 0, which are none of its own; and how classes follow one another.
 
 
 @triton.jit
@@ -83,7 +88,7 @@ def view_of(data, position, inner, classes, outer_stride, class_stride, inner_st
     align: tl.constexpr = tile.align
     if tile.order == "columns":
         step = 1
-        size = _multiple(inner, align).to(tile.index)
+        size = _multiple(inner.to(tile.index), align)
     else:
         step = _multiple(inner_stride, align)
         size = inner.to(tile.index)
@@ -92,10 +97,11 @@ def view_of(data, position, inner, classes, outer_stride, class_stride, inner_st
     else:
         outer = (position // size).to(tl.int64) * _multiple(outer_stride, align)
         rows = data + (outer + (position % size).to(tl.int64) * step)
-    head = tl.zeros((1, 1, 1), tl.int32)
+    head = tl.zeros((1,), tl.int32)
     if tile.shift:
-        size_of: tl.constexpr = data.dtype.element_ty.primitive_bitwidth // 8
-        head = (rows.to(tl.int64) // size_of % tile.shift).to(tl.int32)[:, None, None]
+        bytes: tl.constexpr = data.dtype.element_ty.primitive_bitwidth // 8
+        head = (rows.to(tl.int64) // bytes % tile.shift).to(tl.int32)
+        rows = tl.multiple_of(rows - head, (16,))
     return rows, head, class_stride, classes
 
 
@@ -111,6 +117,7 @@ def entries(begin, tile: tl.constexpr):
 @triton.jit
 def is_class(view, entry, tile: tl.constexpr):
     rows, head, class_stride, classes = view
+    head = head[:, None, None]
     if tile.shift:
         return (entry >= head) & (entry < classes + head)
     elif tile.order == "rows":
@@ -122,27 +129,45 @@ def is_class(view, entry, tile: tl.constexpr):
 @triton.jit
 def places_of(view, entry, tile: tl.constexpr):
     rows, head, class_stride, classes = view
-    if tile.shift:
-        return tl.multiple_of(rows[:, None, None] - head, (16, 16, 16)) + entry
-    elif tile.order == "rows":
+    if tile.order == "rows":
         return rows[:, None, None] + entry
     else:
         return rows[:, None, None] + entry.to(tl.int64) * _multiple(class_stride, tile.align)
 
 
 @triton.jit
-def load_entries(view, entry, readable, tile: tl.constexpr):
-    """(positions, chunk, lanes); -inf where there is no class, or the row is not to be read."""
+def _packets_with(readable, tile: tl.constexpr):
+    """Whether any position within the same 16 bytes of a column is to be read; such bytes are loaded at once."""
+    if tile.order == "columns" and tile.align > 1:
+        align: tl.constexpr = tile.align
+        packets: tl.constexpr = tile.positions // tile.align
+        some = tl.max(readable.to(tl.int32).reshape(packets, align), 1)[:, None]
+        some = tl.broadcast_to(some, (packets, align)).reshape(packets * align)
+        return tl.max_constancy(some > 0, (align,))
+    else:
+        return readable
+
+
+@triton.jit
+def load_entries(view, entry, readable, acc: tl.constexpr, tile: tl.constexpr):
+    """(positions, chunk, lanes) in the accumulate type; -inf where there is no class, or the row is not to be read."""
     rows, head, class_stride, classes = view
-    readable = readable[:, None, None]
-    exists = is_class(view, entry, tile) & readable
+    exists = is_class(view, entry, tile) & readable[:, None, None]
     if tile.shift:
         # With what lies beyond the row's ends: memory is there in units of at least 16 bytes.
         first = entry // tile.shift * tile.shift
-        x = tl.load(places_of(view, entry, tile), mask=(first < classes + head) & readable, other=0.0)
-        return tl.where(exists, x, -float("inf"))
+        x = tl.load(
+            places_of(view, entry, tile),
+            mask=(first < classes + head[:, None, None]) & readable[:, None, None],
+            other=0.0,
+        )
+        return tl.where(exists, x.to(acc), -float("inf"))
+    elif tile.order == "columns":
+        packets = _packets_with(readable, tile)[:, None, None]
+        x = tl.load(places_of(view, entry, tile), mask=is_class(view, entry, tile) & packets, other=0.0)
+        return tl.where(exists, x.to(acc), -float("inf"))
     else:
-        return tl.load(places_of(view, entry, tile), mask=exists, other=-float("inf"))
+        return tl.load(places_of(view, entry, tile), mask=exists, other=-float("inf")).to(acc)
 
 
 @triton.jit
@@ -151,9 +176,10 @@ def store_entries(view, entry, live, values, tile: tl.constexpr):
     live = live[:, None, None]
     exists = is_class(view, entry, tile) & live
     places = places_of(view, entry, tile)
-    values = values.to(rows.dtype.element_ty)
+    values = math.converted(values, rows)
     if tile.shift:
         first = entry // tile.shift * tile.shift
+        head = head[:, None, None]
         whole = (first >= head) & (first + tile.shift <= classes + head)
         tl.store(places, values, mask=whole & live)
         tl.store(places, values, mask=exists & ~whole)
@@ -243,7 +269,7 @@ def alignment(shape, order, tensors):
         return packet, 0
     # Rows of all tensors must begin equally far behind a multiple of 16 bytes.
     alike = {(tensor.data.dtype, tensor.outer_stride, tensor.inner_stride) for tensor in tensors}
-    return 1, packet if order == "rows" and len(heads) == len(alike) == 1 and shape.classes > packet else 0
+    return 1, packet if order == "rows" and len(heads) == len(alike) == 1 and shape.classes >= 8 * packet else 0
 
 
 def tile_of(shape, tensors, geometry):

@@ -70,7 +70,7 @@ def _exp(x, o: tl.constexpr):
 @triton.jit
 def _values(view, entry, readable, softcap, tile: tl.constexpr, o: tl.constexpr):
     """(entries as the softmax sees them, the cap's slopes, whether they exist)"""
-    x = load_entries(view, entry, readable, tile).to(o.acc)
+    x = load_entries(view, entry, readable, o.acc, tile)
     exists = is_class(view, entry, tile) & readable[:, None, None]
     slope = x
     if o.capped:
@@ -96,7 +96,7 @@ def _masses(q_view, weight, entry, exists, smoothing, tile: tl.constexpr, o: tl.
     if weight is None:
         masses = tl.where(exists, 1.0, 0.0).to(o.acc)
     else:
-        masses = tl.load(weight + (entry - head), mask=exists, other=0.0)
+        masses = tl.load(weight + (entry - head[:, None, None]), mask=exists, other=0.0)
     if rows is not None:
         keep, spread = smoothing
         q = tl.load(places_of(q_view, entry, tile), mask=exists, other=0.0).to(o.acc)
@@ -193,7 +193,7 @@ def _target_logit(view, target, of_target, softcap, tile: tl.constexpr, o: tl.co
         return mass
     else:
         rows, head, class_stride, classes = view
-        x = tl.load(rows + index.to(tl.int64) * class_stride, mask=counts, other=0.0).to(o.acc)
+        x = tl.load(rows + (index + head).to(tl.int64) * class_stride, mask=counts, other=0.0).to(o.acc)
         if o.capped:
             x, slope = math.soft_cap(x, softcap)
         return x
@@ -233,7 +233,7 @@ def _finish_rows(
     counts = counts & (classes > 0)
     losses = tl.where(counts, losses, 0.0)
     if loss is not None:
-        tl.store(loss + position, losses.to(loss.dtype.element_ty), mask=live)
+        tl.store(loss + position, math.converted(losses, loss), mask=live)
     if row_max is not None:
         tl.store(row_max + position, max, mask=live)
         tl.store(row_log_sum + position, log_sum, mask=live)
@@ -270,7 +270,7 @@ def _entry_grads(
     rows, head, class_stride, classes = q_view
     on_class = tl.zeros(x.shape, o.acc)
     if target is not None:
-        on_class = tl.where(entry - head == index[:, None, None], on_target[:, None, None], 0.0)
+        on_class = tl.where(entry - head[:, None, None] == index[:, None, None], on_target[:, None, None], 0.0)
     if o.dense:
         masses = _masses(q_view, weight, entry, exists, smoothing, tile, o)
         on_class += on_all[:, None, None] * masses
@@ -322,8 +322,7 @@ def _forward(
     ALONE: tl.constexpr,
 ):
     """Whole rows: their losses and statistics, and their gradient."""
-    position = positions_of(tl.program_id(0), tile)
-    live = position < positions
+    position, live = positions_of(tl.program_id(0), positions, tile)
     smoothing = _smoothing(label_smoothing, classes, o)
     softcap = math.number(logit_softcap, o.acc)
     z = math.number(z_loss, o.acc)
@@ -401,7 +400,7 @@ def _slices(
     target_stride: tl.int64,
     ignore_index: tl.int64,
     slices: tl.int64,
-    slice_entries: tl.int64,
+    slice_chunks: tl.int64,
     label_smoothing: tl.float64,
     logit_softcap: tl.float64,
     tile: tl.constexpr,
@@ -409,8 +408,7 @@ def _slices(
 ):
     """The sums of a slice of each row: parts is (3, slices, positions), mass_parts (slices, positions)."""
     slice = tl.program_id(0) % slices
-    position = positions_of(tl.program_id(0) // slices, tile)
-    live = position < positions
+    position, live = positions_of(tl.program_id(0) // slices, positions, tile)
     smoothing = _smoothing(label_smoothing, classes, o)
     softcap = math.number(logit_softcap, o.acc)
     of_target = _target_of(target, target_stride, ignore_index, weight, position, live, classes, smoothing, o)
@@ -418,8 +416,8 @@ def _slices(
     readable = live & (counts | o.every_lse)
     view = view_of(logits, position, inner, classes, logits_outer, logits_class, logits_inner, tile)
     q_view = _q_view(probabilities, view, position, inner, q_outer, q_class, q_inner, tile)
-    begin = (slice * slice_entries).to(tl.int32)
-    end = tl.minimum(begin + slice_entries.to(tl.int32), classes.to(tl.int32) + tile.shift)
+    begin = (slice * slice_chunks).to(tl.int32) * (tile.chunk * tile.lanes)
+    end = tl.minimum(begin + slice_chunks.to(tl.int32) * (tile.chunk * tile.lanes), classes.to(tl.int32) + tile.shift)
     max, sum, dense_loss, mass = _sweep(view, q_view, weight, begin, end, readable, smoothing, softcap, tile, o)
     at = slice * positions + position
     tl.store(parts + at, max, mask=live)
@@ -462,8 +460,7 @@ def _finish(
     ALONE: tl.constexpr,
 ):
     """Rows from the sums of their slices."""
-    position = positions_of(tl.program_id(0), tile)
-    live = position < positions
+    position, live = positions_of(tl.program_id(0), positions, tile)
     smoothing = _smoothing(label_smoothing, classes, o)
     softcap = math.number(logit_softcap, o.acc)
     of_target = _target_of(target, target_stride, ignore_index, weight, position, live, classes, smoothing, o)
@@ -510,8 +507,7 @@ def _mass(
     if probabilities is None:
         tl.store(row_mass, sum_of_parts(weight, classes, 1024))
     else:
-        position = positions_of(tl.program_id(0), tile)
-        live = position < positions
+        position, live = positions_of(tl.program_id(0), positions, tile)
         smoothing = _smoothing(label_smoothing, classes, o)
         q_view = view_of(probabilities, position, inner, classes, q_outer, q_class, q_inner, tile)
         count: tl.constexpr = tile.positions
@@ -565,8 +561,7 @@ def _backward(
 ):
     """One tile of the gradients, from the statistics that forward has saved."""
     chunk = (tl.program_id(0) % chunks).to(tl.int32)
-    position = positions_of(tl.program_id(0) // chunks, tile)
-    live = position < positions
+    position, live = positions_of(tl.program_id(0) // chunks, positions, tile)
     smoothing = _smoothing(label_smoothing, classes, o)
     softcap = math.number(logit_softcap, o.acc)
     z = math.number(z_loss, o.acc)
@@ -602,7 +597,7 @@ def _backward(
         rows, head, class_stride, classes = view
         weights = tl.full(x.shape, 1.0, o.acc)
         if weight is not None:
-            weights = tl.load(weight + (entry - head), mask=exists, other=0.0)
+            weights = tl.load(weight + (entry - head[:, None, None]), mask=exists, other=0.0)
         shifted = x - max[:, None, None]
         grads = math.probability_grad(shifted, log_sum[:, None, None], flows[2][:, None, None], keep, weights)
         grad_q_view = view_of(
@@ -640,15 +635,18 @@ ROWS = [
 ]
 SWEPT_ROWS = Geometry(float("inf"), 16384, 16)
 SWEPT_CHUNK = 4  # lanes are 16 bytes wide: a thread has so many of them at once
-COLUMNS = [Geometry(256, 8192, 8)]
+COLUMNS = [Geometry(256, 4096, 8)]
 SWEPT_COLUMNS = Geometry(float("inf"), 4096, 4)
 SWEPT_CLASSES = 32
+BACKWARD = Geometry(float("inf"), 8192, 8)  # needs no row as a whole
 FEWEST_PROGRAMS = 2  # for each multiprocessor; with fewer, swept rows are sliced
 
 
-def _geometry(double):
-    """(entries of a row, whether a tile is to be wide in classes) -> a tile's positions, chunk, lanes, warps, sweeps."""
-    share = 2 if double else 1  # of the registers
+def _geometry(share):
+    """(entries of a row, whether a tile is to be wide in classes) -> a tile's positions, chunk, lanes, warps, sweeps.
+
+    share: a tile has 1 / share of the table's entries, because each needs so many more registers.
+    """
 
     def geometry(entries, wide):
         for line in ROWS if wide else COLUMNS:
@@ -665,14 +663,21 @@ def _geometry(double):
     return geometry
 
 
+def _backward_geometry(share):
+    def geometry(entries, wide):
+        count = BACKWARD.entries // share
+        padded = min(next_power_of_2(entries), count if wide else SWEPT_CLASSES)
+        return count // padded, *((1, padded) if wide else (padded, 1)), BACKWARD.warps, False
+
+    return geometry
+
+
 # --- Launches --------------------------------------------------------------------------------------------------
 
 
 def launch(args, pass_name):
     """Starts the kernels of a pass."""
     tensors = [args.logits, args.grad_logits, args.probabilities, args.grad_probabilities]
-    double = args.logits.data.dtype == torch.float64
-    tile = tile_of(args.shape, tensors, _geometry(double))
     options = Options(
         acc=accumulate_type(args.logits.data),
         rough=args.logits.data.dtype.itemsize == 2,
@@ -681,8 +686,10 @@ def launch(args, pass_name):
         has_z=args.z_loss != 0,
         every_lse=args.every_lse,
         is_mean=args.total.is_mean,
-        with_gradient=pass_name == "forward_with_gradient",
+        with_gradient=pass_name == "forward_with_gradient" and args.grad_logits.data is not None,  # it may be empty
     )
+    share = 2 ** sum([options.acc == tl.float64, options.dense, options.capped])
+    tile = tile_of(args.shape, tensors, (_backward_geometry if pass_name == "backward" else _geometry)(share))
     if pass_name == "backward":
         return _start_backward(args, tile, options)
     slices = _slice_count(args, tile)
@@ -700,7 +707,7 @@ def _start_forward(args, tile, options):
     counted, counted_parts = None, 0
     if options.with_gradient and options.is_mean and not args.has_probabilities:
         counted, counted_parts = count_before(args)
-    programs = tile.blocks(shape)
+    programs = max(tile.blocks(shape), 1)  # the total of nothing has a program too
     parts = Parts(args.total, programs, args.device)
     start(
         _forward,
@@ -743,8 +750,8 @@ def _start_slices(args, tile, options, slices):
         args = SimpleNamespace(**{**vars(args), "row_max": row_max, "row_log_sum": row_log_sum, "total": total})
         options = replace(options, with_gradient=False)
 
-    slices = ceil_div(tile.chunks(shape), ceil_div(tile.chunks(shape), slices))  # none is empty
-    slice_entries = ceil_div(tile.chunks(shape), slices) * tile.chunk * tile.lanes
+    slice_chunks = ceil_div(tile.chunks(shape), slices)
+    slices = ceil_div(tile.chunks(shape), slice_chunks)  # none is empty
     slice_parts = workspace(device, 3 * slices * shape.positions, sums)
     mass_parts = workspace(device, slices * shape.positions) if options.dense else None
     start(
@@ -752,7 +759,7 @@ def _start_slices(args, tile, options, slices):
         tile.blocks(shape) * slices,
         *(args.logits.data, target.data, args.probabilities.data, args.weight, slice_parts, mass_parts),
         *(shape.positions, shape.classes, shape.inner, *_numbers(args.logits, args.probabilities)),
-        *(target.stride, args.target.ignore_index, slices, slice_entries),
+        *(target.stride, args.target.ignore_index, slices, slice_chunks),
         *(args.label_smoothing, args.logit_softcap),
         tile=tile,
         o=options,
@@ -779,7 +786,7 @@ def _start_slices(args, tile, options, slices):
     if backward:
         flow = SimpleNamespace(grad_loss=args.flow.grad_loss, divisor=args.total.divisor if options.is_mean else None)
         args = SimpleNamespace(**{**vars(args), "flow": flow, "row_mass": row_mass})
-        _start_backward(args, tile, options)
+        launch(args, "backward")
 
 
 def _start_backward(args, tile, options):

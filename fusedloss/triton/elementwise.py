@@ -55,7 +55,7 @@ def _load(operand, element, exists, sizes, ACC: tl.constexpr, DIMS: tl.constexpr
 def _store(operand, element, exists, values, sizes, DIMS: tl.constexpr):
     data, strides = operand
     if data is not None:
-        tl.store(_places(operand, element, sizes, DIMS), values.to(data.dtype.element_ty), mask=exists)
+        tl.store(_places(operand, element, sizes, DIMS), math.converted(values, data), mask=exists)
 
 
 @triton.jit

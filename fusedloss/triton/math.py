@@ -30,6 +30,15 @@ def constant(value, like):
 
 
 @triton.jit
+def converted(x, pointer):
+    """x in the type of what a pointer points to."""
+    if x.dtype == tl.float64 and pointer.dtype.element_ty == tl.bfloat16:
+        return x.to(tl.float32).to(tl.bfloat16)  # no device converts this at once
+    else:
+        return x.to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def larger(a, b):
     """The larger number; NaN in `a` is passed over."""
     return tl.where(a > b, a, b)

@@ -44,7 +44,7 @@ def _forward(
         weights = tl.load(weight + index, mask=counts, other=0.0)
     losses = tl.where(counts, math.nll_loss(log_probability, weights), 0.0)
     if loss is not None:
-        tl.store(loss + position, losses.to(loss.dtype.element_ty), mask=live)
+        tl.store(loss + position, math.converted(losses, loss), mask=live)
     loss_sum = tl.sum(losses.to(tl.float64), 0)
     finish(parts, total_loss, total_divisor, loss_sum, tl.sum(weights.to(tl.float64), 0), IS_MEAN, ALONE)
 
@@ -70,8 +70,7 @@ def _backward(
     ACC: tl.constexpr,
 ):
     chunk = (tl.program_id(0) % chunks).to(tl.int32)
-    position = positions_of(tl.program_id(0) // chunks, tile)
-    live = position < positions
+    position, live = positions_of(tl.program_id(0) // chunks, positions, tile)
     index, counts = class_of(target, target_stride, position, live, ignore_index, classes)
     g = math.number(1.0, tl.float64)
     if divisor is not None:
@@ -85,7 +84,7 @@ def _backward(
     view = view_of(grad_log_probs, position, inner, classes, outer_stride, class_stride, inner_stride, tile)
     rows, head, _, _ = view
     entry = entries(chunk * (tile.chunk * tile.lanes), tile)
-    is_target = (entry - head == index[:, None, None]) & counts[:, None, None]
+    is_target = (entry - head[:, None, None] == index[:, None, None]) & counts[:, None, None]
     store_entries(view, entry, live, tl.where(is_target, on_target[:, None, None], 0.0), tile)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from fusedloss.triton import math
 from fusedloss.triton.launch import kernel, start, workspace
 
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _write(loss, divisor, loss_sum, divisor_sum, IS_MEAN: tl.constexpr):
     if divisor is not None:
         tl.store(divisor, divisor_sum)
     if loss is not None:
-        tl.store(loss, math.reduced(IS_MEAN, loss_sum, divisor_sum).to(loss.dtype.element_ty))
+        tl.store(loss, math.converted(math.reduced(IS_MEAN, loss_sum, divisor_sum), loss))
 
 
 @triton.jit

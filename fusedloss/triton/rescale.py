@@ -3,6 +3,7 @@ what forward has assumed."""
 
 import triton.language as tl
 
+from fusedloss.triton import math
 from fusedloss.triton.launch import accumulate_type, ceil_div, index_type, kernel, start
 
 _BLOCK = 2048
@@ -15,12 +16,19 @@ def _rescale(grad, grad_output, assumed, numel: tl.int64, ACC: tl.constexpr, IND
         factor = factor / tl.load(assumed).to(tl.float64)
     if factor != 1.0:
         i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(grad + i, mask=i < numel).to(ACC) * factor.to(ACC)
-        tl.store(grad + i, values.to(grad.dtype.element_ty), mask=i < numel)
+        # A block that is full has no mask, so that 16 bytes are moved at once whatever the number of elements.
+        if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel:
+            values = tl.load(grad + i).to(ACC) * factor.to(ACC)
+            tl.store(grad + i, math.converted(values, grad))
+        else:
+            values = tl.load(grad + i, mask=i < numel).to(ACC) * factor.to(ACC)
+            tl.store(grad + i, math.converted(values, grad), mask=i < numel)
 
 
 def launch(args):
     """Starts the kernel."""
+    if args.numel == 0:
+        return
     pointers = args.grad, args.grad_output, args.assumed
     types = {"ACC": accumulate_type(args.grad), "INDEX": index_type(args.numel)}
     start(_rescale, ceil_div(args.numel, _BLOCK), *pointers, args.numel, BLOCK=_BLOCK, **types)

@@ -1,0 +1,235 @@
+"""Compile every Triton kernel for a GPU that is not there, and say what became of it.
+
+    python tests/compile_triton.py 90 [--verbose]
+
+Calls the losses on tensors of the CPU, with a driver of its own and launches that stop after compiling. Fails where a
+kernel does not compile, where it spills registers, where the calls of LOOK_ALIKES compile anything anew, or where what
+WIDE names does not move 16 bytes at once.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+import fusedloss
+
+SPILLED_BYTES = 32  # that a kernel may spill: a value or two, around a loop
+
+
+class Nowhere(DriverBase):
+    """The driver of a GPU that is not there: kernels can be compiled for it."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    @staticmethod
+    def is_active():
+        return True
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, type):
+        raise NotImplementedError
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+
+@dataclass
+class Compiled:
+    kernel: str
+    warps: int
+    registers: int
+    spilled: int
+    wide: int  # loads and stores of 16 bytes
+    narrow: int
+
+    def __str__(self):
+        return (
+            f"{self.kernel:14} {self.warps:2} warps {self.registers:3} registers {self.spilled:3} bytes spilled, "
+            f"{self.wide} wide and {self.narrow} narrow accesses"
+        )
+
+
+class Compiler:
+    """Takes the place of fusedloss.triton.launch.start."""
+
+    def __init__(self, capability):
+        self.capability = capability
+        self.compiled = {}
+
+    def start(self, function, programs, *arguments, warps=4, **constants):
+        if programs == 0:
+            return
+        options = {"num_warps": warps, "sanitize_overflow": False}
+        kernel = function.warmup(*arguments, grid=(programs,), **constants, **options)
+        if kernel.hash not in self.compiled:
+            self.compiled[kernel.hash] = self.examine(function.fn.__name__, warps, kernel.asm["ptx"])
+
+    def examine(self, name, warps, ptx):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "kernel.ptx")
+            source.write_text(ptx)
+            suffix = "a" if self.capability >= 90 else ""
+            arch = f"--gpu-name=sm_{self.capability}{suffix}"
+            ptxas = triton.knobs.nvidia.ptxas.path if self.capability < 100 else triton.knobs.nvidia.ptxas_blackwell.path
+            command = [ptxas, "-v", arch, source, "-o", Path(folder, "kernel.cubin")]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
+        accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
+        # 128 bits are 4 registers of 32, or 2 of 64.
+        wide = sum(bool(re.search(r"\.v4\.b32|\.v2\.b64", access)) for access in accesses)
+        return Compiled(name, warps, registers, spilled, wide, len(accesses) - wide)
+
+    def by(self, call):
+        """What a call has had compiled that was not there before."""
+        before = set(self.compiled)
+        call()
+        return [self.compiled[key] for key in self.compiled.keys() - before]
+
+
+# --- Calls -------------------------------------------------------------------------------------------------------
+
+
+def step(loss, input, *arguments, **options):
+    """Forward, and a backward pass with another grad_output than was assumed."""
+    result = loss(input.requires_grad_() * 1, *arguments, **options)
+    outputs = result if isinstance(result, tuple) else (result,)
+    (sum(output.sum() for output in outputs) * 2).backward()
+
+
+def cross_entropy(*shape, dtype=torch.bfloat16, soft=False, weighted=False, **options):
+    def call():
+        input = torch.zeros(shape, dtype=dtype)
+        target = torch.zeros(shape, dtype=dtype) if soft else torch.zeros((shape[0], *shape[2:]), dtype=torch.long)
+        weight = torch.ones(shape[1], dtype=dtype) if weighted else None
+        step(fusedloss.cross_entropy, input, target, weight, **options)
+
+    return call
+
+
+def nll(*shape, dtype=torch.bfloat16, **options):
+    def call():
+        target = torch.zeros((shape[0], *shape[2:]), dtype=torch.long)
+        step(fusedloss.nll_loss, torch.zeros(shape, dtype=dtype), target, **options)
+
+    return call
+
+
+def binary(name, *shape, dtype=torch.bfloat16, target_type=None, weighted=(), **options):
+    def call():
+        weights = {weight: torch.ones(shape[-1], dtype=dtype) for weight in weighted}
+        target = torch.zeros(shape, dtype=target_type or dtype)
+        step(getattr(fusedloss, name), torch.full(shape, 0.5, dtype=dtype), target, **weights, **options)
+
+    return call
+
+
+LOGITS, PROBABILITIES = "binary_cross_entropy_with_logits", "binary_cross_entropy"
+EVERYTHING = {"weighted": True, "label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0}
+SEPARATE = {"grad_in_forward": False}
+CALLS = {  # by what is particular about them
+    "few classes": cross_entropy(8192, 10),
+    "rows that begin anywhere": cross_entropy(2048, 91),
+    **{f"{classes} classes": cross_entropy(512, classes) for classes in (1000, 4000, 8192, 16000, 32000)},
+    "swept rows": cross_entropy(512, 128256),
+    "swept rows that begin anywhere": cross_entropy(512, 50257),
+    "sliced rows": cross_entropy(1, 128256),
+    "backward": cross_entropy(512, 32000, **SEPARATE),
+    "images": cross_entropy(2, 19, 64, 64),
+    "images of many classes": cross_entropy(2, 1000, 16, 16),
+    "images of odd sizes": cross_entropy(2, 19, 5, 7),
+    "unreduced": cross_entropy(64, 1000, reduction="none", return_lse=True),
+    "everything": cross_entropy(64, 1000, **EVERYTHING),
+    "everything, swept": cross_entropy(64, 128256, **EVERYTHING),
+    "everything, backward": cross_entropy(64, 1000, **EVERYTHING, **SEPARATE),
+    "everything, sliced": cross_entropy(1, 128256, **EVERYTHING),
+    "probabilities": cross_entropy(64, 1000, soft=True, label_smoothing=0.1),
+    "nll": nll(4096, 1000),
+    "nll of images": nll(2, 19, 64, 64),
+    "bce with logits": binary(LOGITS, 512, 1000),
+    "bce with logits, weights and labels": binary(
+        LOGITS, 512, 1000, target_type=torch.uint8, weighted=("weight", "pos_weight"), ignore_index=2
+    ),
+    "bce with logits, backward": binary(LOGITS, 512, 1000, **SEPARATE),
+    "bce": binary(PROBABILITIES, 512, 1000),
+    "bce, unreduced": binary(PROBABILITIES, 512, 1000, reduction="none"),
+}
+FLOAT32 = {  # again, in types that are compiled anew
+    "float32 swept rows": cross_entropy(512, 128256, dtype=torch.float32),
+    "float32 32000 classes": cross_entropy(512, 32000, dtype=torch.float32),
+    "float32 everything, backward": cross_entropy(64, 1000, dtype=torch.float32, **EVERYTHING, **SEPARATE),
+    "float64": cross_entropy(64, 1000, dtype=torch.float64),
+    "float64 everything": cross_entropy(64, 1000, dtype=torch.float64, **EVERYTHING, **SEPARATE),
+    "float64 bce": binary(PROBABILITIES, 512, 1000, dtype=torch.float64),
+    "float16": cross_entropy(64, 1000, dtype=torch.float16, grad_in_forward=True),
+}
+LOOK_ALIKES = {  # calls for which everything has been compiled
+    "another smoothing": cross_entropy(64, 1000, **{**EVERYTHING, "label_smoothing": 0.3, "z_loss": 1.0}),
+    "another ignore_index": cross_entropy(512, 1000, ignore_index=1),
+    "another large ignore_index": cross_entropy(512, 1000, ignore_index=2**40),
+    "as many classes, about": cross_entropy(512, 968),
+    "as many odd classes, about": cross_entropy(512, 50259),
+    "another number of rows": cross_entropy(301, 1000),
+}
+WIDE = {  # calls whose kernels (all but these) load and store 16 bytes at once
+    "swept rows": {"_total"},
+    "swept rows that begin anywhere": {"_total"},
+    "images": {"_count_kernel", "_total"},
+    "backward": {"_total"},
+    "bce with logits": {"_total"},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capability", type=int, help="of the GPU: 80, 90, 100, ...")
+    parser.add_argument("--verbose", action="store_true", help="show every kernel")
+    options = parser.parse_args()
+
+    triton.runtime.driver.set_active(Nowhere(options.capability))
+    from fusedloss.triton import class_loss, cross_entropy, elementwise, launch, nll, reduce, rescale
+
+    compiler = Compiler(options.capability)
+    for module in (class_loss, cross_entropy, elementwise, nll, reduce, rescale):
+        module.start = compiler.start
+    launch.INTERPRETED = True  # so that tensors of the CPU are taken
+
+    faults = []
+    with fusedloss.use_backend("triton"):
+        for title, call in {**CALLS, **FLOAT32}.items():
+            for compiled in compiler.by(call):
+                if options.verbose:
+                    print(f"{title:36} {compiled}", flush=True)
+                if compiled.spilled > SPILLED_BYTES:
+                    faults.append(f"{title}: {compiled}")
+                if title in WIDE and compiled.kernel not in WIDE[title] and not compiled.wide:
+                    faults.append(f"{title}: {compiled}")
+        for title, call in LOOK_ALIKES.items():
+            faults += [f"{title}: compiles anew: {compiled}" for compiled in compiler.by(call)]
+    print(f"{len(compiler.compiled)} kernels for compute capability {options.capability}")
+    if faults:
+        raise SystemExit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()

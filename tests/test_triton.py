@@ -1,0 +1,187 @@
+"""What only the Triton kernels have: tiles of several shapes, alignment, slices; their compilation; being absent.
+
+Everything else about them is in the tests over devices. Without a GPU the kernels are interpreted, and compiled for one
+that is not there.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HAS_TRITON
+from support import compare, each, each_bce_loss, each_class_loss, short
+
+import fusedloss
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+if HAS_TRITON:
+    from fusedloss.triton import class_loss, cross_entropy, elementwise
+    from fusedloss.triton.cross_entropy import Geometry
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ANY = float("inf")
+each_width = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    with fusedloss.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that few classes are many."""
+    monkeypatch.setattr(cross_entropy, "ROWS", [])
+    monkeypatch.setattr(cross_entropy, "COLUMNS", [])
+    monkeypatch.setattr(cross_entropy, "SWEPT_ROWS", Geometry(ANY, 64, 4))
+    monkeypatch.setattr(cross_entropy, "SWEPT_COLUMNS", Geometry(ANY, 64, 4))
+    monkeypatch.setattr(cross_entropy, "SWEPT_CLASSES", 4)
+    monkeypatch.setattr(cross_entropy, "BACKWARD", Geometry(ANY, 64, 4))
+
+
+def slices(monkeypatch, count):
+    monkeypatch.setattr(cross_entropy, "_slice_count", lambda args, tile: min(count, tile.chunks(args.shape)))
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "one element into its storage": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+    "classes apart": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else x.t().contiguous().t(),
+    "gaps behind the rows": lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1],
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+OPTIONS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1, "z_loss": 0.01},
+    "capped": {"logit_softcap": 3.0, "return_lse": True},
+}
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def check(loss, shape, dtype, layout, reduction="mean", **options):
+    input, target = loss.sample(*shape, dtype=dtype, device=DEVICE)
+    if loss.target == "index":
+        target.view(-1)[1:2] = -100
+    weight = torch.rand(shape[1], dtype=torch.float64).add(0.5).to(DEVICE, dtype)
+    compare(loss, layout(input), target, weight=weight, reduction=reduction, **options)
+
+
+@each_option
+@each_layout
+@each_width
+@each("cross_entropy", "cross_entropy_soft")
+def test_rows_longer_than_a_tile(loss, dtype, layout, options, small_tiles):
+    check(loss, (3, 103), dtype, layout, **options)
+
+
+@pytest.mark.parametrize("classes", [96, 103], ids=["whole packets", "heads and tails"])
+@each_layout
+@each_width
+@each_class_loss
+def test_rows_within_a_tile(loss, dtype, layout, classes):
+    check(loss, (3, classes), dtype, layout)
+
+
+@each_option
+@each_layout
+@each("cross_entropy", "cross_entropy_soft")
+def test_slices_of_rows(loss, layout, options, small_tiles, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_slice_count", lambda args, tile: min(3, tile.chunks(args.shape)))
+    check(loss, (2, 150), torch.float32, layout, **options)
+
+
+@pytest.mark.parametrize("width", [5, 8], ids=["any width", "whole packets"])
+@each_layout
+@each_class_loss
+def test_images(loss, layout, width, small_tiles):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(loss, (2, 7, 3, width), dtype, layout)
+
+
+@each_class_loss
+def test_counting_in_a_launch_before(loss, monkeypatch):
+    """The divisor of a mean, where there are many positions, and totals of many programs."""
+    monkeypatch.setattr(class_loss, "COUNTED_INLINE", 4)
+    monkeypatch.setattr(class_loss, "_COUNT_BLOCK", 16)
+    monkeypatch.setattr(cross_entropy, "ROWS", [Geometry(ANY, 64, 1)])
+    check(loss, (70, 5), torch.float32, LAYOUTS["contiguous"])
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}], ids=["all", "some"])
+@each_bce_loss
+def test_elements_of_many_blocks(loss, options, monkeypatch):
+    monkeypatch.setattr(elementwise, "BLOCK", 32)
+    monkeypatch.setattr(elementwise, "COUNTED_INLINE", 4)
+    input, target = loss.sample(5, 33, device=DEVICE)
+    compare(loss, input, target.round() if options else target, **options)
+    weight = torch.rand(33, device=DEVICE)
+    compare(loss, input.t().contiguous().t(), target, weight=weight)
+
+
+# --- Alignment ---------------------------------------------------------------------------------------------------
+
+
+class Shape:
+    outer, inner, classes = 1, 6, 96
+
+
+def tensor(classes, inner_stride, offset=0, dtype=torch.bfloat16):
+    class Tensor:
+        data = torch.zeros(4096, dtype=dtype)[offset:]
+        outer_stride, class_stride = 0, 1
+
+    Tensor.inner_stride = inner_stride
+    return Tensor
+
+
+@pytest.mark.parametrize(
+    ("classes", "stride", "offset", "expected"),
+    [(96, 96, 0, (8, 0)), (96, 104, 8, (8, 0)), (96, 96, 1, (1, 8)), (103, 103, 0, (1, 8)), (10, 10, 0, (1, 0))],
+)
+def test_alignment_of_rows(classes, stride, offset, expected):
+    """(elements of 16 bytes, 0) where all is aligned; (1, them) where rows are long enough to have packets inside."""
+    shape = Shape()
+    shape.classes = classes
+    assert class_loss.alignment(shape, "rows", [tensor(classes, stride, offset)]) == expected
+
+
+def test_tensors_that_lie_differently_share_no_packets():
+    pair = [tensor(103, 103), tensor(103, 103, offset=1)]
+    assert class_loss.alignment(Shape(), "rows", pair) == (1, 0)
+
+
+# --- Compilation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_for_a_gpu_that_is_not_there(capability):
+    """In a process of its own, where Triton does not interpret."""
+    script = Path(__file__).with_name("compile_triton.py")
+    result = subprocess.run([sys.executable, script, str(capability)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+# --- Choice ------------------------------------------------------------------------------------------------------
+
+
+def without_triton(code):
+    """Runs code in a process where Triton cannot be imported."""
+    hide = "import sys; sys.modules['triton'] = None; import importlib.util as u; find = u.find_spec; "
+    hide += "u.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest); "
+    script = hide + "import torch, fusedloss; x, t = torch.randn(2, 3), torch.tensor([0, 1]); " + code
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_without_triton_all_else_works():
+    assert "tensor" in without_triton("print(fusedloss.cross_entropy(x, t)); assert fusedloss.backends()['triton']")
+
+
+def test_without_triton_asking_for_it_says_how_to_get_it():
+    code = "\ntry: fusedloss.cross_entropy(x, t, backend='triton')\nexcept NotImplementedError as e: print(e)"
+    assert "pip install 'fusedloss[triton]'" in without_triton(code)

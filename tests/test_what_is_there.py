@@ -1,0 +1,22 @@
+"""Stands for the parts of the suite that are left out here, and says so."""
+
+import pytest
+from conftest import HAS_GPU, HAS_TRITON, missing_cuda
+
+
+@pytest.mark.gpu
+def test_every_test_over_devices_also_runs_on_cuda():
+    if reason := missing_cuda():
+        pytest.skip(f"{reason}: no test over devices has run on CUDA")
+
+
+@pytest.mark.gpu
+def test_every_test_over_devices_also_runs_in_triton(request):
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed: no test over devices has run in it")
+    if not HAS_GPU:
+        pytest.skip(f"no GPU: the Triton kernels were interpreted on the CPU, --interpreted={interpreted(request)}")
+
+
+def interpreted(request):
+    return request.config.getoption("--interpreted")
