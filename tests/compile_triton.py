@@ -90,7 +90,9 @@ class Compiler:
             source.write_text(ptx)
             suffix = "a" if self.capability >= 90 else ""
             arch = f"--gpu-name=sm_{self.capability}{suffix}"
-            ptxas = triton.knobs.nvidia.ptxas.path if self.capability < 100 else triton.knobs.nvidia.ptxas_blackwell.path
+            ptxas = (
+                triton.knobs.nvidia.ptxas.path if self.capability < 100 else triton.knobs.nvidia.ptxas_blackwell.path
+            )
             command = [ptxas, "-v", arch, source, "-o", Path(folder, "kernel.cubin")]
             report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         registers = int(re.search(r"Used (\d+) registers", report)[1])

@@ -28,7 +28,7 @@ def missing_cuda():
 
 
 def backends_here():
-    """(backend, device) of every kernel that can run: Triton's on a GPU if there is one, else interpreted on the CPU."""
+    """(backend, device) of all kernels that can run: Triton's on a GPU if there is one, else interpreted."""
     here = [("cpu", "cpu")]
     if not missing_cuda():
         here += [("cuda", "cuda")]
@@ -40,7 +40,8 @@ def backends_here():
 # What this machine lacks is left out as a whole; test_what_is_there says so, in one line.
 @pytest.fixture(
     params=[
-        pytest.param(pair, id=pair[0], marks=[pytest.mark.gpu] if pair[1] == "cuda" else []) for pair in backends_here()
+        pytest.param((backend, device), id=backend, marks=[pytest.mark.gpu] if device == "cuda" else [])
+        for backend, device in backends_here()
     ]
 )
 def device(request):
@@ -50,8 +51,8 @@ def device(request):
         yield device
 
 
-# Interpreted, a test takes from a tenth of a second to some seconds. Which ones are chosen depends on their names alone.
-ONE_IN = 24
+# Interpreted, a test takes from a tenth of a second to some seconds. A name alone decides whether a test is chosen.
+ONE_IN = 40
 
 
 def pytest_addoption(parser):

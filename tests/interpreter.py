@@ -1,8 +1,8 @@
 """Triton's interpreter, fit for these tests.
 
-Kernels are interpreted with NumPy where there is no GPU (TRITON_INTERPRET=1). Two things are mended here: conversions to
-bfloat16, which the interpreter truncates where a GPU rounds to the nearest; and NumPy's warnings of infinities and NaN,
-which are right answers here.
+Kernels are interpreted with NumPy where there is no GPU (TRITON_INTERPRET=1). Two things are mended here: conversions
+to bfloat16, which the interpreter truncates where a GPU rounds to the nearest; and NumPy's warnings of infinities and
+NaN, which are right answers here.
 """
 
 import warnings

@@ -4,6 +4,7 @@ Everything else about them is in the tests over devices. Without a GPU the kerne
 that is not there.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,10 @@ if HAS_TRITON:
     from fusedloss.triton import class_loss, cross_entropy, elementwise
     from fusedloss.triton.cross_entropy import Geometry
 
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ANY = float("inf")
-each_width = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
+each_width = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +72,15 @@ def check(loss, shape, dtype, layout, reduction="mean", **options):
     compare(loss, layout(input), target, weight=weight, reduction=reduction, **options)
 
 
-@each_option
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, "smoothed"), (torch.bfloat16, "capped"), (torch.float64, "plain"), (torch.bfloat16, "plain")],
+    ids=str,
+)
 @each_layout
-@each_width
 @each("cross_entropy", "cross_entropy_soft")
 def test_rows_longer_than_a_tile(loss, dtype, layout, options, small_tiles):
-    check(loss, (3, 103), dtype, layout, **options)
+    check(loss, (3, 103), dtype, layout, **OPTIONS[options])
 
 
 @pytest.mark.parametrize("classes", [96, 103], ids=["whole packets", "heads and tails"])
@@ -98,8 +103,7 @@ def test_slices_of_rows(loss, layout, options, small_tiles, monkeypatch):
 @each_layout
 @each_class_loss
 def test_images(loss, layout, width, small_tiles):
-    for dtype in (torch.float32, torch.bfloat16):
-        check(loss, (2, 7, 3, width), dtype, layout)
+    check(loss, (2, 7, 1, width), torch.bfloat16, layout)
 
 
 @each_class_loss
@@ -154,28 +158,29 @@ def test_tensors_that_lie_differently_share_no_packets():
     assert class_loss.alignment(Shape(), "rows", pair) == (1, 0)
 
 
-# --- Compilation -------------------------------------------------------------------------------------------------
+# --- In a process of its own --------------------------------------------------------------------------------------
+
+
+def python(*command):
+    """The output of a process that does not interpret Triton."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_for_a_gpu_that_is_not_there(capability):
-    """In a process of its own, where Triton does not interpret."""
-    script = Path(__file__).with_name("compile_triton.py")
-    result = subprocess.run([sys.executable, script, str(capability)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-
-
-# --- Choice ------------------------------------------------------------------------------------------------------
+    assert f"for compute capability {capability}" in python(ROOT / "tests/compile_triton.py", str(capability))
 
 
 def without_triton(code):
-    """Runs code in a process where Triton cannot be imported."""
+    """Runs code where Triton cannot be imported."""
     hide = "import sys; sys.modules['triton'] = None; import importlib.util as u; find = u.find_spec; "
     hide += "u.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest); "
     script = hide + "import torch, fusedloss; x, t = torch.randn(2, 3), torch.tensor([0, 1]); " + code
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return python("-c", script)
 
 
 def test_without_triton_all_else_works():

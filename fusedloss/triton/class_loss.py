@@ -29,8 +29,8 @@ class Tile:
     warps: int  # of a program
     sweeps: bool  # rows are longer than a tile
     order: str  # neighbours in memory are classes in "rows", positions in "columns", neither in "any"
-    # The elements of 16 bytes, where rows (columns) begin and end at multiples of 16 bytes; else 1. Triton moves 16 bytes
-    # at once where it can prove that this holds; it takes `x // align * align` for a proof.
+    # The elements of 16 bytes, where rows (columns) begin and end at multiples of 16 bytes; else 1. Triton moves 16
+    # bytes at once where it can prove that this holds; it takes `x // align * align` for a proof.
     align: int
     # The elements of 16 bytes, where rows begin anywhere: a tile starts at the multiple of 16 bytes before the row, so
     # that all but the row's first and last 16 bytes are moved at once; else 0.
@@ -70,7 +70,7 @@ def positions_of(block, positions, tile: tl.constexpr):
 
 @triton.jit
 def class_of(target, target_stride, position, live, ignore_index, classes):
-    """(class index, 0 where there is none; whether there is one). Any other number that is no class stops the kernel."""
+    """(class index, 0 where there is none; whether there is one). Another number that is no class stops the kernel."""
     index = tl.load(target + position * target_stride, mask=live, other=0).to(tl.int64)
     counts = live & (index != ignore_index)
     tl.device_assert(((index >= 0) & (index < classes)) | ~counts, "fusedloss: a target is out of bounds")

@@ -1,9 +1,9 @@
 """Cross entropy. The formulas are math.py's; the arguments are those of csrc/kernels/class_loss.h.
 
-A program takes a tile of positions and classes. Where a tile holds whole rows, forward reads each logit once, and has it
-at hand for the gradient. Longer rows are swept tile by tile, with a running maximum and sum for each lane; their gradient
-takes a second sweep, which finds much of the row in the cache. Where there are too few rows to keep a GPU busy, each is
-cut into slices with a program for each: their sums meet in a second launch, and the gradient is a third.
+A program takes a tile of positions and classes. Where a tile holds whole rows, forward reads each logit once, and has
+it at hand for the gradient. Longer rows are swept tile by tile, with a running maximum and sum for each lane; their
+gradient takes a second sweep, which finds much of the row in the cache. Where there are too few rows to keep a GPU
+busy, each is cut into slices with a program for each: their sums meet in a second launch, and the gradient is a third.
 
 The sums of a row are a tuple: max; sum, of exp(x - max); and, where every class has mass, dense_loss, of
 mass (max - x), and mass. csrc/kernels/cuda/row_sums.cuh has the same.
@@ -49,6 +49,7 @@ class Options:
     acc: tl.dtype
     rough: bool  # half precision: there is no time for an exact exponential, and no place where it would show
     dense: bool  # every class has mass
+    probabilities: bool  # and is a target
     capped: bool
     has_z: bool
     every_lse: bool
@@ -81,10 +82,10 @@ def _values(view, entry, readable, softcap, tile: tl.constexpr, o: tl.constexpr)
 
 @triton.jit
 def _q_view(probabilities, view, position, inner, outer_stride, class_stride, inner_stride, tile: tl.constexpr):
-    """Without probabilities, its rows are None."""
+    """The view of probabilities; without any, that of the logits, which stands for the place of each class."""
     rows, head, logits_class_stride, classes = view
     if probabilities is None:
-        return None, head, logits_class_stride, classes
+        return view
     else:
         return view_of(probabilities, position, inner, classes, outer_stride, class_stride, inner_stride, tile)
 
@@ -97,7 +98,7 @@ def _masses(q_view, weight, entry, exists, smoothing, tile: tl.constexpr, o: tl.
         masses = tl.where(exists, 1.0, 0.0).to(o.acc)
     else:
         masses = tl.load(weight + (entry - head[:, None, None]), mask=exists, other=0.0)
-    if rows is not None:
+    if o.probabilities:
         keep, spread = smoothing
         q = tl.load(places_of(q_view, entry, tile), mask=exists, other=0.0).to(o.acc)
         masses = tl.where(exists, math.probability_mass(keep, spread, q, masses), 0.0)
@@ -682,6 +683,7 @@ def launch(args, pass_name):
         acc=accumulate_type(args.logits.data),
         rough=args.logits.data.dtype.itemsize == 2,
         dense=args.has_probabilities or args.label_smoothing != 0,
+        probabilities=args.has_probabilities and args.probabilities.data is not None,  # they may be empty
         capped=args.logit_softcap != 0,
         has_z=args.z_loss != 0,
         every_lse=args.every_lse,

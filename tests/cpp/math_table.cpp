@@ -1,0 +1,96 @@
+// The formulas of csrc/math as a library of C functions over arrays, for tests that compare other backends' twins with
+// them (tests/test_triton_math.py).
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+#include "math/bce.h"
+#include "math/bce_with_logits.h"
+#include "math/cross_entropy.h"
+#include "math/nll.h"
+
+namespace {
+
+using namespace fusedloss::math;
+
+// One element: arguments in, results out.
+template <class Acc>
+struct Row {
+  const char* name;
+  void (*evaluate)(const Acc* x, Acc* y);
+};
+
+template <class Acc>
+constexpr std::array kTable{
+    Row<Acc>{"larger", [](const Acc* x, Acc* y) { y[0] = larger(x[0], x[1]); }},
+    Row<Acc>{"clamp", [](const Acc* x, Acc* y) { y[0] = clamp(x[0], x[1], x[2]); }},
+    Row<Acc>{"quotient", [](const Acc* x, Acc* y) { y[0] = quotient(x[0], x[1]); }},
+    Row<Acc>{"exp_nonpositive", [](const Acc* x, Acc* y) { y[0] = exp_nonpositive(x[0]); }},
+    Row<Acc>{"exp_roughly", [](const Acc* x, Acc* y) { y[0] = exp_roughly(x[0]); }},
+    Row<Acc>{"times_exp", [](const Acc* x, Acc* y) { y[0] = times_exp(x[0], x[1]); }},
+    Row<Acc>{"tanh", [](const Acc* x, Acc* y) { y[0] = fusedloss::math::tanh(x[0]); }},
+    Row<Acc>{"log1p_unit", [](const Acc* x, Acc* y) { y[0] = log1p_unit(x[0]); }},
+    Row<Acc>{"log1p", [](const Acc* x, Acc* y) { y[0] = fusedloss::math::log1p(x[0]); }},
+    Row<Acc>{"finite_shift", [](const Acc* x, Acc* y) { y[0] = finite_shift(x[0]); }},
+    Row<Acc>{"rescale", [](const Acc* x, Acc* y) { y[0] = rescale(x[0], x[1], x[2]); }},
+    Row<Acc>{"log_sum_exp", [](const Acc* x, Acc* y) { y[0] = log_sum_exp(x[0], x[1]); }},
+    Row<Acc>{"probability_mass",
+             [](const Acc* x, Acc* y) { y[0] = probability_mass(Smoothing<Acc>{x[0], x[1]}, x[2], x[3]); }},
+    Row<Acc>{"entry_loss", [](const Acc* x, Acc* y) { y[0] = entry_loss(x[0], x[1], x[2]); }},
+    Row<Acc>{"entry_loss_at_max", [](const Acc* x, Acc* y) { y[0] = entry_loss_at_max(x[0], x[1]); }},
+    Row<Acc>{"z_term", [](const Acc* x, Acc* y) { y[0] = z_term(x[0], x[1]); }},
+    Row<Acc>{"normaliser_grad",
+             [](const Acc* x, Acc* y) { y[0] = normaliser_grad(x[0], x[1], x[2], x[3], x[4]); }},
+    Row<Acc>{"logit_grad", [](const Acc* x, Acc* y) { y[0] = logit_grad(x[0], x[1], x[2]); }},
+    Row<Acc>{"probability_grad",
+             [](const Acc* x, Acc* y) { y[0] = probability_grad(x[0], x[1], x[2], x[3], x[4]); }},
+    Row<Acc>{"soft_cap",
+             [](const Acc* x, Acc* y) {
+               const SoftCap<Acc> capped = soft_cap(x[0], x[1]);
+               y[0] = capped.value;
+               y[1] = capped.slope;
+             }},
+    Row<Acc>{"nll_loss", [](const Acc* x, Acc* y) { y[0] = nll_loss(x[0], x[1]); }},
+    Row<Acc>{"nll_grad", [](const Acc* x, Acc* y) { y[0] = nll_grad(x[0], x[1]); }},
+    Row<Acc>{"bce_with_logits_evaluate",
+             [](const Acc* x, Acc* y) {
+               const LossAndSlope<Acc> result = BceWithLogits::evaluate(x[0], x[1], x[2]);
+               y[0] = result.loss;
+               y[1] = result.slope;
+             }},
+    Row<Acc>{"bce_with_logits_target_grad",
+             [](const Acc* x, Acc* y) { y[0] = BceWithLogits::target_grad(x[0], x[1], x[2], x[3]); }},
+    Row<Acc>{"bce_evaluate",
+             [](const Acc* x, Acc* y) {
+               const LossAndSlope<Acc> result = Bce::evaluate(x[0], x[1], x[2]);
+               y[0] = result.loss;
+               y[1] = result.slope;
+             }},
+    Row<Acc>{"bce_target_grad", [](const Acc* x, Acc* y) { y[0] = Bce::target_grad(x[0], x[1], x[2], x[3]); }},
+};
+
+// in: (count, arguments); out: (count, results). False where there is no such function.
+template <class Acc>
+bool evaluate(const char* name, const Acc* in, Acc* out, std::int64_t count, int arguments, int results) {
+  for (const Row<Acc>& row : kTable<Acc>) {
+    if (std::strcmp(row.name, name) != 0) continue;
+    for (std::int64_t i = 0; i < count; ++i) row.evaluate(in + i * arguments, out + i * results);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED bool evaluate_float32(const char* name, const float* in, float* out, std::int64_t count, int arguments,
+                               int results) {
+  return evaluate(name, in, out, count, arguments, results);
+}
+
+EXPORTED bool evaluate_float64(const char* name, const double* in, double* out, std::int64_t count, int arguments,
+                               int results) {
+  return evaluate(name, in, out, count, arguments, results);
+}
