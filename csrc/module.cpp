@@ -1,5 +1,6 @@
 // The Python module fusedloss._C. Importing it registers the operators (csrc/register.cpp); all it exports itself is
-// what this build was made of, and where Python leaves the Triton kernels. Operators are never called through pybind11: torch.compile could not see them.
+// what this build was made of, and where Python leaves the Triton kernels. Operators are never called through pybind11:
+// torch.compile could not see them.
 
 #include <fusedloss_build_info.h>
 #include <pybind11/pybind11.h>

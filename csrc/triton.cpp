@@ -45,7 +45,8 @@ class ToPython {
 
   py::object operator()(const CrossEntropyArgs& a) const {
     return object("device"_a = device_, "shape"_a = shape(a.shape), "logits"_a = input(a.logits),
-                  "has_probabilities"_a = a.has_probabilities, "target"_a = a.has_probabilities ? absent_target() : target(a.target),
+                  "has_probabilities"_a = a.has_probabilities,
+                  "target"_a = a.has_probabilities ? absent_target() : target(a.target),
                   "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight),
                   "label_smoothing"_a = a.label_smoothing, "z_loss"_a = a.z_loss, "logit_softcap"_a = a.logit_softcap,
                   "every_lse"_a = a.every_lse, "row_max"_a = sums(a.row_max), "row_log_sum"_a = sums(a.row_log_sum),

@@ -1,10 +1,11 @@
 """Triton's interpreter, fit for these tests.
 
-Kernels are interpreted with NumPy where there is no GPU (TRITON_INTERPRET=1). Two things are mended here: conversions
-to bfloat16, which the interpreter truncates where a GPU rounds to the nearest; and NumPy's warnings of infinities and
-NaN, which are right answers here.
+Kernels are interpreted with NumPy where there is no GPU (TRITON_INTERPRET=1). Three things are mended here: conversions
+to bfloat16, which the interpreter truncates where a GPU rounds to the nearest; device_assert, which it passes over; and
+NumPy's warnings of infinities and NaN, which are right answers here.
 """
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -43,4 +44,6 @@ def _quietly(call):
 
 def mend():
     interpreter._convert_float = _convert
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
     interpreter.GridExecutor.__call__ = _quietly(interpreter.GridExecutor.__call__)

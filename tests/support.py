@@ -128,6 +128,11 @@ def widen(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
+def asserts(device):
+    """Whether kernels answer a class or a value out of bounds with an assertion, after which a GPU is of no use."""
+    return device != "cpu" or fusedloss.backend._wish == "triton"
+
+
 def moved(value, device):
     """The value on the device: a tensor there; lists, tuples and tables of them; and anything else as it is.
 

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import DTYPES, REDUCTIONS, differentiate, each, moved, widen
+from support import DTYPES, REDUCTIONS, asserts, differentiate, each, moved, widen
 
 # The example count keeps the file under a minute; derandomised, so that a failure stays one.
 fuzzed = settings(
@@ -159,7 +159,7 @@ def legalised(loss, input, target):
     integer = not target.is_floating_point() and not target.is_complex()
     if loss.target == "element" and integer and input.is_floating_point():
         return target.to(input.dtype)
-    if loss.target == "index" and input.dim() == target.dim() == 1 and target.numel() == 1:
+    if loss.target == "index" and input.dim() == target.dim() == 1 and target.numel() == 1 != input.numel():
         return target[0]  # native has the value, but fails in backward
     return target
 
@@ -182,11 +182,19 @@ def test_broken_calls(loss, device):
     @given(broken(loss))
     def check(call):
         input, target, options = call
-        if device == "cuda" and may_be_an_assertion(loss, input, target, options):
+        if asserts(device) and may_be_an_assertion(loss, input, target, options):
             return
         legal = legalised(loss, input, target)
         native = outcome(loss.native, input.contiguous(), legal.contiguous(), options)
         ours = outcome(loss.ours, input, target, options, device)
+        if target.is_floating_point() and target.dtype.itemsize == 1:
+            assert isinstance(
+                ours, type
+            )  # which of its types native raises depends on the step that meets float8 first
+            return
+        if loss.target == "index" and target.dim() == 0 and input.dim() > 1:
+            assert isinstance(ours, type)  # likewise: native compares the batch sizes, 0 for the target
+            return
         if ours is NotImplementedError and not input.numel():
             return  # native meets the dtype in its loop over elements, and so accepts any where there are none
         if isinstance(native, type) or isinstance(ours, type):

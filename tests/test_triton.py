@@ -158,6 +158,19 @@ def test_tensors_that_lie_differently_share_no_packets():
     assert class_loss.alignment(Shape(), "rows", pair) == (1, 0)
 
 
+# --- Bad values --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="an assertion of a GPU ends the process's use of it")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@each("cross_entropy", "nll", "bce")
+def test_values_out_of_bounds_stop_the_kernel(loss, reduction):
+    input, target = loss.sample(4, 3)
+    target.view(-1)[2] = 3
+    with pytest.raises(Exception, match=r"out of bounds|between 0 and 1"):
+        loss.ours(input.requires_grad_() * 1, target, reduction=reduction)
+
+
 # --- In a process of its own --------------------------------------------------------------------------------------
 
 

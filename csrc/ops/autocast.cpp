@@ -16,7 +16,7 @@ using ops::OptionalTensor;
 namespace {
 
 constexpr c10::DispatchKeySet kAutocastKeys{c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA,
-                                           c10::DispatchKey::AutocastXPU};
+                                            c10::DispatchKey::AutocastXPU};
 
 }  // namespace
 

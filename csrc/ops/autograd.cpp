@@ -54,9 +54,7 @@ void remember_backend(AutogradContext* ctx) {
   ctx->saved_data["backend"] = static_cast<int64_t>(ops::current_backend());
 }
 
-ops::Backend backend_of(AutogradContext* ctx) {
-  return static_cast<ops::Backend>(ctx->saved_data["backend"].toInt());
-}
+ops::Backend backend_of(AutogradContext* ctx) { return static_cast<ops::Backend>(ctx->saved_data["backend"].toInt()); }
 
 Tensor to_tensor(OptionalTensor tensor) { return tensor.value_or(Tensor()); }
 

@@ -6,7 +6,9 @@ namespace fusedloss::ops {
 namespace {
 
 constexpr ElementwiseLoss kLoss{
-    "binary_cross_entropy_with_logits", {&cpu::Kernels::bce_with_logits, &cuda::Kernels::bce_with_logits, &TritonKernels::bce_with_logits}, false};
+    "binary_cross_entropy_with_logits",
+    {&cpu::Kernels::bce_with_logits, &cuda::Kernels::bce_with_logits, &TritonKernels::bce_with_logits},
+    false};
 
 }  // namespace
 

@@ -19,13 +19,13 @@ c10::TypedOperatorHandle<Signature> find_operator(Backend backend, const char* n
 }
 
 // Looked up once; ops::NAME gives the signature.
-#define FUSEDLOSS_OPERATOR(NAME)                                                              \
-  ([]() -> const auto& {                                                                      \
-    static const std::array handles{                                                          \
-        ::fusedloss::ops::find_operator<decltype(ops::NAME)>(ops::Backend::compiled, #NAME),  \
-        ::fusedloss::ops::find_operator<decltype(ops::NAME)>(ops::Backend::triton, #NAME),    \
-    };                                                                                        \
-    return handles[static_cast<size_t>(ops::current_backend())];                              \
+#define FUSEDLOSS_OPERATOR(NAME)                                                             \
+  ([]() -> const auto& {                                                                     \
+    static const std::array handles{                                                         \
+        ::fusedloss::ops::find_operator<decltype(ops::NAME)>(ops::Backend::compiled, #NAME), \
+        ::fusedloss::ops::find_operator<decltype(ops::NAME)>(ops::Backend::triton, #NAME),   \
+    };                                                                                       \
+    return handles[static_cast<size_t>(ops::current_backend())];                             \
   }())
 
 }  // namespace fusedloss::ops

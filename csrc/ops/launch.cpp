@@ -4,18 +4,6 @@
 
 namespace fusedloss::ops {
 
-static thread_local Backend backend = Backend::compiled;
-
-Backend current_backend() { return backend; }
-BackendGuard::BackendGuard(Backend inner) : outer_(backend) { backend = inner; }
-BackendGuard::~BackendGuard() { backend = outer_; }
-
-TritonKernels& triton_kernels() {
-  // Never destroyed: the interpreter that the launchers belong to may be gone by then.
-  static auto& kernels = *new TritonKernels();
-  return kernels;
-}
-
 bool runs_on_cuda(const at::Tensor& tensor) { return !tensor.is_cpu(); }
 
 #if defined(FUSEDLOSS_WITH_CUDA)

@@ -72,8 +72,10 @@ def positions_of(block, positions, tile: tl.constexpr):
 def class_of(target, target_stride, position, live, ignore_index, classes):
     """(class index, 0 where there is none; whether there is one). Another number that is no class stops the kernel."""
     index = tl.load(target + position * target_stride, mask=live, other=0).to(tl.int64)
+    is_class = (index >= 0) & (index < classes)
     counts = live & (index != ignore_index)
-    tl.device_assert(((index >= 0) & (index < classes)) | ~counts, "fusedloss: a target is out of bounds")
+    tl.device_assert(is_class | ~counts, "fusedloss: a target is out of bounds")
+    counts = counts & is_class  # nothing is read out of bounds before the assertion has stopped the others
     return tl.where(counts, index, 0).to(tl.int32), counts
 
 

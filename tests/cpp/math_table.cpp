@@ -40,11 +40,9 @@ constexpr std::array kTable{
     Row<Acc>{"entry_loss", [](const Acc* x, Acc* y) { y[0] = entry_loss(x[0], x[1], x[2]); }},
     Row<Acc>{"entry_loss_at_max", [](const Acc* x, Acc* y) { y[0] = entry_loss_at_max(x[0], x[1]); }},
     Row<Acc>{"z_term", [](const Acc* x, Acc* y) { y[0] = z_term(x[0], x[1]); }},
-    Row<Acc>{"normaliser_grad",
-             [](const Acc* x, Acc* y) { y[0] = normaliser_grad(x[0], x[1], x[2], x[3], x[4]); }},
+    Row<Acc>{"normaliser_grad", [](const Acc* x, Acc* y) { y[0] = normaliser_grad(x[0], x[1], x[2], x[3], x[4]); }},
     Row<Acc>{"logit_grad", [](const Acc* x, Acc* y) { y[0] = logit_grad(x[0], x[1], x[2]); }},
-    Row<Acc>{"probability_grad",
-             [](const Acc* x, Acc* y) { y[0] = probability_grad(x[0], x[1], x[2], x[3], x[4]); }},
+    Row<Acc>{"probability_grad", [](const Acc* x, Acc* y) { y[0] = probability_grad(x[0], x[1], x[2], x[3], x[4]); }},
     Row<Acc>{"soft_cap",
              [](const Acc* x, Acc* y) {
                const SoftCap<Acc> capped = soft_cap(x[0], x[1]);

@@ -17,7 +17,8 @@ BUILD = ROOT / "build" / "emulated"
 EMULATOR = Path(os.environ.get("FUSEDLOSS_CUDA_EMU", ROOT.parent / "shared" / "cuda_emu")).resolve()
 
 # What is about the CPU or about neither, or would wait for a compiler.
-LEFT_OUT = ["benchmarks", "compile", "cuda", "cuda_is_there", "documents", "layering", "packaging", "threads"]
+LEFT_OUT = ["benchmarks", "compile", "cuda", "documents", "layering", "packaging", "threads"]
+LEFT_OUT += ["backend", "triton", "triton_math", "what_is_there"]
 # An invalid target or value is an assertion of the device here, not the CPU's exception.
 ASSERTED = [
     "a class too many",
@@ -100,7 +101,7 @@ def main() -> None:
     import pytest
 
     tests = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if path.stem[len("test_") :] not in LEFT_OUT]
-    options = ["-o", f"pythonpath={BUILD}", "-p", "no:cacheprovider", *sys.argv[1:]]
+    options = ["-o", f"pythonpath={BUILD}", "-p", "no:cacheprovider", "--interpreted", "none", *sys.argv[1:]]
     sys.exit(pytest.main([*options, *tests], plugins=[WithoutAsserted()]))
 
 
