@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import machine, report
 from benchmarks.cases import GROUPS
-from benchmarks.contestants import CONTESTANTS, PEERS, first_line
+from benchmarks.contestants import CONTESTANTS, OWN, PEERS, first_line
 from benchmarks.devices import DEVICES
 from benchmarks.measure import Budget, run
 
@@ -50,7 +50,7 @@ def main() -> None:
         parser.error(f"--device cuda: {obstacle}")
     contestants = {name: make for name, make in CONTESTANTS.items() if not (name == "compiled" and options.no_compile)}
     if cuda:
-        contestants |= {name: peer for name, peer in PEERS.items() if peer.state()[0]}
+        contestants |= OWN | {name: peer for name, peer in PEERS.items() if peer.state()[0]}
     budget = QUICK if options.quick else THOROUGH[options.device]
     minutes = MINUTES[options.device] if options.minutes is None else options.minutes
     part = options.filter or options.quick or options.no_compile or options.threads or options.minutes is not None

@@ -40,6 +40,19 @@ def compiled(case: Case) -> Callable:
 CONTESTANTS = {"fusedloss": ours, "native": native, "compiled": compiled}
 
 
+# --- On a GPU ----------------------------------------------------------------------------------------------
+
+
+def triton(case: Case) -> Callable:
+    """fusedloss's own Triton kernels, where CUDA's are the default."""
+    if reason := fusedloss.backends()["triton"]:
+        raise CannotRun(reason)
+    return partial(ours(case), backend="triton")
+
+
+OWN = {"triton": triton}
+
+
 # --- Other projects' kernels, on CUDA and where they are installed ------------------------------------------
 
 

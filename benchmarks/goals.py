@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from benchmarks.cases import CUDA_GROUPS, Case
 from benchmarks.contestants import PEERS
-from benchmarks.measure import MEASURES, Result
+from benchmarks.measure import MEASURES, Entry, Result
 
 BEYOND_CACHE = 100e6  # bytes of logits that no L2 cache holds
 LARGE = 256e6  # bytes of logits
 STRONGEST = ("compiled", *PEERS)
+TRITON_PEERS = ("liger", "flash")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Goal:
     unit: str  # "percent", "times" or "launches", of which there may be no more
     cases: Callable[[Case], bool]
     value: Callable[[Result], tuple[float | None, str]]  # the number, and the rival that it speaks of
+    own: str = "fusedloss"  # whose goal it is
 
 
 def of_copy(measure: str) -> Callable:
@@ -30,12 +32,12 @@ def of_floor(measure: str) -> Callable:
     return lambda result: (result.floor(measure), "")
 
 
-def versus(*rivals: str, measure: str = "step") -> Callable:
+def versus(*rivals: str, measure: str = "step", own: str = "fusedloss") -> Callable:
     """How many times faster than the best of the rivals."""
 
     def value(result):
         best = result.best(measure, rivals)
-        return (result.ratio(measure, best), best) if best else (None, "")
+        return (result.ratio(measure, best, own), best) if best else (None, "")
 
     return value
 
@@ -74,6 +76,10 @@ def bce_step(case: Case) -> bool:
     return case.loss == "binary_cross_entropy_with_logits" and beyond(case, BEYOND_CACHE)
 
 
+def large(case: Case) -> bool:
+    return beyond(case, BEYOND_CACHE) and not case.latency
+
+
 def smallest(case: Case) -> bool:
     return case.latency and case.shape == (32, 10)
 
@@ -93,17 +99,24 @@ GOALS = [
         for measure in MEASURES
     ),
     Goal("launches of a step, (32, 10): at most", 2, "launches", smallest, launches),
+    Goal("Triton, a step: of CUDA's speed", 0.9, "times", large, versus("fusedloss", own="triton"), "triton"),
+    Goal("Triton, a step: vs Triton peers", 1.0, "times", training_step, versus(*TRITON_PEERS, own="triton"), "triton"),
 ]
+
+
+def fails(entry: Entry | None) -> bool:
+    """Whether someone who takes part was wrong, or raised; who is absent or offers no such case, does not."""
+    return entry is not None and bool(entry.problem) and not entry.problem.startswith("cannot")
 
 
 def judge(goal: Goal, results: list[Result]) -> dict:
     """The goal's verdict, its worst case, and how many of its cases were measured.
 
-    A case that fusedloss could not be timed in is missed. One without the rival, or left out, is not measured: what the
-    others reach is then reached in part.
+    A case that the goal's owner could not be timed in is missed. One without the rival, or left out, is not measured:
+    what the others reach is then reached in part.
     """
     mine = [result for result in results if goal.cases(result.case)]
-    broken = [result for result in mine if result.entries["fusedloss"].problem]
+    broken = [result for result in mine if fails(result.entries.get(goal.own))]
     values = [(*goal.value(result), result) for result in mine if result not in broken]
     measured = [value for value in values if value[0] is not None]
     bound = goal.unit == "launches"

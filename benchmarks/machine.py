@@ -50,9 +50,8 @@ def no_gpu() -> str:
     """Why nothing can be measured on CUDA; empty where it can."""
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no CUDA device"
-    if not fusedloss.build_info()["cuda"]:
-        return "this build of fusedloss has no CUDA kernels"
-    return ""
+    reasons = [reason for name, reason in fusedloss.backends().items() if name != "cpu"]
+    return "" if "" in reasons else f"fusedloss has no kernels for it: {'; '.join(reasons)}"
 
 
 def driver() -> str:

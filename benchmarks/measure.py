@@ -71,9 +71,9 @@ class Result:
         times = self.entries[contestant].times if contestant in self.entries else {}
         return times[measure].median if measure in times else None
 
-    def ratio(self, measure: str, rival: str) -> float | None:
+    def ratio(self, measure: str, rival: str, own: str = "fusedloss") -> float | None:
         """How many times faster we are."""
-        ours, theirs = self.seconds("fusedloss", measure), self.seconds(rival, measure)
+        ours, theirs = self.seconds(own, measure), self.seconds(rival, measure)
         return theirs / ours if ours and theirs else None
 
     def best(self, measure: str, rivals: Iterable[str]) -> str | None:

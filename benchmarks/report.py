@@ -22,7 +22,7 @@ Times are medians, with half the distance of the quartiles; of the GPU, but for 
 says how many times faster fusedloss is; **bold**: it is slower than native. "GB/s": the bytes that the forward or the
 step must move, per second. "of copy": as a fraction of what a plain copy of the logits moves in a second. "of floor":
 the time of these bytes at the bandwidth of a large copy, as a fraction of ours. "vs peer": the best of the other
-projects' kernels. "peak": the memory that a step takes beside the logits.
+projects' kernels. "vs Triton": fusedloss's own Triton kernels. "peak": the memory that a step takes beside the logits.
 """
 NOTHING = "-"
 
@@ -110,6 +110,7 @@ def cuda_columns() -> list[tuple]:
             ("vs native", partial(ratio, measure=measure, rival="native")),
             ("vs compiled", partial(ratio, measure=measure, rival="compiled")),
             ("vs peer", partial(best_peer, measure=measure)),
+            ("vs Triton", partial(ratio, measure=measure, rival="triton")),
         ]
 
     return [

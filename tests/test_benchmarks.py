@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fusedloss
+
 from benchmarks import __main__ as command_line
 from benchmarks import devices, goals, machine, measure, report
 from benchmarks.cases import GROUPS, IGNORED, IGNORED_PARTS, Case, bce_with_logits, bytes_to_move, cross_entropy
-from benchmarks.contestants import PEERS, CannotRun, Peer, native, ours
+from benchmarks.contestants import PEERS, CannotRun, Peer, native, ours, triton
 
 ROOT = Path(__file__).parent.parent
 CASES = {device: [case for group in groups.values() for case in group] for device, groups in GROUPS.items()}
@@ -437,6 +439,25 @@ def test_a_goal_for_launches_is_an_upper_bound():
     assert (verdict["verdict"], verdict["worst"], verdict["where"]) == ("missed", 3, str(results[1].case))
 
 
+def test_goals_of_triton_are_about_triton():
+    results = [results_of(HEAD, fusedloss=0.5, triton=0.55, liger=0.6, flash=0.7)]
+    near = goals.judge(goal("Triton, a step: of CUDA's speed"), results)
+    assert (near["verdict"], near["worst"]) == ("reached in part", pytest.approx(0.5 / 0.55))
+    ahead = goals.judge(goal("Triton, a step: vs Triton peers"), results)
+    assert (ahead["worst"], ahead["rival"]) == (pytest.approx(0.6 / 0.55), "liger")
+    for entries in ({}, {"triton": "cannot: no driver"}):
+        absent = results_of(HEAD, fusedloss=0.5, liger=0.6, **entries)
+        assert goals.judge(goal("Triton, a step: vs"), [absent])["verdict"] == "not measured"
+    wrong = results_of(HEAD, fusedloss=0.5, liger=0.6, triton="wrong: loss")
+    assert goals.judge(goal("Triton, a step: vs"), [wrong])["verdict"] == "missed"
+
+
+def test_the_triton_contestant_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(fusedloss, "backends", lambda: {"triton": "no driver"})
+    with pytest.raises(CannotRun, match="no driver"):
+        triton(bce_with_logits(8, 4))
+
+
 def test_every_goal_has_cases_and_every_case_that_counts_is_large():
     for goal in goals.GOALS:
         cases = [case for case in CASES["cuda"] if goal.cases(case)]
@@ -517,5 +538,7 @@ def test_without_a_gpu_an_error_says_so():
 
 def test_a_gpu_without_kernels_for_it_is_an_error_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine.fusedloss, "build_info", lambda: {"cuda": ""})
-    assert machine.no_gpu() == "this build of fusedloss has no CUDA kernels"
+    monkeypatch.setattr(machine.fusedloss, "backends", lambda: {"cpu": "", "cuda": "not built", "triton": "absent"})
+    assert machine.no_gpu() == "fusedloss has no kernels for it: not built; absent"
+    monkeypatch.setattr(machine.fusedloss, "backends", lambda: {"cpu": "", "cuda": "not built", "triton": ""})
+    assert machine.no_gpu() == ""
