@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 import fusedloss
-
 from benchmarks import __main__ as command_line
 from benchmarks import devices, goals, machine, measure, report
 from benchmarks.cases import GROUPS, IGNORED, IGNORED_PARTS, Case, bce_with_logits, bytes_to_move, cross_entropy
