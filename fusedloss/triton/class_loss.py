@@ -104,7 +104,7 @@ def view_of(data, position, inner, classes, outer_stride, class_stride, inner_st
         bytes: tl.constexpr = data.dtype.element_ty.primitive_bitwidth // 8
         head = (rows.to(tl.int64) // bytes % tile.shift).to(tl.int32)
         rows = tl.multiple_of(rows - head, (16,))
-    return rows, head, class_stride, classes
+    return rows, head, class_stride, classes.to(tl.int32)  # 64 bits would double the comparisons' instructions
 
 
 @triton.jit
