@@ -40,6 +40,20 @@ def compiled(case: Case) -> Callable:
 CONTESTANTS = {"fusedloss": ours, "native": native, "compiled": compiled}
 
 
+def our_triton(case: Case) -> Callable:
+    """Our kernels in Triton; on CUDA alone, since elsewhere they are interpreted."""
+    if reason := no_triton():
+        raise CannotRun(reason)
+    return partial(ours(case), backend="triton")
+
+
+def no_triton() -> str:
+    """Why our Triton kernels cannot run; empty where they can."""
+    if not hasattr(fusedloss, "backends"):
+        return "this fusedloss has no Triton kernels"
+    return fusedloss.backends()["triton"]
+
+
 # --- Other projects' kernels, on CUDA and where they are installed ------------------------------------------
 
 
@@ -71,6 +85,8 @@ class Peer:
             raise CannotRun("takes class indices")
         if missing := set(case.options) - self.options:
             raise CannotRun(f"has no {', '.join(sorted(missing))}")
+        if case.reduction != "mean" and "reduction" not in self.options:
+            raise CannotRun(f'has no reduction="{case.reduction}" that is asked for here')
         return self.adapt(self.load(), case)
 
     def load(self) -> Callable:
@@ -91,9 +107,9 @@ PEERS = {
         "liger-kernel",
         "liger_kernel.transformers.functional",
         "liger_cross_entropy",
-        frozenset({"weight", "label_smoothing"}),
+        frozenset({"weight", "label_smoothing", "reduction"}),
     ),
-    "quack": Peer("quack-kernels", "quack.cross_entropy", "cross_entropy", frozenset({"weight"})),
+    "quack": Peer("quack-kernels", "quack.cross_entropy", "cross_entropy", frozenset({"weight", "reduction"})),
     "flash": Peer(
         "flash-attn",
         "flash_attn.losses.cross_entropy",

@@ -130,7 +130,7 @@ def test_the_truth_in_parts_is_the_mean_of_all(case, monkeypatch):
     whole = measure.true_outcome(case, *data)
     monkeypatch.setattr(measure, "CHUNK", 2 * data[0][0].numel())
     logits, target, options = data
-    results = measure.outcome(lambda logits: native(case)(logits, target, **options), logits)
+    results = measure.outcome(case, lambda logits: native(case)(logits, target, **options), logits)
     for name, true in measure.true_outcome(case, *data).items():
         torch.testing.assert_close(true, whole[name], rtol=1e-13, atol=0)
         torch.testing.assert_close(results[name].double(), true, rtol=1e-4, atol=1e-6)
