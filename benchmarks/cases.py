@@ -68,8 +68,8 @@ def bytes_to_move(case: Case, logits: Tensor, target: Tensor, options: dict) -> 
     """What no implementation can avoid to read or write, by measure.
 
     An ignored row of logits need not be read, and NLL needs one entry of each row. A step that writes the gradient
-    while the logits are at hand reads them once. That gradient is right for a grad_output of 1; for another one, which is
-    known only later, the logits are read again (or the gradient is, and written again, which is more).
+    while the logits are at hand reads them once. That gradient is right for a grad_output of 1; for another one, known
+    only later, the logits are read again (or the gradient is, and written again, which is more).
     """
     counted = int((target != IGNORED).sum())
     entries = 1 if case.loss == "nll_loss" else logits.numel() // target.numel()
