@@ -25,6 +25,7 @@ def common_facts() -> dict:
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache": last_level_cache(),
+        "load": load(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fusedloss": fusedloss.build_info(),
@@ -53,6 +54,11 @@ def no_gpu() -> str:
     if not fusedloss.build_info()["cuda"]:
         return "this build of fusedloss has no CUDA kernels"
     return ""
+
+
+def load() -> float | None:
+    """How many processes want to run, over the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def driver() -> str:

@@ -28,6 +28,7 @@ projects' kernels. "peak": the memory that a step takes beside the logits. "erro
 differs from float64 as a fraction of the whole. "graphed": a step replayed from a CUDA graph.
 """
 NOTHING = "-"
+BUSY = 0.5  # of load, before a run: the machine has other work
 
 
 def save(folder: Path, facts: dict, results: dict, left_out: dict[str, str]) -> None:
@@ -59,13 +60,19 @@ def header(facts: dict) -> str:
         "# Benchmarks\n\n"
         f"- {facts['cpu']}, {facts['cores']} cores, {facts['cpu_capability']}; {facts['date']}\n"
         f"- Python {facts['python']}, torch {facts['torch']}\n"
-        f"- fusedloss: {build}\n\n{LEGEND}"
+        f"- fusedloss: {build}\n{busy(facts)}\n{LEGEND}"
     )
+
+
+def busy(facts: dict) -> str:
+    """A warning, where others were at work: threads that wait for one another then measure the others."""
+    load = facts.get("load") or 0
+    return f"- **The machine was busy: a load of {load} before the first case**\n" if load > BUSY else ""
 
 
 def section(facts: dict, results: list[Result], left_out: dict[str, str]) -> str:
     """What one number of threads, or the GPU, gave."""
-    return cuda_section(results, left_out) if "gpu" in facts else cpu_section(facts, results)
+    return cuda_section(results, left_out) if "gpu" in facts else cpu_section(facts, results, left_out)
 
 
 def cuda_section(results: list[Result], left_out: dict[str, str]) -> str:
@@ -179,7 +186,7 @@ def compile_time(results: list[Result]) -> str:
     return f"torch.compile took {sum(first):.0f} s for the first calls of {len(first)} cases; no time above has them.\n"
 
 
-def cpu_section(facts: dict, results: list[Result]) -> str:
+def cpu_section(facts: dict, results: list[Result], left_out: dict[str, str]) -> str:
     """A table for each group, what went wrong, geometric means."""
     if not results:
         return ""
@@ -191,6 +198,7 @@ def cpu_section(facts: dict, results: list[Result]) -> str:
         for name, entry in result.entries.items()
         if entry.problem
     ]
+    problems += [f"- left out, {reason}: {case}\n" for case, reason in left_out.items()]
     if problems:
         parts.append("".join(problems))
     parts += filter(None, [compile_time(results)])
@@ -292,7 +300,8 @@ def as_json(facts: dict, results: dict[int | None, list[Result]], left_out: dict
     if "gpu" in facts:
         summary = {"goals": [judge(goal, some) for some in results.values() for goal in GOALS], "left_out": left_out}
     else:
-        summary = {"geometric_means": {threads: means(some) for threads, some in results.items()}}
+        means_by_threads = {threads: means(some) for threads, some in results.items()}
+        summary = {"geometric_means": means_by_threads, "left_out": left_out}
     data = {
         "machine": facts,
         **summary,

@@ -1,0 +1,68 @@
+"""Write the README's numbers and picture from the committed results: python -m benchmarks.readme."""
+
+import json
+from pathlib import Path
+
+from benchmarks.pictures import most_threads, step
+from benchmarks.report import duration, size, table, times
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- written by python -m benchmarks.readme -->\n", "<!-- end -->\n"
+SHOWN = {  # the beginning of a case's name, of the largest that a device has
+    "cross entropy 65536x10",
+    "cross entropy 4096x1000",
+    "cross entropy 512x32000",
+    "cross entropy 64x128256",
+    "cross entropy 8192x128256",
+    "cross entropy 2x19x512x512",
+    "cross entropy 8x19x512x1024",
+    "bce with logits 64x80",
+    "bce with logits 4096x1000",
+    "bce with logits 65536x1000",
+}
+
+
+def block(folder: Path) -> str:
+    """A machine's picture, and a table of some of its cases."""
+    data = json.loads((folder / "results.json").read_text())
+    facts, results = data["machine"], most_threads(data["results"])
+    place = folder.relative_to(ROOT).as_posix()
+    threads = f", {results[0]['threads']} threads" if "gpu" not in facts else ""
+    name = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
+    rows = [row(result) for result in results if shown(result)]
+    titles = ["a training step's loss", "native", "compiled", "fusedloss", "vs native", "peak, native", "peak"]
+    return (
+        f"{name}{threads}, torch {facts['torch']}, {facts['date'].partition(' ')[0]}; everything is in "
+        f"[results.md]({place}/results.md).\n\n"
+        f"![How many times faster a step is]({place}/speedup.svg)\n\n{table(titles, rows)}"
+    )
+
+
+def shown(result: dict) -> bool:
+    name, _, dtype = result["name"].rpartition(" ")
+    return name in SHOWN and dtype in ("float32", "bfloat16") and step(result, "fusedloss") is not None
+
+
+def row(result: dict) -> list[str]:
+    seconds = {name: step(result, name) for name in ("native", "compiled", "fusedloss")}
+    peaks = [result["entries"].get(name, {}).get("peak_bytes") for name in ("native", "fusedloss")]
+    return [
+        result["name"],
+        *(duration(value) if value else "-" for value in seconds.values()),
+        times(seconds["native"] / seconds["fusedloss"] if seconds["native"] else None),
+        *("-" if peak is None else size(peak) for peak in peaks),
+    ]
+
+
+def written(text: str) -> str:
+    """The README with what stands between the markers made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    blocks = [block(path.parent) for path in sorted(RESULTS.glob("*/results.json"))]
+    return before + BEGIN + "\n".join(blocks) + END + after
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(written(readme.read_text()))
