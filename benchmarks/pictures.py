@@ -29,13 +29,14 @@ def speedups(results: list[dict], axes: Axes) -> None:
         ]
         if pairs:
             places, ratios = zip(*pairs, strict=True)
-            bars = axes.barh([place + shift for place in places], ratios, 0.38, color=COLORS[rival], label=f"{rival}")
+            bars = axes.barh(
+                [place + shift for place in places], ratios, 0.38, color=COLORS[rival], label=f"vs {rival}"
+            )
             axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [result["name"].removesuffix(" float32") for result in rows], fontsize=8)
     axes.set(xscale="log", xlabel="time of a step over ours, float32; right of the line fusedloss is faster")
     axes.invert_yaxis()
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
 def bandwidth(results: list[dict], axes: Axes) -> None:
@@ -56,7 +57,6 @@ def bandwidth(results: list[dict], axes: Axes) -> None:
         axes.plot(*zip(*copies, strict=True), ":", color="grey", label="a plain copy")
     axes.set(xscale="log", yscale="log", xlabel="classes", ylabel="GB/s of a cross entropy step, float32")
     axes.grid(color="#e6e6e6")
-    axes.legend(frameon=False)
 
 
 def memory(results: list[dict], axes: Axes) -> None:
@@ -73,7 +73,6 @@ def memory(results: list[dict], axes: Axes) -> None:
     axes.set_yticks(range(len(rows)), [result["name"].removesuffix(" bfloat16") for result in rows], fontsize=8)
     axes.set(xlabel="peak memory of a step beside the logits, in sizes of the logits; bfloat16")
     axes.invert_yaxis()
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
 
 def step(result: dict, name: str) -> float | None:
@@ -104,11 +103,16 @@ def most_threads(results: list[dict]) -> list[dict]:
 
 @matplotlib.rc_context(STYLE)
 def draw(folder: Path) -> None:
-    """Beside the results.json of the folder, one file of each kind for each picture."""
+    """Beside the results.json of the folder, one file of each kind for each picture that there are numbers for."""
     results = most_threads(json.loads((folder / "results.json").read_text())["results"])
     for name, paint in PICTURES.items():
-        tall = 2 + 0.26 * len(results) / 2 if name != "bandwidth" else 5
-        figure = Figure(figsize=(9, tall), layout="constrained")
-        paint(results, figure.subplots())
+        figure = Figure(layout="constrained")
+        axes = figure.subplots()
+        paint(results, axes)
+        if not axes.get_legend_handles_labels()[0]:
+            continue
+        bars = len(axes.get_yticklabels()) if name != "bandwidth" else 0
+        figure.set_size_inches(9, 1.5 + 0.28 * bars if bars else 5)
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", dpi=120)

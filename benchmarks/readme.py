@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 from benchmarks.pictures import most_threads, step
-from benchmarks.report import duration, size, table, times
+from benchmarks.report import NOTHING, busy, duration, size, table, times
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- written by python -m benchmarks.readme -->\n", "<!-- end -->\n"
-SHOWN = {  # the beginning of a case's name, of the largest that a device has
+SHOWN = {  # the names of cases, of a CPU's and of a GPU's
     "cross entropy 65536x10",
+    "cross entropy 1024x1000",
     "cross entropy 4096x1000",
     "cross entropy 512x32000",
     "cross entropy 64x128256",
@@ -31,11 +32,15 @@ def block(folder: Path) -> str:
     threads = f", {results[0]['threads']} threads" if "gpu" not in facts else ""
     name = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
     rows = [row(result) for result in results if shown(result)]
-    titles = ["a training step's loss", "native", "compiled", "fusedloss", "vs native", "peak, native", "peak"]
+    titles = ["the loss in a training step", "native", "compiled", "fusedloss", "vs native", "native's peak", "peak"]
+    columns = [column for column in zip(titles, *rows, strict=True) if set(column[1:]) != {NOTHING}]
+    titles, *rows = map(list, zip(*columns, strict=True))
     return (
-        f"{name}{threads}, torch {facts['torch']}, {facts['date'].partition(' ')[0]}; everything is in "
-        f"[results.md]({place}/results.md).\n\n"
-        f"![How many times faster a step is]({place}/speedup.svg)\n\n{table(titles, rows)}"
+        f"{name}{threads}, torch {facts['torch']}, fusedloss at {facts['fusedloss']['git_revision']}, "
+        f"{facts['date'].partition(' ')[0]};\neverything is in [results.md]({place}/results.md).\n"
+        f"{busy(facts)}\n"
+        f"![How many times faster a step is]({place}/speedup.svg)\n\n"
+        f"![The bandwidth of a step, by number of classes]({place}/bandwidth.svg)\n\n{table(titles, rows)}"
     )
 
 
@@ -49,9 +54,9 @@ def row(result: dict) -> list[str]:
     peaks = [result["entries"].get(name, {}).get("peak_bytes") for name in ("native", "fusedloss")]
     return [
         result["name"],
-        *(duration(value) if value else "-" for value in seconds.values()),
+        *(duration(value) if value else NOTHING for value in seconds.values()),
         times(seconds["native"] / seconds["fusedloss"] if seconds["native"] else None),
-        *("-" if peak is None else size(peak) for peak in peaks),
+        *(NOTHING if peak is None else size(peak) for peak in peaks),
     ]
 
 
