@@ -240,7 +240,7 @@ CUDA_GROUPS = {
     ],
     "autocast": each([torch.bfloat16], [cross_entropy(8192, classes, autocast=True) for classes in (32000, 128256)]),
     "language model heads": [
-        *each([torch.bfloat16], [*HEADS, cross_entropy(16384, 50257), cross_entropy(16384, 32000)]),
+        *each([torch.bfloat16], [*HEADS, *(cross_entropy(16384, classes) for classes in (32000, 50257, 128256))]),
         *each([torch.float32], [cross_entropy(4096, classes) for classes in (32000, 50257, 128256)]),
     ],
     "few classes": each(

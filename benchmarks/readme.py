@@ -1,6 +1,7 @@
-"""Write the README's numbers and picture from the committed results: python -m benchmarks.readme."""
+"""Write the numbers of both READMEs from the committed results: python -m benchmarks.readme."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.pictures import most_threads, step
@@ -60,8 +61,25 @@ def row(result: dict) -> list[str]:
     ]
 
 
-def written(text: str) -> str:
-    """The README with what stands between the markers made anew."""
+def defeats(folder: Path) -> str:
+    """Where someone is quicker than we are: every case, with the quickest rival."""
+    data = json.loads((folder / "results.json").read_text())
+    rows = []
+    for result in data["results"]:
+        timed = {name: entry["times"] for name, entry in result["entries"].items() if entry["times"]}
+        for measure, ours in timed.pop("fusedloss", {}).items():
+            rivals = {name: taken[measure]["median"] for name, taken in timed.items() if measure in taken}
+            best = min(rivals, key=rivals.get, default=None)
+            if best and rivals[best] < ours["median"]:
+                ratio = rivals[best] / ours["median"]
+                rows.append([f"{result['name']}, {measure}", str(result["threads"]), best, times(ratio)])
+    count = sum(len(result["entries"].get("fusedloss", {}).get("times", {})) for result in data["results"])
+    title = f"{data['machine'].get('gpu') or data['machine']['cpu']}: {len(rows)} of {count} times.\n"
+    return f"{title}\n{table(['case', 'threads', 'quicker', 'ratio'], rows)}" if rows else title
+
+
+def written(text: str, block: Callable[[Path], str] = block) -> str:
+    """A README with what stands between the markers made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     blocks = [block(path.parent) for path in sorted(RESULTS.glob("*/results.json"))]
@@ -69,5 +87,5 @@ def written(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(written(readme.read_text()))
+    for readme, part in ((ROOT / "README.md", block), (ROOT / "benchmarks" / "README.md", defeats)):
+        readme.write_text(written(readme.read_text(), part))
