@@ -1,7 +1,7 @@
 """What is measured: a table of calls for each device, the data of each, and the bytes that each must move.
 
-Every call has reduction="mean", torch's default, and only its logits require a gradient. A case draws its data from a
-generator of its own, so that it is the same case whichever others run.
+Only the logits of a call require a gradient. A case draws its data from a generator of its own, so that it is the same
+case whichever others run.
 """
 
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,8 @@ class Case:
     channels_last: bool = False  # the classes are innermost in memory, whatever the number of dimensions
     dtype: torch.dtype = torch.float32
     autocast: bool = False  # the call is made under torch.autocast
+    reduction: str = "mean"
+    grad_output: float = 1.0  # that a reduced loss is differentiated with; "none" has random ones
     latency: bool = False  # so small that on a GPU the launches count, not the kernels
     ours: dict = field(default_factory=dict)  # keyword arguments for fusedloss alone
 
@@ -32,7 +34,10 @@ class Case:
     def name(self) -> str:
         layout = ["channels last"] if self.channels_last else []
         context = ["autocast"] if self.autocast else []
-        return " ".join([self.title, "x".join(map(str, self.shape)), *layout, *context, *self.ours])
+        reduction = ["unreduced"] if self.reduction == "none" else []
+        scale = [f"grad_output {self.grad_output:g}"] if self.grad_output != 1 else []
+        shape = "x".join(map(str, self.shape))
+        return " ".join([self.title, shape, *layout, *context, *reduction, *scale, *self.ours])
 
     @property
     def type(self) -> str:
@@ -51,18 +56,32 @@ class Case:
         target = TARGETS[self.target](self, generator)
         return logits, target, {name: OPTIONS[name](self, generator) for name in self.options}
 
+    def draw_grad_output(self, loss: Tensor) -> Tensor | None:
+        """What the loss is differentiated with; None stands for 1, as in backward()."""
+        if self.reduction == "none":
+            generator = torch.Generator(loss.device).manual_seed(1)
+            return torch.randn(loss.shape, generator=generator, device=loss.device).to(loss.dtype)
+        return None if self.grad_output == 1 else torch.full_like(loss, self.grad_output)
+
 
 def bytes_to_move(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, int]:
     """What no implementation can avoid to read or write, by measure.
 
     An ignored row of logits need not be read, and NLL needs one entry of each row. A step that writes the gradient
-    while the logits are at hand reads them once.
+    while the logits are at hand reads them once. That gradient is right for a grad_output of 1; for another one, known
+    only later, the logits are read again (or the gradient is, and written again, which is more).
     """
     counted = int((target != IGNORED).sum())
     entries = 1 if case.loss == "nll_loss" else logits.numel() // target.numel()
     weights = sum(value.nbytes for value in options.values() if isinstance(value, Tensor))
-    forward = counted * entries * logits.itemsize + target.nbytes + weights
-    return {"forward": forward, "step": forward + logits.nbytes}
+    reads = counted * entries * logits.itemsize + target.nbytes + weights
+    losses = logits.itemsize * logits.numel() // entries_of_a_loss(case, logits) if case.reduction == "none" else 0
+    again = reads + losses if losses or case.grad_output != 1 else 0
+    return {"forward": reads + losses, "step": reads + losses + again + logits.nbytes}
+
+
+def entries_of_a_loss(case: Case, logits: Tensor) -> int:
+    return 1 if case.loss.startswith("binary") else logits.shape[1]
 
 
 # --- What the rows below are made of -----------------------------------------------------------------------
@@ -129,22 +148,56 @@ def each(dtypes, cases):
     return [replace(case, dtype=dtype) for case in cases for dtype in dtypes]
 
 
-CLASS_INDICES = [
-    cross_entropy(24, 10),
-    cross_entropy(65536, 10),
-    cross_entropy(16384, 100),
-    cross_entropy(1024, 1000),
-    cross_entropy(512, 32000),
-    cross_entropy(64, 128256),
-    cross_entropy(2, 19, 512, 512),
-    cross_entropy(2, 19, 512, 512, channels_last=True),
-    cross_entropy(8, 5000, 128, channels_last=True),
-]
+def variants(case):
+    """The other ways to take a step: scaled as by gradient accumulation, unreduced, under autocast."""
+    return [
+        replace(case, grad_output=0.5),
+        replace(case, reduction="none"),
+        replace(case, autocast=True, dtype=torch.bfloat16),
+    ]
+
+
+def ignoring(*shape, **fields):
+    """A head whose targets are in part padding."""
+    return [
+        cross_entropy(*shape, title=f"cross entropy, {part}", target=part, **fields)
+        for part in ("half ignored", "nine tenths ignored")
+    ]
+
+
+def uint8_masks(*shape):
+    return bce_with_logits(*shape, title="bce with logits, uint8 labels", target="uint8 labels")
+
+
+BOTH = [torch.bfloat16, torch.float32]
 EVERYTHING = {
     "title": "cross entropy, options",
     "target": "a third ignored",
     "options": ("weight", "label_smoothing"),
 }
+
+# A fifth to a fiftieth of the sizes that a GPU gets.
+CLASS_INDICES = [
+    cross_entropy(24, 10),
+    cross_entropy(65536, 10),
+    cross_entropy(16384, 91),
+    cross_entropy(4096, 1000),
+    cross_entropy(512, 32000),
+    cross_entropy(256, 50257),
+    cross_entropy(64, 128256),
+    cross_entropy(64, 151936),
+    cross_entropy(32, 256000),
+    cross_entropy(2, 19, 512, 512),
+    cross_entropy(2, 19, 512, 512, channels_last=True),
+    cross_entropy(1, 150, 256, 256),
+]
+WITH_OPTIONS = [
+    cross_entropy(65536, 10, **EVERYTHING),
+    cross_entropy(4096, 1000, **EVERYTHING),
+    cross_entropy(64, 128256, **EVERYTHING),
+    cross_entropy(2, 19, 512, 512, **EVERYTHING),
+    cross_entropy(8, 5000, 128, channels_last=True, **EVERYTHING),
+]
 
 GOAL = "float32 and bfloat16"  # the group that the geometric means are over
 CPU_GROUPS = {
@@ -152,25 +205,22 @@ CPU_GROUPS = {
         [torch.float32, torch.bfloat16],
         [
             *CLASS_INDICES,
-            *(replace(case, **EVERYTHING) for case in CLASS_INDICES),
+            *ignoring(64, 128256),
+            *WITH_OPTIONS,
             cross_entropy(512, 1000, title="cross entropy, probabilities", target="probabilities"),
             Case("nll", "nll_loss", (4096, 1000)),
             bce_with_logits(64, 80),
             bce_with_logits(4096, 1000),
+            bce_with_logits(1000000, 1),
+            uint8_masks(2, 1, 96, 96, 96),
             bce_with_logits(4096, 1000, title="bce with logits, weights", options=("weight", "pos_weight")),
-            bce_with_logits(4096, 1000, title="bce with logits, uint8 labels", target="uint8 labels"),
             Case("bce", "binary_cross_entropy", (4096, 1000), "labels"),
         ],
     ),
+    "other ways to take a step": [*variants(cross_entropy(64, 128256)), *variants(bce_with_logits(4096, 1000))],
     "other dtypes": each(
         [torch.float16, torch.float64],
-        [
-            cross_entropy(65536, 10),
-            cross_entropy(1024, 1000),
-            cross_entropy(512, 32000),
-            bce_with_logits(64, 80),
-            bce_with_logits(4096, 1000),
-        ],
+        [cross_entropy(65536, 10), cross_entropy(512, 32000), bce_with_logits(4096, 1000)],
     ),
     "gradient in place of the logits": [
         cross_entropy(512, 32000, ours={"inplace": True}),
@@ -180,7 +230,6 @@ CPU_GROUPS = {
 }
 
 # The first ones count most: where time is limited, it is the last ones that are left out.
-BOTH = [torch.bfloat16, torch.float32]
 HEADS = [cross_entropy(rows, classes) for classes in (32000, 50257, 128256, 151936, 256000) for rows in (4096, 8192)]
 CUDA_GROUPS = {
     "latency": [
@@ -191,8 +240,8 @@ CUDA_GROUPS = {
     ],
     "autocast": each([torch.bfloat16], [cross_entropy(8192, classes, autocast=True) for classes in (32000, 128256)]),
     "language model heads": [
-        *each([torch.bfloat16], HEADS),
-        *each([torch.float32], [cross_entropy(4096, 32000), cross_entropy(4096, 128256)]),
+        *each([torch.bfloat16], [*HEADS, *(cross_entropy(16384, classes) for classes in (32000, 50257, 128256))]),
+        *each([torch.float32], [cross_entropy(4096, classes) for classes in (32000, 50257, 128256)]),
     ],
     "few classes": each(
         BOTH,
@@ -200,15 +249,21 @@ CUDA_GROUPS = {
             cross_entropy(16777216, 10),
             cross_entropy(2097152, 91),
             cross_entropy(65536, 1000),
+            cross_entropy(4096, 1000),
             cross_entropy(65536, 10),
+            cross_entropy(65536, 91),
         ],
     ),
     "binary cross entropy": each(
         BOTH,
         [
             bce_with_logits(65536, 1000),
-            bce_with_logits(65536, 1000, title="bce with logits, uint8 labels", target="uint8 labels"),
+            uint8_masks(65536, 1000),
+            uint8_masks(4, 1, 256, 256, 256),
             bce_with_logits(65536, 1000, title="bce with logits, pos_weight", options=("pos_weight",)),
+            bce_with_logits(4096, 1000),
+            bce_with_logits(64, 80),
+            bce_with_logits(1000000, 1),
             Case("bce", "binary_cross_entropy", (65536, 1000), "labels"),
         ],
     ),
@@ -219,13 +274,16 @@ CUDA_GROUPS = {
     "ignored rows and options": each(
         [torch.bfloat16],
         [
-            cross_entropy(8192, 128256, title="cross entropy, half ignored", target="half ignored"),
-            cross_entropy(8192, 128256, title="cross entropy, nine tenths ignored", target="nine tenths ignored"),
+            *ignoring(8192, 128256),
             cross_entropy(8192, 32000, **EVERYTHING),
             cross_entropy(65536, 1000, **EVERYTHING),
             cross_entropy(8192, 128256, ours={"inplace": True}),
         ],
     ),
+    "other ways to take a step": [
+        *variants(cross_entropy(4096, 128256, dtype=torch.bfloat16))[:2],
+        *variants(bce_with_logits(65536, 1000, dtype=torch.bfloat16)),
+    ],
     "few rows": each(BOTH, [cross_entropy(8, 128256), cross_entropy(64, 128256)]),
     "nll": each(BOTH, [Case("nll", "nll_loss", (65536, 1000))]),
 }

@@ -84,6 +84,8 @@ class Peer:
             raise CannotRun("takes class indices")
         if missing := set(case.options) - self.options:
             raise CannotRun(f"has no {', '.join(sorted(missing))}")
+        if case.reduction != "mean" and "reduction" not in self.options:
+            raise CannotRun(f'has no reduction="{case.reduction}" that is asked for here')
         return self.adapt(self.load(), case)
 
     def load(self) -> Callable:
@@ -104,9 +106,9 @@ PEERS = {
         "liger-kernel",
         "liger_kernel.transformers.functional",
         "liger_cross_entropy",
-        frozenset({"weight", "label_smoothing"}),
+        frozenset({"weight", "label_smoothing", "reduction"}),
     ),
-    "quack": Peer("quack-kernels", "quack.cross_entropy", "cross_entropy", frozenset({"weight"})),
+    "quack": Peer("quack-kernels", "quack.cross_entropy", "cross_entropy", frozenset({"weight", "reduction"})),
     "flash": Peer(
         "flash-attn",
         "flash_attn.losses.cross_entropy",

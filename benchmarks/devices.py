@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -76,8 +77,13 @@ class Cpu:
     def prepare(self, case: Case) -> None:
         pass
 
-    def peak_bytes(self, run: Callable[[Tensor], object], logits: Tensor) -> None:
-        return None
+    def peak_bytes(self, run: Callable[[Tensor], object], logits: Tensor) -> int:
+        """What a call takes beside its input at its peak, as torch's profiler sees its allocator."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run(logits)
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        return max(accumulate((event.nbytes() for event in events), initial=0))
 
     def launches(self, call: Callable[[Tensor], Tensor], logits: Tensor) -> None:
         return None
@@ -134,6 +140,20 @@ class Cuda:
             return None
         on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return sum(not event.is_user_annotation for event in on_device) or None
+
+    def graphed(self, step: Callable[[Tensor], object], logits: Tensor) -> Callable[[Tensor], object]:
+        """A step captured in a CUDA graph, as what replays it; the graph reads logits of its own."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is set up once must not happen while the graph is captured
+            for _ in range(3):
+                step(logits.detach().requires_grad_().clone())
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        own = logits.detach().requires_grad_().clone()
+        with torch.cuda.graph(graph):
+            step(own)
+        return lambda _: graph.replay()
 
 
 DEVICES = {"cpu": Cpu, "cuda": Cuda}

@@ -48,8 +48,12 @@ def launches(result: Result) -> tuple[int | None, str]:
 
 def plain(case: Case) -> bool:
     """A mean over class indices, without options: what the bytes per logit of the goals are about."""
-    usual = case.target == "indices" and not case.options and not case.ours
+    usual = case.target == "indices" and not case.options and not case.ours and not other_step(case)
     return case.loss == "cross_entropy" and usual and not case.latency
+
+
+def other_step(case: Case) -> bool:
+    return case.reduction == "none" or case.grad_output != 1
 
 
 def beyond(case: Case, size: float) -> bool:
@@ -73,7 +77,8 @@ def under_autocast(case: Case) -> bool:
 
 
 def bce_step(case: Case) -> bool:
-    return case.loss == "binary_cross_entropy_with_logits" and beyond(case, BEYOND_CACHE)
+    usual = not case.autocast and not other_step(case)
+    return case.loss == "binary_cross_entropy_with_logits" and usual and beyond(case, BEYOND_CACHE)
 
 
 def large(case: Case) -> bool:

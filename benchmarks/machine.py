@@ -25,6 +25,7 @@ def common_facts() -> dict:
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache": last_level_cache(),
+        "load": load(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fusedloss": fusedloss.build_info(),
@@ -52,6 +53,11 @@ def no_gpu() -> str:
         return f"torch {torch.__version__} finds no CUDA device"
     reasons = [reason for name, reason in fusedloss.backends().items() if name != "cpu"]
     return "" if "" in reasons else f"fusedloss has no kernels for it: {'; '.join(reasons)}"
+
+
+def load() -> float | None:
+    """How many processes want to run, over the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def driver() -> str:

@@ -21,10 +21,11 @@ from benchmarks.cases import IGNORED, Case, bytes_to_move
 from benchmarks.contestants import CannotRun, first_line, native
 from benchmarks.devices import Cpu, Cuda, CudaClock, HostClock
 
-MEASURES = {
-    "forward": lambda call, logits: call(logits),
-    "step": lambda call, logits: torch.autograd.grad(call(logits), logits),
+MEASURES = {  # of a call and the grad_output of its loss
+    "forward": lambda call, grad_output, logits: call(logits),
+    "step": lambda call, grad_output, logits: torch.autograd.grad(call(logits), logits, grad_output),
 }
+GRAPHED = "graphed step"  # replayed from a CUDA graph; of latency cases
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ class Entry:
 
     problem: str = ""  # "wrong: ...", "failed: ..." or "cannot: ..."
     first_seconds: float = 0.0  # of the first forward and step, compiling included
+    errors: dict[str, float] = field(default_factory=dict)  # of the loss and the gradient, beside float64
     times: dict[str, Times] = field(default_factory=dict)
-    peak_bytes: int | None = None  # that a step takes beside the logits; on CUDA
+    peak_bytes: int | None = None  # that a step takes beside the logits
+    not_graphed: str = ""  # why a CUDA graph could not be made of its step
     launches: int | None = None  # in a step; on CUDA, of a latency case
 
 
@@ -107,15 +110,21 @@ def run(case: Case, contestants: dict[str, Callable], budget: Budget, device: Cp
     entries, calls = judge(case, contestants, logits, target, options)
     parties = {}
     for name, call in calls.items():
-        step = partial(MEASURES["step"], call)
-        entries[name].peak_bytes = device.peak_bytes(step, non_leaf(logits))
+        with torch.no_grad():
+            grad_output = case.draw_grad_output(call(logits.clone()))
+        actions = {measure: partial(action, call, grad_output) for measure, action in MEASURES.items()}
+        entries[name].peak_bytes = device.peak_bytes(actions["step"], non_leaf(logits))
         if case.latency:
             entries[name].launches = device.launches(call, logits)
-        for measure, action in MEASURES.items():
-            parties[name, measure] = Party(partial(action, call), clock, differentiates=measure == "step")
+            try:
+                parties[name, GRAPHED] = Party(device.graphed(actions["step"], non_leaf(logits)), clock, True)
+            except RuntimeError as error:  # a contestant that waits for the GPU cannot be captured
+                entries[name].not_graphed = first_line(error)
+        for measure, action in actions.items():
+            parties[name, measure] = Party(action, clock, differentiates=measure == "step")
     take_turns([copy, *parties.values()], logits, budget)
-    for name, entry in entries.items():
-        entry.times = {measure: parties[name, measure].times() for measure in MEASURES if (name, measure) in parties}
+    for (name, measure), party in parties.items():
+        entries[name].times[measure] = party.times()
     return Result(case, torch.get_num_threads(), logits.nbytes, moved, copy.times(), entries, device.bandwidth)
 
 
@@ -126,19 +135,25 @@ def judge(case: Case, contestants: dict[str, Callable], logits: Tensor, target: 
     for name, contestant in contestants.items():
         start = time.perf_counter()
         try:
-            call = partial(contestant(case), target=target, **options)
+            call = partial(contestant(case), target=target, **options, **reduction_of(case))
             call = under_autocast(call) if case.autocast else call
-            results = outcome(call, logits)
+            results = outcome(case, call, logits)
         except CannotRun as reason:
             entries[name] = Entry(f"cannot: {reason}")
             continue
         except Exception as error:  # whatever a contestant raises is its result
             entries[name] = Entry(f"failed: {first_line(error)}")
             continue
-        entries[name] = Entry(fault(results, truth, case.dtype), time.perf_counter() - start)
+        first_seconds = time.perf_counter() - start
+        entries[name] = Entry(fault(results, truth, case.dtype), first_seconds, errors(results, truth))
         if not entries[name].problem:
             calls[name] = call
     return entries, calls
+
+
+def reduction_of(case: Case) -> dict[str, str]:
+    """As an argument, where it is not everyone's default."""
+    return {} if case.reduction == "mean" else {"reduction": case.reduction}
 
 
 def under_autocast(call: Callable) -> Callable:
@@ -156,12 +171,12 @@ def under_autocast(call: Callable) -> Callable:
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.25}
 
 
-def outcome(call: Callable, logits: Tensor) -> dict[str, Tensor]:
+def outcome(case: Case, call: Callable, logits: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         forward = call(logits.clone())
     logits = non_leaf(logits)
     loss = call(logits)
-    (gradient,) = torch.autograd.grad(loss, logits)
+    (gradient,) = torch.autograd.grad(loss, logits, case.draw_grad_output(loss.detach()))
     return {"loss under no_grad": forward, "loss": loss.detach(), "gradient": gradient}
 
 
@@ -169,8 +184,10 @@ CHUNK = 1 << 26  # entries that float64 takes on at once: large logits have no r
 
 
 def true_outcome(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, Tensor]:
-    """Native's in float64: the sum over some rows after the other, and the mean of all."""
+    """Native's in float64: the sum over some rows after the other, and the mean of all; or each loss of some rows."""
     wide = {name: widen(value) for name, value in options.items()}
+    if case.reduction == "none":
+        return true_losses(case, logits, target, wide)
     scale = 1 / divisor(case, target, wide)
     loss, gradient = 0.0, torch.empty_like(logits, dtype=torch.float64)
     of_logits, of_gradient = parts(logits), parts(gradient)
@@ -178,9 +195,38 @@ def true_outcome(case: Case, logits: Tensor, target: Tensor, options: dict) -> d
     for some, of_some, into in zip(of_logits, of_target, of_gradient, strict=True):
         leaf = some.double().detach().requires_grad_()
         part = native(case)(leaf, widen(of_some), **wide, reduction="sum") * scale
-        into.copy_(torch.autograd.grad(part, leaf)[0])
+        into.copy_(torch.autograd.grad(part, leaf)[0] * case.grad_output)
         loss = loss + part.detach()
     return {"loss under no_grad": loss, "loss": loss, "gradient": gradient}
+
+
+def true_losses(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, Tensor]:
+    losses, gradients, first = [], [], 0
+    shape = logits.shape if case.loss.startswith("binary") else target.shape
+    # Drawn once, in the type that the loss will have: what the contestants see.
+    dtype = torch.float32 if case.autocast else logits.dtype
+    grad_output = case.draw_grad_output(torch.empty(shape, dtype=dtype, device=logits.device)).double()
+    for some in parts(logits):
+        rows = slice(first, first + len(some))
+        leaf = some.double().detach().requires_grad_()
+        loss = native(case)(leaf, widen(target[rows]), **options, reduction="none")
+        gradients.append(torch.autograd.grad(loss, leaf, grad_output[rows])[0])
+        losses.append(loss.detach())
+        first = rows.stop
+    loss = torch.cat(losses)
+    return {"loss under no_grad": loss, "loss": loss, "gradient": torch.cat(gradients)}
+
+
+def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """The sum of all errors of a result, as a fraction of the sum of what is true; NaN where a result is."""
+    found = {}
+    for name in ("loss", "gradient"):
+        if results[name].shape != truth[name].shape:
+            return {}
+        pairs = zip(parts(results[name]), parts(truth[name]), strict=True)
+        total = sum((result.double() - true).abs().sum().item() for result, true in pairs)
+        found[name] = total / max(torch.linalg.vector_norm(truth[name], 1).item(), 1e-300)
+    return found
 
 
 def divisor(case: Case, target: Tensor, options: dict) -> Tensor | int:

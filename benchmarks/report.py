@@ -3,19 +3,21 @@
 import json
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from statistics import geometric_mean
 
 from benchmarks.cases import CPU_GROUPS, CUDA_GROUPS, GOAL
 from benchmarks.contestants import PEERS
 from benchmarks.goals import GOALS, judge
-from benchmarks.measure import MEASURES, Result
+from benchmarks.measure import GRAPHED, MEASURES, Result
 
 RIVALS = ("native", "compiled")
 LEGEND = """\
 Times are medians. A ratio above 1 says how many times faster fusedloss is; **bold**: it is slower than native.
 "of copy": the bytes that the forward or the step must move, per second, as a fraction of a plain copy's bytes per
 second. "must move": these bytes, of a step. "x copy": a step in plain copies of the logits, where logits and gradient
-together are larger than the last-level cache.
+together are larger than the last-level cache. "peak": the memory that a step takes beside the logits. "error": of the
+gradient, the sum of what differs from float64 as a fraction of the whole.
 """
 CUDA_LEGEND = """\
 Times are medians, with half the distance of the quartiles; of the GPU, but for latency of the host. A ratio above 1
@@ -23,8 +25,17 @@ says how many times faster fusedloss is; **bold**: it is slower than native. "GB
 step must move, per second. "of copy": as a fraction of what a plain copy of the logits moves in a second. "of floor":
 the time of these bytes at the bandwidth of a large copy, as a fraction of ours. "vs peer": the best of the other
 projects' kernels. "vs Triton": fusedloss's own Triton kernels. "peak": the memory that a step takes beside the logits.
+"error": of the gradient, the sum of what differs from float64 as a fraction of the whole. "graphed": a step replayed
+from a CUDA graph.
 """
 NOTHING = "-"
+BUSY = 0.5  # of load, before a run: the machine has other work
+
+
+def save(folder: Path, facts: dict, results: dict, left_out: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text(document(facts, results, left_out))
+    (folder / "results.json").write_text(as_json(facts, results, left_out))
 
 
 def document(facts: dict, results: dict[int | None, list[Result]], left_out: dict[str, str]) -> str:
@@ -50,13 +61,19 @@ def header(facts: dict) -> str:
         "# Benchmarks\n\n"
         f"- {facts['cpu']}, {facts['cores']} cores, {facts['cpu_capability']}; {facts['date']}\n"
         f"- Python {facts['python']}, torch {facts['torch']}\n"
-        f"- fusedloss: {build}\n\n{LEGEND}"
+        f"- fusedloss: {build}\n{busy(facts)}\n{LEGEND}"
     )
+
+
+def busy(facts: dict) -> str:
+    """A warning, where others were at work: threads that wait for one another then measure the others."""
+    load = facts.get("load") or 0
+    return f"- **The machine was busy: a load of {load} before the first case**\n" if load > BUSY else ""
 
 
 def section(facts: dict, results: list[Result], left_out: dict[str, str]) -> str:
     """What one number of threads, or the GPU, gave."""
-    return cuda_section(results, left_out) if "gpu" in facts else cpu_section(facts, results)
+    return cuda_section(results, left_out) if "gpu" in facts else cpu_section(facts, results, left_out)
 
 
 def cuda_section(results: list[Result], left_out: dict[str, str]) -> str:
@@ -67,10 +84,13 @@ def cuda_section(results: list[Result], left_out: dict[str, str]) -> str:
         for name, entry in result.entries.items():
             if entry.problem:
                 notes.setdefault(f"{name} {entry.problem}", []).append(str(result.case))
+            if entry.not_graphed:
+                notes.setdefault(f"{name} in no CUDA graph: {entry.not_graphed}", []).append(str(result.case))
     for case, reason in left_out.items():
         notes.setdefault(f"left out, {reason}", []).append(case)
     if notes:
         parts.append("".join(f"- {note}: {'; '.join(cases)}\n" for note, cases in notes.items()))
+    parts += filter(None, [compile_time(results)])
     return "\n".join(parts)
 
 
@@ -118,14 +138,24 @@ def cuda_columns() -> list[tuple]:
         ("dtype", lambda result: result.case.type),
         *of("forward"),
         *of("step"),
-        ("peak", partial(peak, name="fusedloss")),
-        ("native's peak", partial(peak, name="native")),
+        *beside_native(),
+        ("graphed", partial(seconds_of, name="fusedloss", measure=GRAPHED)),
+        ("native's graphed", partial(seconds_of, name="native", measure=GRAPHED)),
+    ]
+
+
+def beside_native() -> list[tuple]:
+    """What is not time: memory and accuracy, ours and native's."""
+    return [
+        (title if name == "fusedloss" else f"native's {title}", partial(cell, name=name))
+        for title, cell in {"peak": peak, "error": error}.items()
+        for name in ("fusedloss", "native")
     ]
 
 
 def rate(result: Result, measure: str) -> str:
     seconds = result.seconds("fusedloss", measure)
-    return f"{result.bytes_to_move[measure] / seconds / 1e9:.0f}" if seconds else NOTHING
+    return f"{result.bytes_to_move[measure] / seconds / 1e9:.3g}" if seconds else NOTHING
 
 
 def best_peer(result: Result, measure: str) -> str:
@@ -138,8 +168,30 @@ def peak(result: Result, name: str) -> str:
     return NOTHING if count is None else size(count)
 
 
-def cpu_section(facts: dict, results: list[Result]) -> str:
+def error(result: Result, name: str) -> str:
+    found = result.entries[name].errors if name in result.entries else {}
+    return f"{found['gradient']:.1e}" if "gradient" in found else NOTHING
+
+
+def seconds_of(result: Result, name: str, measure: str) -> str:
+    if not result.case.latency:
+        return ""
+    seconds = result.seconds(name, measure)
+    return NOTHING if seconds is None else duration(seconds)
+
+
+def compile_time(results: list[Result]) -> str:
+    """What the clock leaves out; empty without torch.compile."""
+    first = [r.entries["compiled"].first_seconds for r in results if "compiled" in r.entries]
+    if not first:
+        return ""
+    return f"torch.compile took {sum(first):.0f} s for the first calls of {len(first)} cases; no time above has them.\n"
+
+
+def cpu_section(facts: dict, results: list[Result], left_out: dict[str, str]) -> str:
     """A table for each group, what went wrong, geometric means."""
+    if not results:
+        return ""
     parts = [f"## Threads: {results[0].threads}\n"]
     parts += group_tables(CPU_GROUPS, columns_of(facts["last_level_cache"]), results)
     problems = [
@@ -148,8 +200,10 @@ def cpu_section(facts: dict, results: list[Result]) -> str:
         for name, entry in result.entries.items()
         if entry.problem
     ]
+    problems += [f"- left out, {reason}: {case}\n" for case, reason in left_out.items()]
     if problems:
         parts.append("".join(problems))
+    parts += filter(None, [compile_time(results)])
     rows = [[f"{m['measure']} vs {m['rival']}", times(m["ratio"]), str(m["cases"])] for m in means(results)]
     if rows:
         parts.append(table([f"geometric mean, {GOAL}", "ratio", "cases"], rows))
@@ -167,6 +221,7 @@ def columns_of(cache: int) -> list[tuple]:
             (measure, partial(ours, measure=measure)),
             ("vs native", partial(ratio, measure=measure, rival="native")),
             ("vs compiled", partial(ratio, measure=measure, rival="compiled")),
+            ("GB/s", partial(rate, measure=measure)),
             ("of copy", lambda result: percent(result.bandwidth(measure))),
         ]
 
@@ -175,6 +230,7 @@ def columns_of(cache: int) -> list[tuple]:
         ("dtype", lambda result: result.case.type),
         *of("forward"),
         *of("step"),
+        *beside_native(),
         ("must move", lambda result: size(result.bytes_to_move["step"])),
         ("x copy", x_copy),
     ]
@@ -246,7 +302,8 @@ def as_json(facts: dict, results: dict[int | None, list[Result]], left_out: dict
     if "gpu" in facts:
         summary = {"goals": [judge(goal, some) for some in results.values() for goal in GOALS], "left_out": left_out}
     else:
-        summary = {"geometric_means": {threads: means(some) for threads, some in results.items()}}
+        means_by_threads = {threads: means(some) for threads, some in results.items()}
+        summary = {"geometric_means": means_by_threads, "left_out": left_out}
     data = {
         "machine": facts,
         **summary,

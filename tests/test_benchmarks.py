@@ -1,6 +1,7 @@
 """The benchmarks count bytes as by hand, time only who is right, and write what they find."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-import fusedloss
 from benchmarks import __main__ as command_line
-from benchmarks import devices, goals, machine, measure, report
+from benchmarks import compare, devices, goals, machine, measure, pictures, readme, report
 from benchmarks.cases import GROUPS, IGNORED, IGNORED_PARTS, Case, bce_with_logits, bytes_to_move, cross_entropy
 from benchmarks.contestants import PEERS, CannotRun, Peer, native, ours, triton
+from examples import gpt
 
 ROOT = Path(__file__).parent.parent
 CASES = {device: [case for group in groups.values() for case in group] for device, groups in GROUPS.items()}
@@ -45,6 +47,11 @@ SMALL = cross_entropy(24, 10)
         (cross_entropy(20, 100, target="nine tenths ignored", dtype=torch.bfloat16), 400 + 160, 4000),
         # What is cast is the affair of who casts it.
         (cross_entropy(24, 10, autocast=True, dtype=torch.bfloat16), 480 + 192, 480),
+        # A grad_output other than 1 is known when the logits have gone: both inputs are read again.
+        (cross_entropy(24, 10, grad_output=0.5), 960 + 192, 960 + 192 + 960),
+        # 24 losses are written, 24 grad_outputs read.
+        (cross_entropy(24, 10, reduction="none"), 960 + 192 + 96, 960 + 192 + 96 + 960),
+        (bce_with_logits(64, 80, reduction="none"), 3 * 20480, 3 * 20480 + 20480),
     ],
     ids=str,
 )
@@ -123,6 +130,9 @@ def test_a_contestant_that_a_case_is_not_for_says_so():
         bce_with_logits(24, 10, options=("weight", "pos_weight")),
         bce_with_logits(24, 10, target="uint8 labels"),
         Case("bce", "binary_cross_entropy", (24, 10), "labels"),
+        cross_entropy(24, 10, grad_output=0.5),
+        cross_entropy(24, 10, target="half ignored", options=("weight",), reduction="none"),
+        bce_with_logits(24, 10, options=("pos_weight",), reduction="none"),
     ],
     ids=str,
 )
@@ -131,13 +141,15 @@ def test_the_truth_in_parts_is_the_mean_of_all(case, monkeypatch):
     whole = measure.true_outcome(case, *data)
     monkeypatch.setattr(measure, "CHUNK", 2 * data[0][0].numel())
     logits, target, options = data
-    results = measure.outcome(lambda logits: native(case)(logits, target, **options), logits)
+    results = measure.outcome(
+        case, lambda logits: native(case)(logits, target, **options, reduction=case.reduction), logits
+    )
     for name, true in measure.true_outcome(case, *data).items():
         torch.testing.assert_close(true, whole[name], rtol=1e-13, atol=0)
         torch.testing.assert_close(results[name].double(), true, rtol=1e-4, atol=1e-6)
     assert measure.fault(results, whole, case.dtype) == ""
     results["gradient"].select(0, -1).fill_(7)
-    assert measure.fault(results, whole, case.dtype).startswith("wrong: gradient, by up to 7")
+    assert measure.fault(results, whole, case.dtype).startswith("wrong: gradient, by up to")
 
 
 def test_a_result_of_another_shape_is_wrong():
@@ -199,6 +211,108 @@ def test_a_run_writes_its_tables_and_numbers(tmp_path):
     assert "| cross entropy 24x10 | float32 |" in tables
     assert "step vs native" in tables
     assert tables.split("## Threads")[1].strip() in done.stdout
+    for name in ("speedup", "bandwidth", "memory"):  # of a case that is neither large nor bfloat16
+        assert [(tmp_path / f"{name}.{kind}").exists() for kind in ("svg", "png")] == [name == "speedup"] * 2
+
+
+# --- What is made of results -------------------------------------------------------------------------------
+
+
+def saved(folder, *results):
+    report.save(folder, machine.facts("cpu") | {"load": 0.0}, {2: list(results)}, {})
+    return folder / "results.json"
+
+
+def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
+    def interrupted(case, *rest):
+        if case.dtype == torch.bfloat16:
+            raise KeyboardInterrupt
+        return results_of(case, fusedloss=0.5, native=1.0)
+
+    arguments = ["--threads", "2", "--no-compile", "--filter", "^nll", "--output", str(tmp_path)]
+    monkeypatch.setattr(command_line, "run", interrupted)
+    monkeypatch.setattr(machine, "touch_memory", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        command_line.main()
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert result["name"] == "nll 4096x1000 float32"
+
+
+def test_a_comparison_finds_what_is_slower_beyond_the_spread(tmp_path, capsys):
+    before = saved(tmp_path / "before", results_of(SMALL, fusedloss=1.0), results_of(HEAD, fusedloss=1.0))
+    within = saved(tmp_path / "within", results_of(SMALL, fusedloss=1.1), results_of(HEAD, fusedloss=1.2))
+    assert compare.main(before, within) == 0
+    assert "4 times in both: 0 slower, 0 quicker" in capsys.readouterr().out
+    slower = saved(tmp_path / "slower", results_of(SMALL, fusedloss=1.5), results_of(HEAD, fusedloss=0.5))
+    assert compare.main(before, slower) == 1
+    shown = capsys.readouterr().out
+    assert "4 times in both: 2 slower, 2 quicker" in shown
+    assert re.search(r"cross entropy 24x10 float32, step .* 3000.00 ms \| *1.50x", shown)
+    assert compare.main(slower, slower) == 0
+    lost = saved(tmp_path / "lost", results_of(SMALL, fusedloss=1.0))
+    assert compare.main(before, lost) == 1
+
+
+def test_the_pictures_show_the_ratios(tmp_path):
+    path = saved(tmp_path, results_of(cross_entropy(512, 1000), fusedloss=1.0, native=7.5, compiled=2.5))
+    axes = Figure().subplots()
+    pictures.speedups(json.loads(path.read_text())["results"], axes)
+    assert [bar.get_width() for bar in axes.patches] == [7.5, 2.5]
+    pictures.draw(tmp_path)
+    assert "cross entropy 512x1000" in (tmp_path / "speedup.svg").read_text()
+    assert (tmp_path / "bandwidth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bandwidth_is_that_of_the_bytes_that_must_move(tmp_path):
+    path = saved(tmp_path, results_of(cross_entropy(512, 1000), fusedloss=1.0, native=2.0))
+    axes = Figure().subplots()
+    pictures.bandwidth(json.loads(path.read_text())["results"], axes)
+    size = 512 * 1000 * 4
+    lines = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines}
+    assert lines["fusedloss"] == (1000, pytest.approx(2 * size / 2 / 1e9))  # a step takes twice the forward's second
+    assert lines["native"] == (1000, pytest.approx(2 * size / 4 / 1e9))
+    assert lines["a plain copy"] == (1000, pytest.approx(2 * size / 1e9))
+
+
+def test_the_readme_shows_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
+    assert readme.written(text) == text, "run python -m benchmarks.readme"
+    assert "cross entropy 64x128256 float32" in text.partition(readme.BEGIN)[2]
+    method = (ROOT / "benchmarks" / "README.md").read_text()
+    assert readme.written(method, readme.defeats) == method, "run python -m benchmarks.readme"
+
+
+def test_where_we_lose_is_every_case_in_which_someone_is_quicker(tmp_path):
+    quick = results_of(cross_entropy(512, 1000), fusedloss=1.0, native=1.5, compiled=2.5)
+    saved(tmp_path, quick, results_of(SMALL, fusedloss=1.0, native=0.8, compiled=0.95))
+    shown = readme.defeats(tmp_path)
+    assert "cross entropy 24x10 float32, forward" in shown
+    assert re.search(
+        r"cross entropy 24x10 float32, step +\| +2 \| native +\| +0.80x", shown.replace("|  native", "| native")
+    )
+    assert "512x1000" not in shown
+    assert shown.count("compiled") == 0, "the quickest rival alone"
+
+
+def test_a_busy_machine_is_said_to_be_busy():
+    facts = machine.facts("cpu")
+    assert "**The machine was busy: a load of 3.2" in report.header(facts | {"load": 3.2})
+    assert "busy" not in report.header(facts | {"load": 0.1})
+    assert "busy" not in report.header(facts | {"load": None})
+
+
+def test_the_gpt_trains_the_same_with_either_loss():
+    outcomes = gpt.compare(gpt.TINY, steps=2, warm_up=1, device=torch.device("cpu"))
+    assert outcomes.keys() == {"native", "fused", "fused, inplace"}
+    for outcome in outcomes.values():
+        assert outcome.losses == pytest.approx(outcomes["native"].losses, rel=1e-5)
+        assert len(outcome.losses) == 3
+        assert outcome.tokens_per_second > 0
+    assert gpt.parted(outcomes) is None
+    outcomes["fused"].losses[1] *= 1.01
+    assert gpt.parted(outcomes).startswith("step 1: native")
 
 
 # --- What CUDA has of its own, where there is none -----------------------------------------------------------
@@ -339,6 +453,72 @@ def test_every_case_fits_into_80_gigabytes():
     assert max(torch.Size(case.shape).numel() for case in CASES["cuda"]) * devices.Cuda.BYTES_PER_LOGIT < 78e9
 
 
+def test_the_errors_are_fractions_of_the_truth():
+    truth = {"loss": torch.tensor(2.0), "gradient": torch.tensor([1.0, -3.0])}
+    results = {"loss": torch.tensor(2.5), "gradient": torch.tensor([1.5, -3.0])}
+    assert measure.errors(results, truth) == {"loss": 0.25, "gradient": 0.125}
+    assert measure.errors({"loss": torch.ones(1)}, truth) == {}
+    native_s = measure.run(SMALL, {"native": native}, BRIEF, devices.Cpu()).entries["native"].errors
+    assert 0 < native_s["gradient"] < 1e-6
+
+
+@pytest.mark.parametrize("fields", [{"grad_output": 0.5}, {"reduction": "none"}], ids=str)
+def test_who_forgets_the_grad_output_is_wrong(fields):
+    class Forgetful(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            return torch.ones_like(grad_output)
+
+    def forgetful(case):
+        return lambda *arguments, **options: Forgetful.apply(F.cross_entropy(*arguments, **options))
+
+    contestants = {"forgetful": forgetful, "native": native, "fusedloss": ours}
+    entries = measure.run(replace(SMALL, **fields), contestants, BRIEF, devices.Cpu()).entries
+    assert entries.pop("forgetful").problem.startswith("wrong: gradient")
+    assert {entry.problem for entry in entries.values()} == {""}
+
+
+def test_the_peak_memory_of_a_step_on_the_cpu():
+    def run(logits):
+        twice = torch.cat([logits, logits])  # there with its square: 4 times the logits
+        square = twice * twice
+        del twice
+        return square.neg()  # 4 times again
+
+    assert devices.Cpu().peak_bytes(run, torch.zeros(5000)) == 4 * 5000 * 4
+    assert devices.Cpu().peak_bytes(lambda logits: logits.neg_(), torch.zeros(5000)) == 0
+
+
+def test_a_step_in_a_cuda_graph_is_timed_or_said_to_be_impossible(monkeypatch):
+    def no_capture(self, step, logits):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    case = cross_entropy(32, 10, latency=True)
+    monkeypatch.setattr(FakeGpu, "graphed", no_capture)
+    both = {"native": native, "fusedloss": ours}
+    result = measure.run(case, both, BRIEF, FakeGpu())
+    assert measure.GRAPHED not in result.entries["native"].times
+    assert "native in no CUDA graph: RuntimeError: operation not permitted" in report.cuda_section([result], {})
+    monkeypatch.setattr(FakeGpu, "graphed", lambda self, step, logits: step)
+    result = measure.run(case, both, BRIEF, FakeGpu())
+    assert result.entries["native"].times[measure.GRAPHED].median > 0
+
+
+@pytest.mark.parametrize("state", ["", "no Triton"])
+def test_our_triton_kernels_say_why_they_cannot_run(monkeypatch, state):
+    backends = {"cpu": "", "cuda": "", "triton": state}
+    monkeypatch.setattr("benchmarks.contestants.fusedloss.backends", lambda: backends, raising=False)
+    if state:
+        with pytest.raises(CannotRun, match=state):
+            triton(SMALL)
+    else:
+        assert triton(SMALL).keywords == {"backend": "triton"}
+
+
 @pytest.fixture
 def peer(monkeypatch):
     """One that is installed: native's own cross entropy, under another name."""
@@ -365,6 +545,7 @@ def test_a_peer_runs_what_it_takes(peer):
         (cross_entropy(2, 10, 4), "two dimensions"),
         (cross_entropy(24, 10, target="probabilities"), "class indices"),
         (cross_entropy(24, 10, options=("label_smoothing", "weight")), "has no weight"),
+        (cross_entropy(24, 10, reduction="none"), 'has no reduction="none"'),
     ],
     ids=str,
 )
@@ -451,12 +632,6 @@ def test_goals_of_triton_are_about_triton():
     assert goals.judge(goal("Triton, a step: vs"), [wrong])["verdict"] == "missed"
 
 
-def test_the_triton_contestant_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(fusedloss, "backends", lambda: {"triton": "no driver"})
-    with pytest.raises(CannotRun, match="no driver"):
-        triton(bce_with_logits(8, 4))
-
-
 def test_every_goal_has_cases_and_every_case_that_counts_is_large():
     for goal in goals.GOALS:
         cases = [case for case in CASES["cuda"] if goal.cases(case)]
@@ -499,11 +674,19 @@ def test_a_run_on_a_gpu_writes_goals_and_cases(name, monkeypatch, tmp_path, caps
     on_a_fake_gpu(monkeypatch, "--filter", f"^{name}$", "--output", str(tmp_path))
     (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert result["name"] == name
-    assert {entry["problem"] for entry in result["entries"].values()} == {""}
+    assert {name for name, entry in result["entries"].items() if not entry["problem"]} >= {"native", "fusedloss"}
     assert result["entries"]["fusedloss"]["launches"] == (2 if "32x10" in name else None)
     tables = (tmp_path / "results.md").read_text()
     assert tables.index("## Goals") < tables.index("## Cases")
     assert tables.split("## Goals")[1].strip() in capsys.readouterr().out
+
+
+def test_a_quick_run_begins_nothing_that_two_minutes_would_not_hold(monkeypatch, tmp_path):
+    assert command_line.QUICK_MINUTES < 2
+    monkeypatch.setattr(command_line, "QUICK_MINUTES", -1)
+    on_a_fake_gpu(monkeypatch, "--output", str(tmp_path))
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert (data["results"], len(data["left_out"])) == ([], len(CASES["cuda"]))
 
 
 def test_what_comes_too_late_or_fails_is_left_out(monkeypatch, tmp_path):

@@ -1,0 +1,118 @@
+"""Pictures of results, drawn from the JSON alone, as SVG and PNG."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = {"fusedloss": "#0b2545", "native": "#a9cbe8", "compiled": "#e0a458"}
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "svg.hashsalt": "fusedloss",  # the same numbers make the same file
+    "svg.fonttype": "none",
+}
+
+
+def speedups(results: list[dict], axes: Axes) -> None:
+    """How many times faster a step is than native's and torch.compile's, in float32."""
+    rows = [result for result in results if result["name"].endswith("float32") and step(result, "fusedloss")]
+    for shift, rival in ((-0.2, "native"), (0.2, "compiled")):
+        pairs = [
+            (place, step(result, rival) / step(result, "fusedloss"))
+            for place, result in enumerate(rows)
+            if step(result, rival)
+        ]
+        if pairs:
+            places, ratios = zip(*pairs, strict=True)
+            bars = axes.barh(
+                [place + shift for place in places], ratios, 0.38, color=COLORS[rival], label=f"vs {rival}"
+            )
+            axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [result["name"].removesuffix(" float32") for result in rows], fontsize=8)
+    axes.set(xscale="log", xlabel="time of a step over ours, float32; right of the line fusedloss is faster")
+    axes.invert_yaxis()
+
+
+def bandwidth(results: list[dict], axes: Axes) -> None:
+    """The bytes that a step must move, per second, against the number of classes."""
+    rows = [result for result in results if plain_rows(result)]
+    for name, color in COLORS.items():
+        points = sorted(
+            (result["case"]["shape"][1], result["bytes_to_move"]["step"] / step(result, name) / 1e9)
+            for result in rows
+            if step(result, name)
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=color, label=name)
+    copies = sorted(
+        (result["case"]["shape"][1], 2 * result["logits_bytes"] / result["copy"]["median"] / 1e9) for result in rows
+    )
+    if copies:
+        axes.plot(*zip(*copies, strict=True), ":", color="grey", label="a plain copy")
+    axes.set(xscale="log", yscale="log", xlabel="classes", ylabel="GB/s of a cross entropy step, float32")
+    axes.grid(color="#e6e6e6")
+
+
+def memory(results: list[dict], axes: Axes) -> None:
+    """What a step takes beside the logits, in multiples of them."""
+    rows = [result for result in results if result["logits_bytes"] > 1e6 and result["name"].endswith("bfloat16")]
+    for shift, name in zip((-0.27, 0, 0.27), COLORS, strict=True):
+        pairs = [
+            (place + shift, result["entries"][name]["peak_bytes"] / result["logits_bytes"])
+            for place, result in enumerate(rows)
+            if result["entries"].get(name, {}).get("peak_bytes") is not None
+        ]
+        if pairs:
+            axes.barh(*zip(*pairs, strict=True), 0.26, color=COLORS[name], label=name)
+    axes.set_yticks(range(len(rows)), [result["name"].removesuffix(" bfloat16") for result in rows], fontsize=8)
+    axes.set(xlabel="peak memory of a step beside the logits, in sizes of the logits; bfloat16")
+    axes.invert_yaxis()
+
+
+def step(result: dict, name: str) -> float | None:
+    times = result["entries"].get(name, {}).get("times", {})
+    return times["step"]["median"] if "step" in times else None
+
+
+def plain_rows(result: dict) -> bool:
+    """A mean cross entropy of rows of logits in float32, without options, large enough to leave the caches."""
+    case = result["case"]
+    return result["name"] == f"cross entropy {'x'.join(map(str, case['shape']))} float32" and (
+        len(case["shape"]) == 2 and result["logits_bytes"] > 1e6
+    )
+
+
+PICTURES: dict[str, Callable[[list[dict], Axes], None]] = {
+    "speedup": speedups,
+    "bandwidth": bandwidth,
+    "memory": memory,
+}
+
+
+def most_threads(results: list[dict]) -> list[dict]:
+    """A CPU's results with all its threads, or a GPU's."""
+    most = max((result["threads"] for result in results), default=0)
+    return [result for result in results if result["threads"] == most]
+
+
+@matplotlib.rc_context(STYLE)
+def draw(folder: Path) -> None:
+    """Beside the results.json of the folder, one file of each kind for each picture that there are numbers for."""
+    results = most_threads(json.loads((folder / "results.json").read_text())["results"])
+    for name, paint in PICTURES.items():
+        figure = Figure(layout="constrained")
+        axes = figure.subplots()
+        paint(results, axes)
+        if not axes.get_legend_handles_labels()[0]:
+            continue
+        bars = len(axes.get_yticklabels()) if name != "bandwidth" else 0
+        figure.set_size_inches(9, 1.5 + 0.28 * bars if bars else 5)
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", dpi=120)

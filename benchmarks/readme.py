@@ -1,0 +1,91 @@
+"""Write the numbers of both READMEs from the committed results: python -m benchmarks.readme."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.pictures import most_threads, step
+from benchmarks.report import NOTHING, busy, duration, size, table, times
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- written by python -m benchmarks.readme -->\n", "<!-- end -->\n"
+SHOWN = {  # the names of cases, of a CPU's and of a GPU's
+    "cross entropy 65536x10",
+    "cross entropy 1024x1000",
+    "cross entropy 4096x1000",
+    "cross entropy 512x32000",
+    "cross entropy 64x128256",
+    "cross entropy 8192x128256",
+    "cross entropy 2x19x512x512",
+    "cross entropy 8x19x512x1024",
+    "bce with logits 64x80",
+    "bce with logits 4096x1000",
+    "bce with logits 65536x1000",
+}
+
+
+def block(folder: Path) -> str:
+    """A machine's picture, and a table of some of its cases."""
+    data = json.loads((folder / "results.json").read_text())
+    facts, results = data["machine"], most_threads(data["results"])
+    place = folder.relative_to(ROOT).as_posix()
+    threads = f", {results[0]['threads']} threads" if "gpu" not in facts else ""
+    name = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
+    rows = [row(result) for result in results if shown(result)]
+    titles = ["the loss in a training step", "native", "compiled", "fusedloss", "vs native", "native's peak", "peak"]
+    columns = [column for column in zip(titles, *rows, strict=True) if set(column[1:]) != {NOTHING}]
+    titles, *rows = map(list, zip(*columns, strict=True))
+    return (
+        f"{name}{threads}, torch {facts['torch']}, fusedloss at {facts['fusedloss']['git_revision']}, "
+        f"{facts['date'].partition(' ')[0]};\neverything is in [results.md]({place}/results.md).\n"
+        f"{busy(facts)}\n"
+        f"![How many times faster a step is]({place}/speedup.svg)\n\n"
+        f"![The bandwidth of a step, by number of classes]({place}/bandwidth.svg)\n\n{table(titles, rows)}"
+    )
+
+
+def shown(result: dict) -> bool:
+    name, _, dtype = result["name"].rpartition(" ")
+    return name in SHOWN and dtype in ("float32", "bfloat16") and step(result, "fusedloss") is not None
+
+
+def row(result: dict) -> list[str]:
+    seconds = {name: step(result, name) for name in ("native", "compiled", "fusedloss")}
+    peaks = [result["entries"].get(name, {}).get("peak_bytes") for name in ("native", "fusedloss")]
+    return [
+        result["name"],
+        *(duration(value) if value else NOTHING for value in seconds.values()),
+        times(seconds["native"] / seconds["fusedloss"] if seconds["native"] else None),
+        *(NOTHING if peak is None else size(peak) for peak in peaks),
+    ]
+
+
+def defeats(folder: Path) -> str:
+    """Where someone is quicker than we are: every case, with the quickest rival."""
+    data = json.loads((folder / "results.json").read_text())
+    rows = []
+    for result in data["results"]:
+        timed = {name: entry["times"] for name, entry in result["entries"].items() if entry["times"]}
+        for measure, ours in timed.pop("fusedloss", {}).items():
+            rivals = {name: taken[measure]["median"] for name, taken in timed.items() if measure in taken}
+            best = min(rivals, key=rivals.get, default=None)
+            if best and rivals[best] < ours["median"]:
+                ratio = rivals[best] / ours["median"]
+                rows.append([f"{result['name']}, {measure}", str(result["threads"]), best, times(ratio)])
+    count = sum(len(result["entries"].get("fusedloss", {}).get("times", {})) for result in data["results"])
+    title = f"{data['machine'].get('gpu') or data['machine']['cpu']}: {len(rows)} of {count} times.\n"
+    return f"{title}\n{table(['case', 'threads', 'quicker', 'ratio'], rows)}" if rows else title
+
+
+def written(text: str, block: Callable[[Path], str] = block) -> str:
+    """A README with what stands between the markers made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    blocks = [block(path.parent) for path in sorted(RESULTS.glob("*/results.json"))]
+    return before + BEGIN + "\n".join(blocks) + END + after
+
+
+if __name__ == "__main__":
+    for readme, part in ((ROOT / "README.md", block), (ROOT / "benchmarks" / "README.md", defeats)):
+        readme.write_text(written(readme.read_text(), part))
