@@ -79,19 +79,22 @@ def section(facts: dict, results: list[Result], left_out: dict[str, str]) -> str
 def cuda_section(results: list[Result], left_out: dict[str, str]) -> str:
     """The goals, a table for each group, and what went wrong or was left out."""
     parts = ["## Goals\n", goals_table(results), "## Cases\n", *group_tables(CUDA_GROUPS, cuda_columns(), results)]
-    notes = {}
+    parts += filter(None, [notes(results, left_out), compile_time(results)])
+    return "\n".join(parts)
+
+
+def notes(results: list[Result], left_out: dict[str, str]) -> str:
+    """What went wrong or was left out: each reason once, with its cases."""
+    found = {}
     for result in results:
         for name, entry in result.entries.items():
             if entry.problem:
-                notes.setdefault(f"{name} {entry.problem}", []).append(str(result.case))
+                found.setdefault(f"{name} {entry.problem}", []).append(str(result.case))
             if entry.not_graphed:
-                notes.setdefault(f"{name} in no CUDA graph: {entry.not_graphed}", []).append(str(result.case))
+                found.setdefault(f"{name} in no CUDA graph: {entry.not_graphed}", []).append(str(result.case))
     for case, reason in left_out.items():
-        notes.setdefault(f"left out, {reason}", []).append(case)
-    if notes:
-        parts.append("".join(f"- {note}: {'; '.join(cases)}\n" for note, cases in notes.items()))
-    parts += filter(None, [compile_time(results)])
-    return "\n".join(parts)
+        found.setdefault(f"left out, {reason}", []).append(case)
+    return "".join(f"- {note}: {'; '.join(cases)}\n" for note, cases in found.items())
 
 
 def goals_table(results: list[Result]) -> str:
@@ -191,19 +194,10 @@ def compile_time(results: list[Result]) -> str:
 def cpu_section(facts: dict, results: list[Result], left_out: dict[str, str]) -> str:
     """A table for each group, what went wrong, geometric means."""
     if not results:
-        return ""
+        return notes(results, left_out)
     parts = [f"## Threads: {results[0].threads}\n"]
     parts += group_tables(CPU_GROUPS, columns_of(facts["last_level_cache"]), results)
-    problems = [
-        f"- {result.case}, {name}: {entry.problem}\n"
-        for result in results
-        for name, entry in result.entries.items()
-        if entry.problem
-    ]
-    problems += [f"- left out, {reason}: {case}\n" for case, reason in left_out.items()]
-    if problems:
-        parts.append("".join(problems))
-    parts += filter(None, [compile_time(results)])
+    parts += filter(None, [notes(results, left_out), compile_time(results)])
     rows = [[f"{m['measure']} vs {m['rival']}", times(m["ratio"]), str(m["cases"])] for m in means(results)]
     if rows:
         parts.append(table([f"geometric mean, {GOAL}", "ratio", "cases"], rows))

@@ -296,6 +296,13 @@ def test_where_we_lose_is_every_case_in_which_someone_is_quicker(tmp_path):
     assert shown.count("compiled") == 0, "the quickest rival alone"
 
 
+def test_what_was_left_out_or_went_wrong_stands_below_the_tables():
+    results = [results_of(SMALL, fusedloss=1.0, native="wrong: loss"), results_of(HEAD, fusedloss=1.0, native=2.0)]
+    text = report.cpu_section(machine.facts("cpu"), results, {"nll": "time", "bce": "time"})
+    assert "- native wrong: loss: cross entropy 24x10 float32\n" in text
+    assert "- left out, time: nll; bce\n" in text
+
+
 def test_a_busy_machine_is_said_to_be_busy():
     facts = machine.facts("cpu")
     assert "**The machine was busy: a load of 3.2" in report.header(facts | {"load": 3.2})
