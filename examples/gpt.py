@@ -153,9 +153,10 @@ def main() -> str | None:
     parser.add_argument("--tiny", action="store_true", help="a model for seconds on a CPU")
     parser.add_argument("--steps", type=int, default=20, help="that are timed, after 5 that are not; default: 20")
     options = parser.parse_args()
-    cuda = torch.cuda.is_available() and bool(fusedloss.build_info()["cuda"])
+    backends = fusedloss.backends()
+    cuda = torch.cuda.is_available() and "" in (backends["cuda"], backends["triton"])
     if not cuda and not options.tiny:
-        return "There is no GPU, or this build has no CUDA kernels: the model needs one; --tiny runs everywhere."
+        return "There is no GPU with kernels for it, and the model needs one; --tiny runs everywhere."
     device, size = torch.device("cuda" if cuda else "cpu"), TINY if options.tiny else SMALL
     outcomes = compare(size, options.steps, 5, device)
     console = Console(highlight=False)
