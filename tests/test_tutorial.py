@@ -1,0 +1,35 @@
+"""The tutorial's programs: each is built as its chapter says, in a copy, and used."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from documents import ROOT
+
+TUTORIAL = ROOT / "docs/tutorial"
+
+
+def run(*command, cwd):
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_miniature(tmp_path):
+    folder = shutil.copytree(TUTORIAL / "minimal", tmp_path / "minimal", ignore=shutil.ignore_patterns("build", "*.so"))
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=folder)
+    assert "passed" in run(sys.executable, "-m", "pytest", "--rootdir", folder, "test_tinyloss.py", cwd=folder)
+
+
+@pytest.mark.parametrize("script", sorted(TUTORIAL.glob("figures/*.py")), ids=lambda path: path.name)
+def test_a_script_that_draws_figures(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run(sys.executable, script, tmp_path, cwd=ROOT)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn
+    assert drawn <= {path.name for path in (TUTORIAL / "figures").glob("*.svg")}
