@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from documents import ROOT
 
 TUTORIAL = ROOT / "docs/tutorial"
@@ -26,6 +27,15 @@ def test_the_miniature(tmp_path):
     assert "passed" in run(sys.executable, "-m", "pytest", "--rootdir", folder, "test_tinyloss.py", cwd=folder)
 
 
+@pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake")
+def test_the_program_in_cpp():
+    """In build/, so that the next run compiles only what has changed."""
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    run("cmake", "-G", "Ninja", "-S", TUTORIAL / "cpp", "-B", "build/train", prefix, cwd=ROOT)
+    run("cmake", "--build", "build/train", cwd=ROOT)
+    assert "% right" in run("build/train/train", cwd=ROOT)
+
+
 @pytest.mark.parametrize("script", sorted(TUTORIAL.glob("figures/*.py")), ids=lambda path: path.name)
 def test_a_script_that_draws_figures(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -33,3 +43,10 @@ def test_a_script_that_draws_figures(script, tmp_path, monkeypatch):
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn
     assert drawn <= {path.name for path in (TUTORIAL / "figures").glob("*.svg")}
+
+
+def test_the_patch_of_chapter_9_applies():
+    """Building what it makes, and testing it, is docs/tutorial/apply_patch.py's part, which compiles the library anew."""
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    run("git", "apply", "--check", TUTORIAL / "focal_loss.patch", cwd=ROOT)
