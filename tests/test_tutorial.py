@@ -46,7 +46,7 @@ def test_a_script_that_draws_figures(script, tmp_path, monkeypatch):
 
 
 def test_the_patch_of_chapter_9_applies():
-    """Building what it makes, and testing it, is docs/tutorial/apply_patch.py's part, which compiles the library anew."""
+    """What it makes is built and tested by docs/tutorial/apply_patch.py, which compiles the library once more."""
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a git checkout")
     run("git", "apply", "--check", TUTORIAL / "focal_loss.patch", cwd=ROOT)
