@@ -5,13 +5,13 @@ PYTHON ?= python3
 
 bootstrap = $(PYTHON) tools/bootstrap.py --torch '$(TORCH)'
 in-env = PATH="$$(dirname "$$(cat build/python-path)"):$$PATH"
-cpp-files = $(shell find csrc tests/cpp tests/kernels -name '*.[ch]*' -not -name '*.pyc' -o -name '*.inl')
+cpp-files = $(shell find csrc tests/cpp tests/kernels docs/tutorial -name '*.[ch]*' -not -name '*.pyc' -o -name '*.inl')
 cmake := $(shell command -v cmake 2> /dev/null)
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench docs check-links lint format clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## train three models on real data, with native and fused losses side by side
 	$(bootstrap)
@@ -31,6 +31,14 @@ endif
 bench: ## measure the losses beside native torch and torch.compile
 	$(bootstrap)
 	$(in-env) python -m benchmarks --device cpu
+
+docs: ## build the documents as a site, in build/docs; a broken link stops it
+	$(bootstrap)
+	$(in-env) python -m pip install --quiet -r requirements/docs.txt
+	$(in-env) python -m sphinx -W --keep-going --quiet docs build/docs
+
+check-links: docs ## see whether the documents' links to other sites lead somewhere
+	$(in-env) python -m sphinx -b linkcheck docs build/linkcheck
 
 lint: ## check style and formatting
 	$(bootstrap) --no-build

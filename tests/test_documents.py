@@ -1,27 +1,68 @@
-"""What the README and the demo show, run."""
+"""What the documents and the demo show, run; and that the checks of documents (documents.py) can fail."""
 
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import documents
+import pytest
+from documents import ROOT
 
-
-def test_the_readme_s_python_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    names = {}
-    for block in blocks:
-        exec(block, names)
-    assert names["logits"].grad.shape == names["logits"].shape
-    assert names["output"]._version == 1, "overwritten by its gradient"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
 
 
-def test_the_readme_s_links_lead_somewhere():
-    links = set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()))
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@each_document
+def test_a_document_keeps_what_it_claims(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    documents.check(path)
+
+
+@each_document
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+PRINTS = "```python\nprint(1 + 1)\n```\n"
+EXCERPT = "<!-- excerpt: fusedloss/_library.py -->\n```python\n"
+TRUE = {
+    "output": PRINTS + "<!-- output -->\n```text\n2\n```\n",
+    "a command": "<!-- run -->\n```sh\necho 2\n```\n<!-- output -->\n```text\n2\n```\n",
+    "a command for the reader": "```sh\nfalse\n```\n",
+    "an excerpt": EXCERPT + "return _C.build_info()\n```\n",
+    "a value": "It took <!-- value: {json} a.b -->1,234.6<!-- /value --> seconds.",
+}
+FALSE = {
+    "another output": PRINTS + "<!-- output -->\n```text\n3\n```\n",
+    "output that nothing shows": PRINTS,
+    "a command that fails": "<!-- run -->\n```sh\nfalse\n```\n",
+    "an assert": "```python\nassert 1 == 2\n```\n",
+    "an excerpt that drifts": EXCERPT + "return _C.build_infos()\n```\n",
+    "an excerpt that leaves a line out": EXCERPT + "try:\nexcept ImportError as error:\n```\n",
+    "a language that nothing checks": "```cpp\nint x;\n```\n",
+    "no language": "```\nint x;\n```\n",
+    "a mark without its block": "<!-- output -->\n\n```text\n2\n```\n",
+    "a value that is rounded wrongly": "<!-- value: {json} a.b -->1234.5<!-- /value -->",
+    "a value without an end": "<!-- value: {json} a.b -->1234.6",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [*((text, True) for text in TRUE.values()), *((text, False) for text in FALSE.values())],
+    ids=[*TRUE, *FALSE],
+)
+def test_the_checks_of_documents(text, holds, tmp_path):
+    numbers = tmp_path / "numbers.json"
+    numbers.write_text('{"a": {"b": 1234.56}}')
+    path = tmp_path / "document.md"
+    path.write_text(text.replace("{json}", str(numbers)))
+    if holds:
+        documents.check(path)
+    else:
+        with pytest.raises(AssertionError):
+            documents.check(path)
 
 
 def test_the_demo(tmp_path):

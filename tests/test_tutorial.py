@@ -1,0 +1,52 @@
+"""The tutorial's programs: each is built as its chapter says, in a copy, and used."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from documents import ROOT
+
+TUTORIAL = ROOT / "docs/tutorial"
+
+
+def run(*command, cwd):
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_miniature(tmp_path):
+    folder = shutil.copytree(TUTORIAL / "minimal", tmp_path / "minimal", ignore=shutil.ignore_patterns("build", "*.so"))
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=folder)
+    assert "passed" in run(sys.executable, "-m", "pytest", "--rootdir", folder, "test_tinyloss.py", cwd=folder)
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake")
+def test_the_program_in_cpp():
+    """In build/, so that the next run compiles only what has changed."""
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    run("cmake", "-G", "Ninja", "-S", TUTORIAL / "cpp", "-B", "build/train", prefix, cwd=ROOT)
+    run("cmake", "--build", "build/train", cwd=ROOT)
+    assert "% right" in run("build/train/train", cwd=ROOT)
+
+
+@pytest.mark.parametrize("script", sorted(TUTORIAL.glob("figures/*.py")), ids=lambda path: path.name)
+def test_a_script_that_draws_figures(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run(sys.executable, script, tmp_path, cwd=ROOT)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn
+    assert drawn <= {path.name for path in (TUTORIAL / "figures").glob("*.svg")}
+
+
+def test_the_patch_of_chapter_9_applies():
+    """What it makes is built and tested by docs/tutorial/apply_patch.py, which compiles the library once more."""
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    run("git", "apply", "--check", TUTORIAL / "focal_loss.patch", cwd=ROOT)
