@@ -1,0 +1,44 @@
+"""The tutorial's ladders: the files compile, and their values and gradients are right on small inputs."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+LADDER = Path(__file__).parents[1] / "docs" / "tutorial" / "ladder"
+
+
+def script(folder):
+    spec = importlib.util.spec_from_file_location(f"ladder_{folder}", LADDER / folder / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cpu = script("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no g++ to compile the ladder with")
+    return tmp_path_factory.mktemp("ladder")
+
+
+def test_every_rung_is_listed():
+    assert sorted(cpu.RUNGS) == sorted(path.stem for path in (LADDER / "cpu").glob("*.cpp"))
+
+
+@pytest.mark.parametrize("name", cpu.RUNGS)
+def test_a_rung_of_the_cpu_ladder(name, folder):
+    step = cpu.compile_rung(name, folder)
+    # One class; a ragged vector; whole chunks and a ragged one, of which later ones raise the maximum; fewer rows than
+    # lanes, and one more than a whole number of them.
+    for rows, classes, scale in ((1, 1, 1), (3, 7, 1), (2, 2500, 30), (65, 19, 4), (5, 1024, 0)):
+        logits, target = cpu.problem(rows, classes, scale, seed=classes)
+        loss, gradient = cpu.evaluate(step, logits, target)
+        true_loss, true_gradient = cpu.truth(logits, target)
+        np.testing.assert_allclose(loss, true_loss, rtol=2e-6, atol=4e-6, err_msg=f"{rows} x {classes}")
+        np.testing.assert_allclose(gradient, true_gradient, rtol=0, atol=1e-6, err_msg=f"{rows} x {classes}")
