@@ -1,6 +1,7 @@
 """The tutorial's ladders: the files compile, and their values and gradients are right on small inputs."""
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def script(folder):
     return module
 
 
-cpu = script("cpu")
+cpu, cuda = script("cpu"), script("cuda")
+EMULATOR = os.environ.get("FUSEDLOSS_CUDA_EMU")
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +44,16 @@ def test_a_rung_of_the_cpu_ladder(name, folder):
         true_loss, true_gradient = cpu.truth(logits, target)
         np.testing.assert_allclose(loss, true_loss, rtol=2e-6, atol=4e-6, err_msg=f"{rows} x {classes}")
         np.testing.assert_allclose(gradient, true_gradient, rtol=0, atol=1e-6, err_msg=f"{rows} x {classes}")
+
+
+def test_every_cuda_rung_is_listed():
+    assert sorted(cuda.RUNGS) == sorted(path.stem for path in (LADDER / "cuda").glob("*.cu"))
+
+
+@pytest.mark.skipif(not EMULATOR, reason="FUSEDLOSS_CUDA_EMU names no emulator of CUDA to run the kernels with")
+@pytest.mark.parametrize("name", cuda.RUNGS)
+def test_a_rung_of_the_cuda_ladder(name):
+    library = cuda.load_emulated(EMULATOR, name, check=True, order="random", seed=1)
+    # One packet; a ragged number of packets; more than one chunk for each thread.
+    for rows, classes, scale in ((1, 4, 1), (3, 52, 30), (2, 9000, 2)):
+        cuda.run_emulated(library, rows, classes, scale)
