@@ -8,11 +8,12 @@ __global__ void cross_entropy(const float* logits, const std::int64_t* target, f
   const std::int64_t row = blockIdx.x * std::int64_t(blockDim.x) + threadIdx.x;
   if (row >= rows) return;
   const float* x = logits + row * classes;
+  const std::int64_t t = target[row];  // in the loop it would be read for each logit: `gradient` might overlap `target`
   Sums sums;
   for (std::int64_t c = 0; c < classes; ++c) sums.max = fmaxf(sums.max, x[c]);
   for (std::int64_t c = 0; c < classes; ++c) sums.sum += __expf(x[c] - sums.max);
-  for (std::int64_t c = 0; c < classes; ++c) gradient[row * classes + c] = gradient_of(x[c], sums, c == target[row]);
-  loss[row] = loss_of(x[target[row]], sums);
+  for (std::int64_t c = 0; c < classes; ++c) gradient[row * classes + c] = gradient_of(x[c], sums, c == t);
+  loss[row] = loss_of(x[t], sums);
 }
 
 extern "C" int step(const float* logits, const std::int64_t* target, float* loss, float* gradient, std::int64_t rows,
