@@ -2,8 +2,8 @@
 
     python docs/tutorial/figures/04_numerics.py    # writes 04-exp-ulp.png beside itself and ../results/numerics.json
 
-The functions are compiled from the library's header and called through ctypes. Arguments are numbers of
-their range at even steps in the order of their bits, so that each binade is sampled alike. The truth is that of a wider type: float64
+The functions are compiled from the library's header and called through ctypes. Arguments are numbers of their range at
+even steps in the order of their bits, so that each binade is sampled alike. The truth is that of a wider type: float64
 for float32, the 80 bits of x86's long double for float64.
 """
 
