@@ -5,7 +5,8 @@
 
 A time is that of a whole step: the gradient's memory is asked for, written and given back. Where the gradient takes
 the place of the logits, these are restored before, outside the time. Bandwidth counts 8 bytes a logit: one float32
-read, one written. The yardsticks move the same bytes and compute next to nothing, in memory that is in use already.
+read, one written. The yardsticks move the same bytes and compute next to nothing; the memory is in use already, except
+where it is called fresh.
 """
 
 import argparse
@@ -46,6 +47,7 @@ SHAPES = {  # rows, classes, and the rungs that are timed on them
 }
 libc = ctypes.CDLL(None)
 libc.free.argtypes = [ctypes.c_void_p]
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 
 
 def compile_rung(name, folder):
@@ -118,11 +120,17 @@ def time_shape(steps, rows, classes, turns):
     def copy(part=slice(None)):
         ctypes.memmove(address(other[part]), address(work[part]), work[part].nbytes)
 
+    def copy_into_fresh_memory():
+        place = libc.malloc(work.nbytes)
+        ctypes.memmove(place, address(work), work.nbytes)
+        libc.free(place)
+
     def scale(part=slice(None)):
         np.multiply(work[part], np.float32(0.5), out=work[part])
 
     contestants = {name: lambda step=step: run(step) for name, step in steps.items()}
     contestants["copy, 1 thread"] = copy
+    contestants["copy into fresh memory"] = copy_into_fresh_memory
     contestants["scale in place, 1 thread"] = scale
     contestants["scale in place, 2 threads"] = lambda: list(pool.map(scale, halves))
     times = {name: [] for name in contestants}
@@ -142,18 +150,16 @@ def processor():
 
 def table(result):
     lines = [f"{result['processor']}, {result['cores']} cores, {result['compiler']}", f"flags: {' '.join(FLAGS)}"]
+    lines.append(f"other work on the machine before the start: a load of {result['load']:.1f}")
     for shape in result["shapes"].values():
         lines += ["", f"{shape['rows']} x {shape['classes']}, float32, medians of {result['turns']} turns", ""]
         lines.append(
             f"{'':28}{'ms':>9}{'ns a logit':>12}{'GB/s':>8}{'gain':>7}{'error of loss':>15}{'of gradient':>13}"
         )
-        previous = None
         for name, row in shape["rungs"].items():
-            gain = f"{previous / row['ms']:7.2f}" if previous and "loss_error" in row else " " * 7
+            gain = f"{row['gain']:7.2f}" if "gain" in row else " " * 7
             error = f"{row['loss_error']:15.1e}{row['gradient_error']:13.1e}" if "loss_error" in row else ""
             lines.append(f"{name:28}{row['ms']:9.1f}{row['ns']:12.3f}{row['gbps']:8.1f}{gain}{error}".rstrip())
-            if name != "exercise_maximum":
-                previous = row["ms"]
     return "\n".join(lines) + "\n"
 
 
@@ -167,6 +173,7 @@ def main():
         "processor": processor(),
         "cores": os.cpu_count(),
         "compiler": version.stdout.splitlines()[0],
+        "load": os.getloadavg()[0],
         "turns": args.turns,
         "shapes": {},
     }
@@ -177,12 +184,16 @@ def main():
         small = problem(min(rows, 256), classes)
         found = {name: errors(step, *small) for name, step in chosen.items()}
         times = time_shape(chosen, rows, classes, args.turns)
-        rungs = {}
+        rungs, previous = {}, None
         for name, took in times.items():
             logits = rows * classes
             rungs[name] = {"ms": took * 1e3, "ns": took * 1e9 / logits, "gbps": 8 * logits / took / 1e9}
             if name in found:
                 rungs[name] |= dict(zip(("loss_error", "gradient_error"), found[name], strict=True))
+                if previous:
+                    rungs[name]["gain"] = previous / took  # over the rung before; the exercise is none
+                if name != "exercise_maximum":
+                    previous = took
         result["shapes"][key] = {"rows": rows, "classes": classes, "rungs": rungs}
     print(table(result), end="")
     if args.write:
