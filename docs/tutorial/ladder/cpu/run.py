@@ -163,6 +163,14 @@ def table(result):
     return "\n".join(lines) + "\n"
 
 
+def stored(result):
+    """The result with short keys, such as many.6_chunks.ms, for the tutorial's text to name."""
+    shapes = result["shapes"]
+    sizes = {key: {"rows": shape["rows"], "classes": shape["classes"]} for key, shape in shapes.items()}
+    about = {key: value for key, value in result.items() if key != "shapes"}
+    return about | {key: sizes[key] | shape["rungs"] for key, shape in shapes.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="store the results beside the tutorial")
@@ -198,7 +206,7 @@ def main():
     print(table(result), end="")
     if args.write:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "cpu-ladder.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "cpu-ladder.json").write_text(json.dumps(stored(result), indent=1) + "\n")
         (RESULTS / "cpu-ladder.txt").write_text(table(result))
 
 
