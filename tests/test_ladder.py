@@ -1,6 +1,7 @@
 """The tutorial's ladders: the files compile, and their values and gradients are right on small inputs."""
 
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ def script(folder):
 
 
 cpu, cuda = script("cpu"), script("cuda")
+RESULTS = LADDER.parent / "results"
 EMULATOR = os.environ.get("FUSEDLOSS_CUDA_EMU")
 
 
@@ -31,6 +33,16 @@ def folder(tmp_path_factory):
 
 def test_every_rung_is_listed():
     assert sorted(cpu.RUNGS) == sorted(path.stem for path in (LADDER / "cpu").glob("*.cpp"))
+
+
+def test_the_committed_results_are_of_these_rungs():
+    measured = json.loads((RESULTS / "cpu-ladder.json").read_text())
+    for shape, (rows, classes, rungs) in cpu.SHAPES.items():
+        assert (measured[shape]["rows"], measured[shape]["classes"]) == (rows, classes)
+        assert [name for name in measured[shape] if name[0].isdigit() or name.startswith("exercise")] == rungs
+    counted = json.loads((RESULTS / "cuda-bytes.json").read_text())["rungs"]
+    assert {name: (row["read"], row["written"]) for name, row in counted.items()} == cuda.RUNGS
+    assert list(json.loads((RESULTS / "cuda-resources.json").read_text())["rungs"]) == list(cuda.RUNGS)
 
 
 @pytest.mark.parametrize("name", cpu.RUNGS)

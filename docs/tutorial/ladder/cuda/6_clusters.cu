@@ -64,7 +64,7 @@ extern "C" int step(const float* logits, const std::int64_t* target, float* loss
   if (classes % 4 != 0) return cudaErrorInvalidValue;
   const int bytes = static_cast<int>((classes / 4 + kCluster - 1) / kCluster * sizeof(float4));  // of a slice
   const cudaError_t refused = cudaFuncSetAttribute(cross_entropy, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (refused != cudaSuccess) return refused;
+  if (refused != cudaSuccess) return cudaGetLastError();  // which forgets it, or the next launch would report it
   cross_entropy<<<static_cast<unsigned>(rows * kCluster), 512, bytes>>>(logits, target, loss, gradient, classes);
   return cudaGetLastError();
 }
