@@ -29,11 +29,10 @@
 }
 
 constexpr std::int64_t kChunk = 1024;
-constexpr std::int64_t kMostChunks = 1024;
 
 // Rows [begin, end).
 WIDEST static void cross_entropy_rows(const Problem& p, float* gradient, std::int64_t begin, std::int64_t end) {
-  float chunk_max[kMostChunks];
+  std::vector<float> chunk_max((p.classes + kChunk - 1) / kChunk);
   for (std::int64_t row = begin; row < end; ++row) {
     const float* x = p.logits + row * p.classes;
     const float target_logit = x[p.target[row]];  // before a gradient may take its place
