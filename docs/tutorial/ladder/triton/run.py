@@ -20,9 +20,9 @@ import torch
 if "check" in sys.argv and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-import triton  # noqa: E402
-from rungs import RUNGS, arguments, run  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
+import triton
+from rungs import RUNGS, arguments, run
+from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parents[4]
 RESULTS = ROOT / "docs/tutorial/results"
@@ -46,7 +46,14 @@ def resources(name):
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{CAPABILITY}a", source, "-o", source.with_suffix(".o")]
+        command = [
+            triton.knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name=sm_{CAPABILITY}a",
+            source,
+            "-o",
+            source.with_suffix(".o"),
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
     wide = sum(".v4." in access for access in accesses)

@@ -1,6 +1,6 @@
-"""Cross entropy in Triton, forward and gradient in one pass: three rungs of a ladder, of float32 or half precision rows.
+"""Cross entropy in Triton, forward and gradient in one pass: three rungs of a ladder.
 
-Each kernel computes a row's loss and the gradient of the sum of all losses.
+Rows are float32 or half precision. Each kernel computes a row's loss and the gradient of the sum of all losses.
 """
 
 import torch
