@@ -348,9 +348,6 @@ class Rows : CrossEntropy<Acc> {
     store(tensor.data, tensor.dtype, this->offset(tensor, group.begin + i, c), tensor.class_stride, count, grad);
   }
 
-  static constexpr int kBatch = 8;
-  bool short_;
-  mutable Acc xs_[kBatch * kChunk], es_[kBatch * kChunk];
   const int rows_at_once_;
   const bool in_place_;  // the exponentials lie where the gradient will
   Acc* kept_;
