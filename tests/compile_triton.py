@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -176,6 +177,27 @@ CALLS = {  # by what is particular about them
     "bce": binary(PROBABILITIES, 512, 1000),
     "bce, unreduced": binary(PROBABILITIES, 512, 1000, reduction="none"),
 }
+BFLOAT16, FLOAT64 = torch.bfloat16, torch.float64
+EDGES = {  # a loss, and what it is called with
+    "a scalar": (fusedloss.binary_cross_entropy_with_logits, torch.tensor(0.5), torch.tensor(1.0)),
+    "strides": (fusedloss.binary_cross_entropy_with_logits, torch.zeros(6, 7, 8)[::2, :, ::3], torch.zeros(3, 7, 3)),
+    "bool labels": (fusedloss.binary_cross_entropy, torch.full((4, 40), 0.5), torch.zeros(4, 40, dtype=torch.bool)),
+    "wide logits, narrow labels": (
+        fusedloss.binary_cross_entropy_with_logits,
+        torch.zeros(4, 40, dtype=FLOAT64),
+        torch.zeros(4, 40, dtype=BFLOAT16).requires_grad_(),
+    ),
+    "no batch": (fusedloss.cross_entropy, torch.zeros(5), torch.tensor(1)),
+    "no rows": (fusedloss.cross_entropy, torch.zeros(0, 5), torch.zeros(0, dtype=torch.int32)),
+    "no classes": (fusedloss.cross_entropy, torch.zeros(2, 0), torch.tensor([-100, -100])),
+    "classes apart": (fusedloss.cross_entropy, torch.zeros(40, 19, 2)[:, :, 0], torch.zeros(40, dtype=torch.long)),
+    "wide logits, narrow probabilities": (
+        fusedloss.cross_entropy,
+        torch.zeros(4, 40, dtype=FLOAT64),
+        torch.zeros(4, 40, dtype=BFLOAT16).requires_grad_(),
+    ),
+    "images of probabilities": (fusedloss.cross_entropy, torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)),
+}
 FLOAT32 = {  # again, in types that are compiled anew
     "float32 swept rows": cross_entropy(512, 128256, dtype=torch.float32),
     "float32 32000 classes": cross_entropy(512, 32000, dtype=torch.float32),
@@ -218,7 +240,8 @@ def main():
 
     faults = []
     with fusedloss.use_backend("triton"):
-        for title, call in {**CALLS, **FLOAT32}.items():
+        edges = {title: partial(step, *call) for title, call in EDGES.items()}
+        for title, call in {**CALLS, **FLOAT32, **edges}.items():
             for compiled in compiler.by(call):
                 if options.verbose:
                     print(f"{title:36} {compiled}", flush=True)
