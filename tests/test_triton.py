@@ -19,7 +19,7 @@ import fusedloss
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 if HAS_TRITON:
-    from fusedloss.triton import class_loss, cross_entropy, elementwise
+    from fusedloss.triton import class_loss, cross_entropy, elementwise, launch
     from fusedloss.triton.cross_entropy import Geometry
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +156,19 @@ def test_alignment_of_rows(classes, stride, offset, expected):
 def test_tensors_that_lie_differently_share_no_packets():
     pair = [tensor(103, 103), tensor(103, 103, offset=1)]
     assert class_loss.alignment(Shape(), "rows", pair) == (1, 0)
+
+
+def test_a_program_has_as_many_threads_on_every_gpu(monkeypatch):
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: started.append((grid, options["num_warps"]))
+
+    started = []
+    for size in (32, 64):
+        monkeypatch.setattr(launch, "warp_size", lambda size=size: size)
+        launch.start(Kernel(), 7, warps=32)
+        launch.start(Kernel(), 0)
+    assert started == [((7,), 32), ((7,), 16)]
 
 
 # --- Bad values --------------------------------------------------------------------------------------------------

@@ -20,10 +20,17 @@ def kernel(function):
 
 
 def start(function, programs, *arguments, warps=4, **constants):
-    """Starts a kernel of so many programs on the current stream."""
+    """Starts a kernel of so many programs on the current stream; warps of 32 threads each."""
     if programs > 0:
+        count = max(warps * 32 // warp_size(), 1)
         # device_assert alone is wanted of debug=True: checking each addition for an overflow would be slow.
-        function[(programs,)](*arguments, **constants, num_warps=warps, sanitize_overflow=False)
+        function[(programs,)](*arguments, **constants, num_warps=count, sanitize_overflow=False)
+
+
+@functools.cache
+def warp_size():
+    """64 on some AMD GPUs, where as many warps as on others would be too many threads."""
+    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def accumulate_type(pointer):
