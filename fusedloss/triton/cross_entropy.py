@@ -69,14 +69,20 @@ def _exp(x, o: tl.constexpr):
 
 
 @triton.jit
+def _capped(x, softcap, exists, o: tl.constexpr):
+    """(value, slope), both from float64: what the cap rounds off, exp magnifies."""
+    value, slope = math.soft_cap(x.to(tl.float64), softcap)
+    return tl.where(exists, value.to(o.acc), x), slope.to(o.acc)
+
+
+@triton.jit
 def _values(view, entry, readable, softcap, tile: tl.constexpr, o: tl.constexpr):
     """(entries as the softmax sees them, the cap's slopes, whether they exist)"""
     x = load_entries(view, entry, readable, o.acc, tile)
     exists = is_class(view, entry, tile) & readable[:, None, None]
     slope = x
     if o.capped:
-        capped, slope = math.soft_cap(x, softcap)
-        x = tl.where(exists, capped, x)
+        x, slope = _capped(x, softcap, exists, o)
     return x, slope, exists
 
 
@@ -196,7 +202,7 @@ def _target_logit(view, target, of_target, softcap, tile: tl.constexpr, o: tl.co
         rows, head, class_stride, classes = view
         x = tl.load(rows + (index + head).to(tl.int64) * class_stride, mask=counts, other=0.0).to(o.acc)
         if o.capped:
-            x, slope = math.soft_cap(x, softcap)
+            x, slope = _capped(x, softcap, counts, o)
         return x
 
 
@@ -325,7 +331,7 @@ def _forward(
     """Whole rows: their losses and statistics, and their gradient."""
     position, live = positions_of(tl.program_id(0), positions, tile)
     smoothing = _smoothing(label_smoothing, classes, o)
-    softcap = math.number(logit_softcap, o.acc)
+    softcap = math.number(logit_softcap, tl.float64)
     z = math.number(z_loss, o.acc)
     of_target = _target_of(target, target_stride, ignore_index, weight, position, live, classes, smoothing, o)
     index, counts, mass_on_target, class_weight = of_target
@@ -411,7 +417,7 @@ def _slices(
     slice = tl.program_id(0) % slices
     position, live = positions_of(tl.program_id(0) // slices, positions, tile)
     smoothing = _smoothing(label_smoothing, classes, o)
-    softcap = math.number(logit_softcap, o.acc)
+    softcap = math.number(logit_softcap, tl.float64)
     of_target = _target_of(target, target_stride, ignore_index, weight, position, live, classes, smoothing, o)
     index, counts, mass_on_target, class_weight = of_target
     readable = live & (counts | o.every_lse)
@@ -463,7 +469,7 @@ def _finish(
     """Rows from the sums of their slices."""
     position, live = positions_of(tl.program_id(0), positions, tile)
     smoothing = _smoothing(label_smoothing, classes, o)
-    softcap = math.number(logit_softcap, o.acc)
+    softcap = math.number(logit_softcap, tl.float64)
     of_target = _target_of(target, target_stride, ignore_index, weight, position, live, classes, smoothing, o)
     view = view_of(logits, position, inner, classes, logits_outer, logits_class, logits_inner, tile)
     target_logit = _target_logit(view, target, of_target, softcap, tile, o)
@@ -564,7 +570,7 @@ def _backward(
     chunk = (tl.program_id(0) % chunks).to(tl.int32)
     position, live = positions_of(tl.program_id(0) // chunks, positions, tile)
     smoothing = _smoothing(label_smoothing, classes, o)
-    softcap = math.number(logit_softcap, o.acc)
+    softcap = math.number(logit_softcap, tl.float64)
     z = math.number(z_loss, o.acc)
     of_target = _target_of(target, target_stride, ignore_index, weight, position, live, classes, smoothing, o)
     index, counts, mass_on_target, class_weight = of_target
@@ -690,7 +696,7 @@ def launch(args, pass_name):
         is_mean=args.total.is_mean,
         with_gradient=pass_name == "forward_with_gradient" and args.grad_logits.data is not None,  # it may be empty
     )
-    share = 2 ** sum([options.acc == tl.float64, options.dense, options.capped])
+    share = 2 ** sum([options.acc == tl.float64, options.dense, 2 * options.capped])  # a cap is computed in float64
     tile = tile_of(args.shape, tensors, (_backward_geometry if pass_name == "backward" else _geometry)(share))
     if pass_name == "backward":
         return _start_backward(args, tile, options)
