@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import compare, differentiate, each, each_dtype, each_reduction, widen
+from support import asserts, compare, differentiate, each, each_dtype, each_reduction, widen
 
 SCALES = {
     1.0: "ordinary",
@@ -55,6 +55,8 @@ SAMPLES = {"rows": (2048, 100), "columns": (512, 10, 16)}  # many terms, so that
 @each()
 def test_the_root_mean_square_error_is_no_larger_than_native_s(loss, shape, dtype, scale, device):
     input, target = loss.sample(*shape, dtype=dtype, device=device, scale=scale)
+    # Triton's interpreter rounds products before it adds them, which no GPU does.
+    share = 1.10 if device == "cpu" and asserts(device) else 1.05
     for options in VARIANTS if loss.function == "cross_entropy" else [{}]:
         options = {"reduction": "none", **options}
         results = (
@@ -65,4 +67,4 @@ def test_the_root_mean_square_error_is_no_larger_than_native_s(loss, shape, dtyp
         for truth, native, ours in zip(*results, strict=True):
             native_error, our_error = (((y - truth) ** 2).mean().sqrt().item() for y in (native, ours))
             # A few per cent are the sample's; infinite gradients (BCE's to its target) have no error to compare.
-            assert not our_error > 1.05 * native_error, options
+            assert not our_error > share * native_error, options
