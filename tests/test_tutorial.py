@@ -42,7 +42,7 @@ def test_a_script_that_draws_figures(script, tmp_path, monkeypatch):
     run(sys.executable, script, tmp_path, cwd=ROOT)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn
-    assert drawn <= {path.name for path in (TUTORIAL / "figures").glob("*.svg")}
+    assert drawn <= {path.name for kind in ("figures/*", "results/*") for path in TUTORIAL.glob(kind)}
 
 
 def test_the_patch_of_chapter_9_applies():

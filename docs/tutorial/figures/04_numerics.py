@@ -1,7 +1,8 @@
 """The errors of csrc/math/portable.h, in units in the last place (ulp): the plot and the numbers of chapter 4.
 
-    python docs/tutorial/figures/04_numerics.py    # writes 04-exp-ulp.png beside itself and ../results/numerics.json
+    python docs/tutorial/figures/04_numerics.py [FOLDER]
 
+Writes 04-exp-ulp.png beside itself and numerics.json and numerics.txt into ../results; or all of them into the folder.
 The functions are compiled from the library's header and called through ctypes. Arguments are numbers of their range at
 even steps in the order of their bits, so that each binade is sampled alike. The truth is that of a wider type: float64
 for float32, the 80 bits of x86's long double for float64.
@@ -11,6 +12,7 @@ import ctypes
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +24,6 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results"
 STEP = 997
 RANGES = {  # function: from, to, the truth
     "exp_nonpositive": (-87.33, -1e-10, np.exp),
@@ -65,7 +66,7 @@ def errors(y, x, function):
     return ulps(y, function(x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)))
 
 
-def plot(x, found):
+def plot(x, found, folder):
     figure, axes = plt.subplots(len(found), 1, figsize=(8, 5), sharex=True, sharey=True, layout="constrained")
     edges = np.linspace(x.min(), 0, 400)
     where = np.clip(np.digitize(x, edges) - 1, 0, len(edges) - 2)
@@ -79,10 +80,10 @@ def plot(x, found):
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_ylabel("error, ulp")
     axes[-1].set_xlabel("x; between the gray lines: correctly rounded")
-    figure.savefig(HERE / "04-exp-ulp.png", dpi=110, metadata={"Software": None})
+    figure.savefig(folder / "04-exp-ulp.png", dpi=110, metadata={"Software": None})
 
 
-def main():
+def main(figures, results):
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         library = compiled(folder)
@@ -108,17 +109,18 @@ def main():
             "correctly_rounded_percent": float(100 * (np.abs(found["torch.exp"]) <= 0.5).mean()),
             "arguments": int(x.size),
         }
-        plot(x, found)
+        plot(x, found, figures)
     lines = [f"{'':26}{'worst ulp':>12}{'mean ulp':>12}{'rounded correctly':>20}{'arguments':>12}"]
     for name, row in result.items():
         lines.append(
             f"{name:26}{row['worst_ulp']:12.3f}{row['mean_ulp']:12.3f}"
             f"{row['correctly_rounded_percent']:18.1f} %{row['arguments']:12}"
         )
-    (RESULTS / "numerics.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "numerics.txt").write_text("\n".join(lines) + "\n")
+    (results / "numerics.json").write_text(json.dumps(result, indent=1) + "\n")
+    (results / "numerics.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    folders = [Path(sys.argv[1])] * 2 if len(sys.argv) > 1 else [HERE, HERE.parent / "results"]
+    main(*folders)
