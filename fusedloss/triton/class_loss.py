@@ -139,8 +139,8 @@ def places_of(view, entry, tile: tl.constexpr):
 
 @triton.jit
 def _packets_with(readable, tile: tl.constexpr):
-    """Whether any position within the same 16 bytes of a column is to be read; such bytes are loaded at once."""
-    if tile.order == "columns" and tile.align > 1:
+    """Of columns: whether any position within the same 16 bytes is to be read; such bytes are loaded at once."""
+    if tile.align > 1:
         align: tl.constexpr = tile.align
         packets: tl.constexpr = tile.positions // tile.align
         some = tl.max(readable.to(tl.int32).reshape(packets, align), 1)[:, None]

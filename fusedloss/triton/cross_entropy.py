@@ -230,7 +230,6 @@ def _finish_rows(
     log_sum = tl.log(sum)
     if target is None:
         losses = dense_loss + mass.to(o.acc) * log_sum
-        class_weight = tl.full(max.shape, 1.0, o.acc)
     else:
         losses = math.entry_loss(tl.where(counts, target_logit - max, 0.0), log_sum, mass_on_target)
         if o.dense:
