@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import compare, machine, pictures, report
 from benchmarks.cases import GROUPS
-from benchmarks.contestants import CONTESTANTS, OWN, PEERS, first_line
+from benchmarks.contestants import CONTESTANTS, OWN, first_line, installed_peers, those_for
 from benchmarks.devices import DEVICES
 from benchmarks.measure import Budget, run
 
@@ -60,8 +60,7 @@ def main() -> str | int | None:
         parser.error(f"--device cuda: {obstacle}")
     no_compile = options.no_compile or options.quick
     contestants = {name: make for name, make in CONTESTANTS.items() if not (name == "compiled" and no_compile)}
-    if cuda:
-        contestants |= OWN | {name: peer for name, peer in PEERS.items() if peer.state()[0]}
+    contestants |= (OWN if cuda else {}) | installed_peers(options.device)
     budget = QUICK if options.quick else THOROUGH[options.device]
     default_minutes = QUICK_MINUTES if options.quick else MINUTES[options.device]
     minutes = default_minutes if options.minutes is None else options.minutes
@@ -88,7 +87,7 @@ def main() -> str | int | None:
                     left_out[str(case)] = f"{minutes:g} minutes were over"
                 else:
                     try:
-                        results[threads].append(run(case, contestants, budget, device))
+                        results[threads].append(run(case, those_for(case, contestants), budget, device))
                     except device.errors as error:
                         left_out[str(case)] = first_line(error)
                 progress.update(task, advance=1, refresh=True)

@@ -1,7 +1,7 @@
 """What is measured: a table of calls for each device, the data of each, and the bytes that each must move.
 
-Only the logits of a call require a gradient. A case draws its data from a generator of its own, so that it is the same
-case whichever others run.
+Only the logits of a call require a gradient; where a case begins before a linear layer, its embeddings and the layer's
+weight. A case draws its data from a generator of its own, so that it is the same case whichever others run.
 """
 
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,7 @@ class Case:
     grad_output: float = 1.0  # that a reduced loss is differentiated with; "none" has random ones
     latency: bool = False  # so small that on a GPU the launches count, not the kernels
     ours: dict = field(default_factory=dict)  # keyword arguments for fusedloss alone
+    width: int = 0  # of the embeddings that a linear layer makes the logits of; 0: the call is given logits
 
     @property
     def name(self) -> str:
@@ -37,7 +38,8 @@ class Case:
         reduction = ["unreduced"] if self.reduction == "none" else []
         scale = [f"grad_output {self.grad_output:g}"] if self.grad_output != 1 else []
         shape = "x".join(map(str, self.shape))
-        return " ".join([self.title, shape, *layout, *context, *reduction, *scale, *self.ours])
+        linear = [f"of width {self.width}"] if self.width else []
+        return " ".join([self.title, shape, *linear, *layout, *context, *reduction, *scale, *self.ours])
 
     @property
     def type(self) -> str:
@@ -46,10 +48,14 @@ class Case:
     def __str__(self) -> str:
         return f"{self.name} {self.type}"
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.shape[0], self.width) if self.width else self.shape
+
     def draw(self, device: str) -> tuple[Tensor, Tensor, dict]:
         """Logits (or what the loss takes instead), target and options; drawn in float32, rounded once."""
         generator = torch.Generator(device).manual_seed(0)
-        logits = torch.randn(self.shape, generator=generator, device=device)
+        logits = torch.randn(self.input_shape, generator=generator, device=device)
         logits = INPUTS.get(self.loss, Tensor.contiguous)(logits).to(self.dtype)
         if self.channels_last:
             logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -64,12 +70,18 @@ class Case:
         return None if self.grad_output == 1 else torch.full_like(loss, self.grad_output)
 
 
+def learned(options: dict) -> dict[str, Tensor]:
+    """The options that are differentiated too."""
+    return {name: value for name, value in options.items() if isinstance(value, Tensor) and value.requires_grad}
+
+
 def bytes_to_move(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, int]:
     """What no implementation can avoid to read or write, by measure.
 
     An ignored row of logits need not be read, and NLL needs one entry of each row. A step that writes the gradient
     while the logits are at hand reads them once. That gradient is right for a grad_output of 1; for another one, known
-    only later, the logits are read again (or the gradient is, and written again, which is more).
+    only later, the logits are read again (or the gradient is, and written again, which is more). Behind a linear layer
+    the logits need not be written at all: the embeddings and the weight are read, the gradients of both written.
     """
     counted = int((target != IGNORED).sum())
     entries = 1 if case.loss == "nll_loss" else logits.numel() // target.numel()
@@ -77,7 +89,8 @@ def bytes_to_move(case: Case, logits: Tensor, target: Tensor, options: dict) -> 
     reads = counted * entries * logits.itemsize + target.nbytes + weights
     losses = logits.itemsize * logits.numel() // entries_of_a_loss(case, logits) if case.reduction == "none" else 0
     again = reads + losses if losses or case.grad_output != 1 else 0
-    return {"forward": reads + losses, "step": reads + losses + again + logits.nbytes}
+    gradients = logits.nbytes + sum(value.nbytes for value in learned(options).values())
+    return {"forward": reads + losses, "step": reads + losses + again + gradients}
 
 
 def entries_of_a_loss(case: Case, logits: Tensor) -> int:
@@ -109,6 +122,12 @@ def labels(case, generator):
     return torch.randint(2, case.shape, generator=generator, device=generator.device).to(case.dtype)
 
 
+def classifier(case, generator):
+    """A linear layer's weight, such that its logits of normal embeddings are normal."""
+    weight = torch.randn(case.shape[1], case.width, generator=generator, device=generator.device) / case.width**0.5
+    return weight.to(case.dtype).requires_grad_()
+
+
 def class_weight(case, generator):
     return (0.5 + torch.rand(case.shape[1], generator=generator, device=generator.device)).to(case.dtype)
 
@@ -126,6 +145,7 @@ TARGETS = {
     "uint8 labels": lambda case, generator: labels(case, generator).byte(),
 }
 OPTIONS = {
+    "classifier": classifier,
     "weight": class_weight,
     "pos_weight": class_weight,
     "label_smoothing": lambda case, generator: LABEL_SMOOTHING,
@@ -137,6 +157,12 @@ OPTIONS = {
 
 def cross_entropy(*shape, **fields):
     return Case(**{"title": "cross entropy", "loss": "cross_entropy", "shape": shape} | fields)
+
+
+def linear_cross_entropy(*shape, width, **fields):
+    """The logits are made of embeddings within the call: nobody else sees them, so that we may overwrite them."""
+    linear = {"title": "linear cross entropy", "options": ("classifier",), "ours": {"inplace": True}, "width": width}
+    return cross_entropy(*shape, **linear | fields)
 
 
 def bce_with_logits(*shape, **fields):
@@ -227,6 +253,7 @@ CPU_GROUPS = {
         cross_entropy(64, 128256, ours={"inplace": True}),
         cross_entropy(2, 19, 512, 512, ours={"inplace": True}),
     ],
+    "a linear layer and its loss": [linear_cross_entropy(512, 8192, width=512)],
 }
 
 # The first ones count most: where time is limited, it is the last ones that are left out.
@@ -284,6 +311,14 @@ CUDA_GROUPS = {
         *variants(cross_entropy(4096, 128256, dtype=torch.bfloat16))[:2],
         *variants(bce_with_logits(65536, 1000, dtype=torch.bfloat16)),
     ],
+    "a linear layer and its loss": each(
+        [torch.bfloat16],
+        [
+            linear_cross_entropy(8192, 128256, width=4096),
+            linear_cross_entropy(8192, 256000, width=2304),
+            linear_cross_entropy(8192, 32000, width=4096),
+        ],
+    ),
     "few rows": each(BOTH, [cross_entropy(8, 128256), cross_entropy(64, 128256)]),
     "nll": each(BOTH, [Case("nll", "nll_loss", (65536, 1000))]),
 }

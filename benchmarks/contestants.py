@@ -20,12 +20,20 @@ class CannotRun(Exception):
     """Says what about a case a contestant does not offer."""
 
 
+def of_embeddings(case: Case, loss: Callable) -> Callable:
+    """The loss behind the linear layer that a case begins with, if it does."""
+    if not case.width:
+        return loss
+    linear = torch.nn.functional.linear
+    return lambda input, target, classifier, **options: loss(linear(input, classifier), target, **options)
+
+
 def ours(case: Case) -> Callable:
-    return partial(getattr(fusedloss.functional, case.loss), **case.ours)
+    return partial(of_embeddings(case, getattr(fusedloss.functional, case.loss)), **case.ours)
 
 
 def native(case: Case) -> Callable:
-    function = getattr(torch.nn.functional, case.loss)
+    function = of_embeddings(case, getattr(torch.nn.functional, case.loss))
     if case.target == "uint8 labels":  # native's binary losses take no integers
         return lambda input, target, **options: function(input, target.to(input.dtype), **options)
     return function
@@ -53,7 +61,7 @@ def triton(case: Case) -> Callable:
 OWN = {"triton": triton}
 
 
-# --- Other projects' kernels, on CUDA and where they are installed ------------------------------------------
+# --- Others, where they are installed -------------------------------------------------------------------------
 
 
 def as_it_is(function: Callable, case: Case) -> Callable:
@@ -65,15 +73,28 @@ def module_with_smoothing(loss: type, case: Case) -> Callable:
     return lambda input, target, label_smoothing=0.0: module(input, target)
 
 
+def classifier_second(function: Callable, case: Case) -> Callable:
+    return lambda input, target, classifier, **options: function(input, classifier, target, **options)
+
+
+def chunked(function: Callable, case: Case) -> Callable:
+    """Torch's own, that never holds all of the logits; without these options it is native's two calls."""
+    return partial(classifier_second(function, case), options=torch.nn.LinearCrossEntropyOptions())
+
+
 @dataclass(frozen=True)
 class Peer:
-    """A cross entropy over rows of logits, with the mean over the targets that are not ignored."""
+    """A cross entropy over rows of logits, with the mean over the targets that are not ignored.
+
+    Or, if it has the option "classifier", one over rows of embeddings, which holds the linear layer too.
+    """
 
     package: str  # the name that it is installed by
     module: str
     name: str  # in the module
     options: frozenset[str]  # of a case, those that it takes
     adapt: Callable[[Callable, Case], Callable] = as_it_is
+    devices: frozenset[str] = frozenset({"cuda"})  # that it has kernels for
 
     def __call__(self, case: Case) -> Callable:
         if case.loss != "cross_entropy":
@@ -116,7 +137,42 @@ PEERS = {
         frozenset({"label_smoothing"}),
         module_with_smoothing,
     ),
+    "cut": Peer(
+        "cut-cross-entropy",
+        "cut_cross_entropy",
+        "linear_cross_entropy",
+        frozenset({"classifier", "reduction"}),
+        classifier_second,
+    ),
+    "liger linear": Peer(
+        "liger-kernel",
+        "liger_kernel.transformers.functional",
+        "liger_fused_linear_cross_entropy",
+        frozenset({"classifier", "label_smoothing", "reduction"}),
+        classifier_second,
+    ),
+    "torch linear": Peer(
+        "torch",
+        "torch.nn.functional",
+        "linear_cross_entropy",
+        frozenset({"classifier", "reduction"}),
+        chunked,
+        frozenset({"cpu", "cuda"}),
+    ),
 }
+
+
+def those_for(case: Case, contestants: dict[str, Callable]) -> dict[str, Callable]:
+    """Without the peers that hold a linear layer where there is none, and those that do not where there is."""
+
+    def meets(contestant):
+        return not isinstance(contestant, Peer) or ("classifier" in contestant.options) == bool(case.width)
+
+    return {name: contestant for name, contestant in contestants.items() if meets(contestant)}
+
+
+def installed_peers(device: str) -> dict[str, Peer]:
+    return {name: peer for name, peer in PEERS.items() if device in peer.devices and peer.state()[0]}
 
 
 def installed(package: str) -> str:

@@ -49,7 +49,7 @@ def launches(result: Result) -> tuple[int | None, str]:
 def plain(case: Case) -> bool:
     """A mean over class indices, without options: what the bytes per logit of the goals are about."""
     usual = case.target == "indices" and not case.options and not case.ours and not other_step(case)
-    return case.loss == "cross_entropy" and usual and not case.latency
+    return case.loss == "cross_entropy" and usual and not case.latency and not case.width
 
 
 def other_step(case: Case) -> bool:
@@ -82,7 +82,7 @@ def bce_step(case: Case) -> bool:
 
 
 def large(case: Case) -> bool:
-    return beyond(case, BEYOND_CACHE) and not case.latency
+    return beyond(case, BEYOND_CACHE) and not case.latency and not case.width
 
 
 def smallest(case: Case) -> bool:

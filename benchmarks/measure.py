@@ -1,7 +1,8 @@
 """Runs one case: judges every contestant against float64, then times those who are right, in turns.
 
 A forward is the call under no_grad. A step is the call and the gradient of the logits, as it is handed to the layer
-before: what becomes of it there (a copy into the layout of a leaf's grad, for one) is no part of a loss.
+before: what becomes of it there (a copy into the layout of a leaf's grad, for one) is no part of a loss. Where a case
+begins with a linear layer, "logits" are the embeddings that it is given, and its weight has a gradient too.
 """
 
 import gc
@@ -17,13 +18,15 @@ from statistics import quantiles
 import torch
 from torch import Tensor
 
-from benchmarks.cases import IGNORED, Case, bytes_to_move
+from benchmarks.cases import IGNORED, Case, bytes_to_move, learned
 from benchmarks.contestants import CannotRun, first_line, native
 from benchmarks.devices import Cpu, Cuda, CudaClock, HostClock
 
-MEASURES = {  # of a call and the grad_output of its loss
-    "forward": lambda call, grad_output, logits: call(logits),
-    "step": lambda call, grad_output, logits: torch.autograd.grad(call(logits), logits, grad_output),
+MEASURES = {  # of a call, what is differentiated beside the logits, and the grad_output of the loss
+    "forward": lambda call, learned, grad_output, logits: call(logits),
+    "step": lambda call, learned, grad_output, logits: torch.autograd.grad(
+        call(logits), (logits, *learned), grad_output
+    ),
 }
 GRAPHED = "graphed step"  # replayed from a CUDA graph; of latency cases
 
@@ -74,6 +77,10 @@ class Result:
         times = self.entries[contestant].times if contestant in self.entries else {}
         return times[measure].median if measure in times else None
 
+    def bound_by_memory(self, contestant: str, measure: str) -> float | None:
+        """The seconds of what a copy is a yardstick for: a linear layer's products are bound by arithmetic."""
+        return None if self.case.width else self.seconds(contestant, measure)
+
     def ratio(self, measure: str, rival: str, own: str = "fusedloss") -> float | None:
         """How many times faster we are."""
         ours, theirs = self.seconds(own, measure), self.seconds(rival, measure)
@@ -87,17 +94,17 @@ class Result:
 
     def bandwidth(self, measure: str) -> float | None:
         """The bytes that must move in our time, as a fraction of what a plain copy moves in it."""
-        ours = self.seconds("fusedloss", measure)
+        ours = self.bound_by_memory("fusedloss", measure)
         return self.bytes_to_move[measure] / ours / (2 * self.logits_bytes / self.copy.median) if ours else None
 
     def floor(self, measure: str) -> float | None:
         """The time that the bytes take at the bandwidth of a large copy, as a fraction of ours."""
-        ours = self.seconds("fusedloss", measure)
+        ours = self.bound_by_memory("fusedloss", measure)
         return self.bytes_to_move[measure] / self.memory_bandwidth / ours if ours and self.memory_bandwidth else None
 
     def copies(self) -> float | None:
         """Our step in plain copies of the logits."""
-        ours = self.seconds("fusedloss", "step")
+        ours = self.bound_by_memory("fusedloss", "step")
         return ours / self.copy.median if ours else None
 
 
@@ -112,7 +119,8 @@ def run(case: Case, contestants: dict[str, Callable], budget: Budget, device: Cp
     for name, call in calls.items():
         with torch.no_grad():
             grad_output = case.draw_grad_output(call(logits.clone()))
-        actions = {measure: partial(action, call, grad_output) for measure, action in MEASURES.items()}
+        also = tuple(learned(options).values())
+        actions = {measure: partial(action, call, also, grad_output) for measure, action in MEASURES.items()}
         entries[name].peak_bytes = device.peak_bytes(actions["step"], non_leaf(logits))
         if case.latency:
             entries[name].launches = device.launches(call, logits)
@@ -125,7 +133,8 @@ def run(case: Case, contestants: dict[str, Callable], budget: Budget, device: Cp
     take_turns([copy, *parties.values()], logits, budget)
     for (name, measure), party in parties.items():
         entries[name].times[measure] = party.times()
-    return Result(case, torch.get_num_threads(), logits.nbytes, moved, copy.times(), entries, device.bandwidth)
+    size = math.prod(case.shape) * case.dtype.itemsize
+    return Result(case, torch.get_num_threads(), size, moved, copy.times(), entries, device.bandwidth)
 
 
 def judge(case: Case, contestants: dict[str, Callable], logits: Tensor, target: Tensor, options: dict) -> tuple:
@@ -137,7 +146,7 @@ def judge(case: Case, contestants: dict[str, Callable], logits: Tensor, target: 
         try:
             call = partial(contestant(case), target=target, **options, **reduction_of(case))
             call = under_autocast(call) if case.autocast else call
-            results = outcome(case, call, logits)
+            results = outcome(case, call, logits, options)
         except CannotRun as reason:
             entries[name] = Entry(f"cannot: {reason}")
             continue
@@ -171,57 +180,64 @@ def under_autocast(call: Callable) -> Callable:
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.25}
 
 
-def outcome(case: Case, call: Callable, logits: Tensor) -> dict[str, Tensor]:
+def outcome(case: Case, call: Callable, logits: Tensor, options: dict) -> dict[str, Tensor]:
     with torch.no_grad():
         forward = call(logits.clone())
     logits = non_leaf(logits)
     loss = call(logits)
-    (gradient,) = torch.autograd.grad(loss, logits, case.draw_grad_output(loss.detach()))
-    return {"loss under no_grad": forward, "loss": loss.detach(), "gradient": gradient}
+    also = learned(options)
+    grads = torch.autograd.grad(loss, (logits, *also.values()), case.draw_grad_output(loss.detach()))
+    return {
+        "loss under no_grad": forward,
+        "loss": loss.detach(),
+        **dict(zip(names_of_gradients(also), grads, strict=True)),
+    }
+
+
+def names_of_gradients(learned: dict[str, Tensor]) -> list[str]:
+    return ["gradient", *(f"gradient of the {name}" for name in learned)]
 
 
 CHUNK = 1 << 26  # entries that float64 takes on at once: large logits have no room for all of its intermediates
 
 
 def true_outcome(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, Tensor]:
-    """Native's in float64: the sum over some rows after the other, and the mean of all; or each loss of some rows."""
+    """Native's in float64, some rows after the other: their sum as a part of the mean, or each loss."""
     wide = {name: widen(value) for name, value in options.items()}
-    if case.reduction == "none":
-        return true_losses(case, logits, target, wide)
-    scale = 1 / divisor(case, target, wide)
-    loss, gradient = 0.0, torch.empty_like(logits, dtype=torch.float64)
-    of_logits, of_gradient = parts(logits), parts(gradient)
-    of_target = target.split(len(of_logits[0]))
-    for some, of_some, into in zip(of_logits, of_target, of_gradient, strict=True):
-        leaf = some.double().detach().requires_grad_()
-        part = native(case)(leaf, widen(of_some), **wide, reduction="sum") * scale
-        into.copy_(torch.autograd.grad(part, leaf)[0] * case.grad_output)
-        loss = loss + part.detach()
-    return {"loss under no_grad": loss, "loss": loss, "gradient": gradient}
-
-
-def true_losses(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, Tensor]:
-    losses, gradients, first = [], [], 0
-    shape = logits.shape if case.loss.startswith("binary") else target.shape
-    # Drawn once, in the type that the loss will have: what the contestants see.
-    dtype = torch.float32 if case.autocast else logits.dtype
-    grad_output = case.draw_grad_output(torch.empty(shape, dtype=dtype, device=logits.device)).double()
-    for some in parts(logits):
-        rows = slice(first, first + len(some))
-        leaf = some.double().detach().requires_grad_()
-        loss = native(case)(leaf, widen(target[rows]), **options, reduction="none")
-        gradients.append(torch.autograd.grad(loss, leaf, grad_output[rows])[0])
+    also = learned(wide)
+    whole = case.reduction == "none"
+    grad_output = true_grad_output(case, logits, target, wide)
+    rows = rows_at_once(case.shape)
+    losses, gradient, of_also = [], torch.empty_like(logits, dtype=torch.float64), [0.0] * len(also)
+    for first in range(0, len(logits), rows):
+        some = slice(first, first + rows)
+        leaf = logits[some].double().detach().requires_grad_()
+        loss = native(case)(leaf, widen(target[some]), **wide, reduction="none" if whole else "sum")
+        gradient[some], *rest = torch.autograd.grad(
+            loss, (leaf, *also.values()), grad_output[some] if whole else grad_output
+        )
         losses.append(loss.detach())
-        first = rows.stop
-    loss = torch.cat(losses)
-    return {"loss under no_grad": loss, "loss": loss, "gradient": torch.cat(gradients)}
+        of_also = [sofar + part for sofar, part in zip(of_also, rest, strict=True)]
+    loss = torch.cat(losses) if whole else sum(losses) / divisor(case, target, wide)
+    gradients = dict(zip(names_of_gradients(also), [gradient, *of_also], strict=True))
+    return {"loss under no_grad": loss, "loss": loss, **gradients}
+
+
+def true_grad_output(case: Case, logits: Tensor, target: Tensor, options: dict) -> Tensor:
+    """What the losses are differentiated with; of a mean, what their sum is."""
+    if case.reduction == "none":
+        shape = logits.shape if case.loss.startswith("binary") else target.shape
+        # Drawn in the type that the loss will have: what the contestants see.
+        dtype = torch.float32 if case.autocast else logits.dtype
+        return case.draw_grad_output(torch.empty(shape, dtype=dtype, device=logits.device)).double()
+    return torch.ones((), dtype=torch.float64, device=logits.device) * case.grad_output / divisor(case, target, options)
 
 
 def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     """The sum of all errors of a result, as a fraction of the sum of what is true; NaN where a result is."""
     found = {}
-    for name in ("loss", "gradient"):
-        if results[name].shape != truth[name].shape:
+    for name in truth.keys() - {"loss under no_grad"}:
+        if name not in results or results[name].shape != truth[name].shape:
             return {}
         pairs = zip(parts(results[name]), parts(truth[name]), strict=True)
         total = sum((result.double() - true).abs().sum().item() for result, true in pairs)
@@ -260,11 +276,18 @@ def fault(results: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dty
 
 def parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """Some rows each."""
-    return tensor.split(max(1, CHUNK // tensor[0].numel())) if tensor.dim() else (tensor,)
+    return tensor.split(rows_at_once(tensor.shape)) if tensor.dim() else (tensor,)
+
+
+def rows_at_once(shape: tuple[int, ...]) -> int:
+    return max(1, CHUNK // math.prod(shape[1:]))
 
 
 def widen(value):
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    """In float64; what is differentiated becomes a leaf again."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
 
 
 # --- How long does it take? --------------------------------------------------------------------------------
@@ -300,7 +323,10 @@ def take_turns(parties: list[Party], logits: Tensor, budget: Budget) -> None:
     """Fills the parties' samples. Interleaved, so that what slows the machine for a while slows all of them."""
     with no_garbage_collection():
         for party in parties:
-            party.calls = party.clock.calls(min(party.sample(logits) for _ in range(3)))
+            party.calls = party.clock.calls(party.sample(logits))
+            if party.calls > 1:  # the first one of something so short may have been slow by chance
+                party.calls = 1
+                party.calls = party.clock.calls(min(party.sample(logits) for _ in range(2)))
         start = time.perf_counter()
         for party in parties:
             party.sample(logits)

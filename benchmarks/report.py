@@ -1,6 +1,8 @@
 """Results as tables, the same for the terminal and in Markdown, and as JSON."""
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,16 +19,17 @@ Times are medians. A ratio above 1 says how many times faster fusedloss is; **bo
 "of copy": the bytes that the forward or the step must move, per second, as a fraction of a plain copy's bytes per
 second. "must move": these bytes, of a step. "x copy": a step in plain copies of the logits, where logits and gradient
 together are larger than the last-level cache. "peak": the memory that a step takes beside the logits. "error": of the
-gradient, the sum of what differs from float64 as a fraction of the whole.
+gradient, the sum of what differs from float64 as a fraction of the whole. "vs peer", "peer's peak": of the best of the
+other kernels.
 """
 CUDA_LEGEND = """\
 Times are medians, with half the distance of the quartiles; of the GPU, but for latency of the host. A ratio above 1
 says how many times faster fusedloss is; **bold**: it is slower than native. "GB/s": the bytes that the forward or the
 step must move, per second. "of copy": as a fraction of what a plain copy of the logits moves in a second. "of floor":
-the time of these bytes at the bandwidth of a large copy, as a fraction of ours. "vs peer": the best of the other
-projects' kernels. "vs Triton": fusedloss's own Triton kernels. "peak": the memory that a step takes beside the logits.
-"error": of the gradient, the sum of what differs from float64 as a fraction of the whole. "graphed": a step replayed
-from a CUDA graph.
+the time of these bytes at the bandwidth of a large copy, as a fraction of ours. "vs peer", "peer's peak": of the best
+of the other projects' kernels. "vs Triton": fusedloss's own Triton kernels. "TFLOP/s": of a linear layer's products in
+a step. "peak": the memory that a step takes beside the logits. "error": of the gradient, the sum of what differs from
+float64 as a fraction of the whole. "graphed": a step replayed from a CUDA graph.
 """
 NOTHING = "-"
 BUSY = 0.5  # of load, before a run: the machine has other work
@@ -46,7 +49,7 @@ def document(facts: dict, results: dict[int | None, list[Result]], left_out: dic
 def header(facts: dict) -> str:
     build = ", ".join(f"{name} {value}" for name, value in facts["fusedloss"].items() if value)
     if "gpu" in facts:
-        peers = ", ".join(f"{PEERS[name].package} {state}" for name, state in facts["peers"].items())
+        peers = ", ".join(dict.fromkeys(f"{PEERS[name].package} {state}" for name, state in facts["peers"].items()))
         return (
             "# Benchmarks\n\n"
             f"- {facts['gpu']}, {facts['gpu_memory'] / 1e9:.0f} GB, {facts['multiprocessors']} multiprocessors, "
@@ -83,17 +86,23 @@ def cuda_section(results: list[Result], left_out: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
+MANY = 4  # cases of one reason why a contestant does not take part; the JSON has it in each
+
+
 def notes(results: list[Result], left_out: dict[str, str]) -> str:
     """What went wrong or was left out: each reason once, with its cases."""
-    found = {}
+    found, refusals = {}, set()
     for result in results:
         for name, entry in result.entries.items():
             if entry.problem:
                 found.setdefault(f"{name} {entry.problem}", []).append(str(result.case))
+                refusals |= {f"{name} {entry.problem}"} if entry.problem.startswith("cannot") else set()
             if entry.not_graphed:
                 found.setdefault(f"{name} in no CUDA graph: {entry.not_graphed}", []).append(str(result.case))
     for case, reason in left_out.items():
         found.setdefault(f"left out, {reason}", []).append(case)
+    for note in refusals:
+        found[note] = found[note] if len(found[note]) <= MANY else [f"{len(found[note])} cases"]
     return "".join(f"- {note}: {'; '.join(cases)}\n" for note, cases in found.items())
 
 
@@ -109,12 +118,18 @@ def goals_table(results: list[Result]) -> str:
     return table(["goal", "wanted", "verdict", "worst", "where", "met of measured, of all"], rows)
 
 
+NOTHINGS = {"", NOTHING}
+
+
 def group_tables(groups: dict, columns: list[tuple], results: list[Result]) -> list[str]:
+    """Without the columns that nobody in a group has something for."""
     parts = []
     for group, cases in groups.items():
-        rows = [[cell(result) for _, cell in columns] for result in results if result.case in cases]
-        if rows:
-            parts += [f"### {group.capitalize()}\n", table([title for title, _ in columns], rows)]
+        chosen = [result for result in results if result.case in cases]
+        if chosen:
+            filled = [[title, *(cell(result) for result in chosen)] for title, cell in columns]
+            titles, *rows = zip(*(column for column in filled if not NOTHINGS.issuperset(column[1:])), strict=True)
+            parts += [f"### {group.capitalize()}\n", table(titles, rows)]
     return parts
 
 
@@ -141,6 +156,7 @@ def cuda_columns() -> list[tuple]:
         ("dtype", lambda result: result.case.type),
         *of("forward"),
         *of("step"),
+        ("TFLOP/s", flops),
         *beside_native(),
         ("graphed", partial(seconds_of, name="fusedloss", measure=GRAPHED)),
         ("native's graphed", partial(seconds_of, name="native", measure=GRAPHED)),
@@ -150,14 +166,30 @@ def cuda_columns() -> list[tuple]:
 def beside_native() -> list[tuple]:
     """What is not time: memory and accuracy, ours and native's."""
     return [
-        (title if name == "fusedloss" else f"native's {title}", partial(cell, name=name))
-        for title, cell in {"peak": peak, "error": error}.items()
-        for name in ("fusedloss", "native")
+        ("peak", partial(peak, name="fusedloss")),
+        ("native's peak", partial(peak, name="native")),
+        ("peer's peak", least_peak),
+        ("error", partial(error, name="fusedloss")),
+        ("native's error", partial(error, name="native")),
     ]
 
 
+def least_peak(result: Result) -> str:
+    """Of the peers; where there is a linear layer, not to hold its logits is what they are for."""
+    peaks = {name: result.entries[name].peak_bytes for name in PEERS if peak(result, name) != NOTHING}
+    name = min(peaks, key=peaks.get, default=None)
+    return f"{size(peaks[name])} {name}" if name else NOTHING
+
+
+def flops(result: Result) -> str:
+    """A step's, of the three products of a linear layer: the logits, and the gradients of both inputs."""
+    seconds = result.seconds("fusedloss", "step")
+    products = 6 * math.prod(result.case.shape) * result.case.width
+    return f"{products / seconds / 1e12:.3g}" if products and seconds else ""
+
+
 def rate(result: Result, measure: str) -> str:
-    seconds = result.seconds("fusedloss", measure)
+    seconds = result.bound_by_memory("fusedloss", measure)
     return f"{result.bytes_to_move[measure] / seconds / 1e9:.3g}" if seconds else NOTHING
 
 
@@ -215,6 +247,7 @@ def columns_of(cache: int) -> list[tuple]:
             (measure, partial(ours, measure=measure)),
             ("vs native", partial(ratio, measure=measure, rival="native")),
             ("vs compiled", partial(ratio, measure=measure, rival="compiled")),
+            ("vs peer", partial(best_peer, measure=measure)),
             ("GB/s", partial(rate, measure=measure)),
             ("of copy", lambda result: percent(result.bandwidth(measure))),
         ]
@@ -224,6 +257,7 @@ def columns_of(cache: int) -> list[tuple]:
         ("dtype", lambda result: result.case.type),
         *of("forward"),
         *of("step"),
+        ("TFLOP/s", flops),
         *beside_native(),
         ("must move", lambda result: size(result.bytes_to_move["step"])),
         ("x copy", x_copy),
@@ -266,7 +300,7 @@ def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.0%}"
 
 
-def table(titles: list[str], rows: list[list[str]]) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -15,8 +15,17 @@ from matplotlib.figure import Figure
 
 from benchmarks import __main__ as command_line
 from benchmarks import compare, devices, goals, machine, measure, pictures, readme, report
-from benchmarks.cases import GROUPS, IGNORED, IGNORED_PARTS, Case, bce_with_logits, bytes_to_move, cross_entropy
-from benchmarks.contestants import PEERS, CannotRun, Peer, native, ours, triton
+from benchmarks.cases import (
+    GROUPS,
+    IGNORED,
+    IGNORED_PARTS,
+    Case,
+    bce_with_logits,
+    bytes_to_move,
+    cross_entropy,
+    linear_cross_entropy,
+)
+from benchmarks.contestants import PEERS, CannotRun, Peer, installed_peers, native, ours, those_for, triton
 from examples import gpt
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +61,8 @@ SMALL = cross_entropy(24, 10)
         # 24 losses are written, 24 grad_outputs read.
         (cross_entropy(24, 10, reduction="none"), 960 + 192 + 96, 960 + 192 + 96 + 960),
         (bce_with_logits(64, 80, reduction="none"), 3 * 20480, 3 * 20480 + 20480),
+        # 24 embeddings of 6 and a weight of 60 entries; no logits, and a gradient of both.
+        (linear_cross_entropy(24, 10, width=6), 24 * 6 * 4 + 192 + 240, 24 * 6 * 4 + 240),
     ],
     ids=str,
 )
@@ -61,9 +72,9 @@ def test_the_bytes_that_must_move(case, forward, gradient):
 
 @pytest.mark.parametrize("case", PLAIN.values(), ids=str)
 def test_each_case_in_small_is_one_that_both_can_run(case):
-    case = replace(case, shape=tuple(min(size, 24) for size in case.shape))
+    case = replace(case, shape=tuple(min(size, 24) for size in case.shape), width=min(case.width, 7))
     logits, target, options = case.draw("cpu")
-    assert (logits.shape, logits.dtype) == (case.shape, case.dtype)
+    assert (logits.shape, logits.dtype) == ((24, 7) if case.width else case.shape, case.dtype)
     assert logits.stride(1) == 1 if case.channels_last else logits.is_contiguous()
     positions = (case.shape[0], *case.shape[2:])
     if target.dtype == torch.int64:
@@ -84,6 +95,30 @@ def test_no_two_cases_have_one_name():
     for cases in CASES.values():
         names = [str(case) for case in cases]
         assert len(set(names)) == len(names)
+
+
+def test_a_linear_layer_has_a_gradient_too():
+    case = linear_cross_entropy(24, 10, width=6)
+
+    def frozen(case):
+        call = native(case)
+        return lambda input, target, classifier: call(input, target, classifier=classifier.detach() + 0 * classifier)
+
+    contestants = {"frozen": frozen, "native": native, "fusedloss": ours, **installed_peers("cpu")}  # torch 2.13's own
+    entries = measure.run(case, contestants, BRIEF, devices.Cpu()).entries
+    assert entries["frozen"].problem.startswith("wrong: gradient of the classifier")
+    assert {entry.problem for name, entry in entries.items() if name != "frozen"} == {""}
+    assert entries["fusedloss"].peak_bytes < entries["native"].peak_bytes
+
+
+def test_a_linear_layer_is_for_those_who_hold_one():
+    everyone = {"native": native, "fusedloss": ours, **PEERS}
+    assert those_for(SMALL, everyone).keys() == {"native", "fusedloss", "liger", "quack", "flash"}
+    linear = linear_cross_entropy(24, 10, width=6)
+    assert those_for(linear, everyone).keys() == {"native", "fusedloss", "cut", "liger linear", "torch linear"}
+    for name in ("liger", "quack", "flash"):
+        with pytest.raises(CannotRun, match="has no classifier"):
+            PEERS[name](linear)
 
 
 def right(input, target):
@@ -131,6 +166,8 @@ def test_a_contestant_that_a_case_is_not_for_says_so():
         bce_with_logits(24, 10, target="uint8 labels"),
         Case("bce", "binary_cross_entropy", (24, 10), "labels"),
         cross_entropy(24, 10, grad_output=0.5),
+        linear_cross_entropy(24, 10, width=6),
+        linear_cross_entropy(24, 10, width=6, reduction="none"),
         cross_entropy(24, 10, target="half ignored", options=("weight",), reduction="none"),
         bce_with_logits(24, 10, options=("pos_weight",), reduction="none"),
     ],
@@ -139,13 +176,13 @@ def test_a_contestant_that_a_case_is_not_for_says_so():
 def test_the_truth_in_parts_is_the_mean_of_all(case, monkeypatch):
     data = case.draw("cpu")
     whole = measure.true_outcome(case, *data)
-    monkeypatch.setattr(measure, "CHUNK", 2 * data[0][0].numel())
+    monkeypatch.setattr(measure, "CHUNK", 2 * torch.Size(case.shape[1:]).numel())
     logits, target, options = data
     results = measure.outcome(
-        case, lambda logits: native(case)(logits, target, **options, reduction=case.reduction), logits
+        case, lambda logits: native(case)(logits, target, **options, reduction=case.reduction), logits, options
     )
     for name, true in measure.true_outcome(case, *data).items():
-        torch.testing.assert_close(true, whole[name], rtol=1e-13, atol=0)
+        torch.testing.assert_close(true, whole[name], rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(results[name].double(), true, rtol=1e-4, atol=1e-6)
     assert measure.fault(results, whole, case.dtype) == ""
     results["gradient"].select(0, -1).fill_(7)
@@ -301,6 +338,33 @@ def test_what_was_left_out_or_went_wrong_stands_below_the_tables():
     text = report.cpu_section(machine.facts("cpu"), results, {"nll": "time", "bce": "time"})
     assert "- native wrong: loss: cross entropy 24x10 float32\n" in text
     assert "- left out, time: nll; bce\n" in text
+    refused = [results_of(replace(SMALL, shape=(24, count)), liger="cannot: takes logits") for count in range(5)]
+    assert "- liger cannot: takes logits: 5 cases\n" in report.notes(refused, {})
+    assert "24x1 float32; cross entropy 24x2" in report.notes(refused[1:], {})
+
+
+def test_a_table_has_no_column_that_nobody_filled():
+    columns = [
+        ("case", str),
+        ("never", lambda result: ""),
+        ("nobody", lambda result: "-"),
+        ("step", lambda result: "1 s"),
+    ]
+    _, shown = report.group_tables({"all": [SMALL]}, columns, [results_of(SMALL, fusedloss=1.0)])
+    assert re.fullmatch(r"\| case +\| step \|", shown.splitlines()[0])
+
+
+def test_a_linear_layer_is_measured_in_operations_not_in_bytes():
+    (case, *_) = [case for case in CASES["cuda"] if case.width]
+    result = results_of(case, fusedloss=1.0, native=2.0, cut=3.0)
+    assert report.flops(result) == f"{6 * 8192 * 128256 * 4096 / 2 / 1e12:.3g}"  # a step takes two seconds
+    assert (result.bandwidth("step"), result.floor("step"), result.copies()) == (None, None, None)
+    result.entries["cut"].peak_bytes = 5000
+    tables = report.cuda_section([result], {}).partition("## Cases")[2]
+    assert "TFLOP/s" in tables
+    assert "5.0 kB cut" in tables
+    assert "3.00x cut" in tables
+    assert "of floor" not in tables
 
 
 def test_a_busy_machine_is_said_to_be_busy():
