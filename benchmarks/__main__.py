@@ -12,6 +12,7 @@ not replace those. The files are written after each case: an interrupted run kee
 """
 
 import argparse
+import gc
 import re
 import sys
 import time
@@ -68,6 +69,7 @@ def main() -> str | int | None:
     default = Path(__file__).parent / "results" / machine.slug(options.device)
     output = options.output or (None if part else default)
 
+    gc.freeze()  # what has been imported would be looked through before each case
     if not cuda:
         machine.touch_memory()
     device = DEVICES[options.device]()

@@ -198,7 +198,8 @@ def names_of_gradients(learned: dict[str, Tensor]) -> list[str]:
     return ["gradient", *(f"gradient of the {name}" for name in learned)]
 
 
-CHUNK = 1 << 26  # entries that float64 takes on at once: large logits have no room for all of its intermediates
+# Entries that float64 takes on at once: what a CPU's cache holds, and on a GPU what leaves room for its intermediates.
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def true_outcome(case: Case, logits: Tensor, target: Tensor, options: dict) -> dict[str, Tensor]:
@@ -207,7 +208,7 @@ def true_outcome(case: Case, logits: Tensor, target: Tensor, options: dict) -> d
     also = learned(wide)
     whole = case.reduction == "none"
     grad_output = true_grad_output(case, logits, target, wide)
-    rows = rows_at_once(case.shape)
+    rows = rows_at_once(case.shape, logits.device.type)
     losses, gradient, of_also = [], torch.empty_like(logits, dtype=torch.float64), [0.0] * len(also)
     for first in range(0, len(logits), rows):
         some = slice(first, first + rows)
@@ -276,11 +277,11 @@ def fault(results: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dty
 
 def parts(tensor: Tensor) -> tuple[Tensor, ...]:
     """Some rows each."""
-    return tensor.split(rows_at_once(tensor.shape)) if tensor.dim() else (tensor,)
+    return tensor.split(rows_at_once(tensor.shape, tensor.device.type)) if tensor.dim() else (tensor,)
 
 
-def rows_at_once(shape: tuple[int, ...]) -> int:
-    return max(1, CHUNK // math.prod(shape[1:]))
+def rows_at_once(shape: tuple[int, ...], device: str) -> int:
+    return max(1, CHUNK[device] // math.prod(shape[1:]))
 
 
 def widen(value):

@@ -176,7 +176,7 @@ def test_a_contestant_that_a_case_is_not_for_says_so():
 def test_the_truth_in_parts_is_the_mean_of_all(case, monkeypatch):
     data = case.draw("cpu")
     whole = measure.true_outcome(case, *data)
-    monkeypatch.setattr(measure, "CHUNK", 2 * torch.Size(case.shape[1:]).numel())
+    monkeypatch.setitem(measure.CHUNK, "cpu", 2 * torch.Size(case.shape[1:]).numel())
     logits, target, options = data
     results = measure.outcome(
         case, lambda logits: native(case)(logits, target, **options, reduction=case.reduction), logits, options
