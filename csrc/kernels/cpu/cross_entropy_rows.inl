@@ -8,12 +8,25 @@
 namespace fusedloss::cpu {
 namespace {
 
+// The logits that are needed next. They need not exist.
+struct Ahead {
+  const char* data;
+  std::int64_t size;  // of one
+};
+
 // The loops below are functions of their own: inlined into the traversal, GCC 12 finds no vector form for some.
 
+// Of a multiple of kPadding elements. Meanwhile the logits ahead come into the cache, a line at a time: of a whole
+// chunk at once, most lines would wait for one of the few that a processor fetches at a time, and so would it.
 template <class Acc>
-[[gnu::noinline]] void exponentials(const Acc* x, Acc shift, Acc* e, std::int64_t count) {
+[[gnu::noinline]] void exponentials(const Acc* x, Acc shift, Acc* e, std::int64_t count, Ahead next) {
+  constexpr int kWidth = kPadding / 4;
+  for (std::int64_t k = 0; k < count; k += kWidth) {
+    const char* line = next.data + k * next.size;
+    for (std::int64_t i = 0; i < kWidth * std::int64_t(sizeof(Acc)); i += kLine) __builtin_prefetch(line + i);
 #pragma omp simd
-  for (std::int64_t k = 0; k < count; ++k) e[k] = math::exp_nonpositive(x[k] - shift);
+    for (int i = 0; i < kWidth; ++i) e[k + i] = math::exp_nonpositive(x[k + i] - shift);
+  }
 }
 
 // Combines the lanes of a vector: one after the other, they would take longer than the rest of a short row.
@@ -134,7 +147,7 @@ class Rows : CrossEntropy<Acc> {
           const Acc* x = logits(group.begin + i, c, count, x_buffer);
           if (this->args_.grad_probabilities.data) probability_gradient(group, i, c, x);
           if (!this->gradient_) continue;
-          exponentials(x, group.max[i], e, count);
+          exponentials(x, group.max[i], e, count, ahead(group.begin + i, c));
           gradient(group, i, c, e, Acc(group.softmax_grad[i]));
         }
       }
@@ -155,7 +168,6 @@ class Rows : CrossEntropy<Acc> {
   const Acc* logits(std::int64_t position, std::int64_t c, std::int64_t& count, Acc* buffer) const {
     const ClassTensor& tensor = this->args_.logits;
     const std::int64_t at = this->offset(tensor, position, c);
-    prefetch<For::reading>(tensor.data, tensor.dtype, at + count, count);
     const Acc* x = load(tensor.data, tensor.dtype, at, 1, count, buffer);
     const bool ragged = count % kPadding != 0;
     if (x != buffer && (ragged || this->cap_ != 0)) std::copy_n(x, count, buffer), x = buffer;
@@ -166,6 +178,15 @@ class Rows : CrossEntropy<Acc> {
       count = padded;
     }
     return x;
+  }
+
+  // What follows a chunk: the next of its row, or a row behind those that are treated together.
+  Ahead ahead(std::int64_t position, std::int64_t c) const {
+    const ClassTensor& tensor = this->args_.logits;
+    const std::int64_t size = size_of(tensor.dtype);
+    const std::int64_t at = c + kChunk < this->classes_ ? this->offset(tensor, position, c + kChunk)
+                                                        : this->offset(tensor, position + rows_at_once_);
+    return {static_cast<const char*>(tensor.data) + at * size, size};
   }
 
   Acc logit(std::int64_t position, std::int64_t c) const {
@@ -244,7 +265,7 @@ class Rows : CrossEntropy<Acc> {
       for (int k = 0; k < count; ++k) {
         Part<Acc>& part = parts[k];
         if (this->dense_) add_masses(group, part);
-        exponentials(part.x, math::finite_shift(part.max), part.e, part.count);
+        exponentials(part.x, math::finite_shift(part.max), part.e, part.count, ahead(group.begin + part.row, part.c));
       }
       for (int k = 0; k < count; ++k) merge(group, parts[k], mass);
     }
@@ -308,7 +329,7 @@ class Rows : CrossEntropy<Acc> {
     const ClassTensor& tensor = this->args_.grad_logits;
     const std::int64_t position = group.begin + i, count = chunk_size(c), at = this->offset(tensor, position, c);
     Acc* grad = destination(tensor.data, tensor.dtype, at, tensor.class_stride, buffer);
-    if (grad == buffer) prefetch<For::writing>(tensor.data, tensor.dtype, at + count, count);
+    if (grad == buffer) prefetch_for_writing(tensor.data, tensor.dtype, at + count, count);
     const Acc g = group.grad_loss[i];
     if (this->dense_) {
       const Acc* a = this->probabilities_ ? masses(position, c, mass_buffer) : weights(c);

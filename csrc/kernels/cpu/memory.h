@@ -178,16 +178,15 @@ void store(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, st
   });
 }
 
-// Starts to bring `count` neighbouring elements into the cache: a stream that the processor has not recognised yet, or
-// that is going to be written. They need not exist. Always inlined: a call that only prefetches has no effect in the
-// eyes of GCC, which deletes it.
-enum class For { reading, writing };
-template <For kUse>
-[[gnu::always_inline]] inline void prefetch(const void* data, Dtype dtype, std::int64_t offset, std::int64_t count) {
-  constexpr std::int64_t kLine = 64;
+inline constexpr std::int64_t kLine = 64;  // bytes of the cache's
+
+// Starts to bring `count` neighbouring elements into the cache, which are going to be written. They need not exist.
+// Always inlined: a call that only prefetches has no effect in the eyes of GCC, which deletes it.
+[[gnu::always_inline]] inline void prefetch_for_writing(const void* data, Dtype dtype, std::int64_t offset,
+                                                        std::int64_t count) {
   const std::int64_t size = size_of(dtype);
   const char* first = static_cast<const char*>(data) + offset * size;
-  for (std::int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(first + i, kUse == For::writing);
+  for (std::int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(first + i, 1);
 }
 
 // A tile of (lines, lanes): element (line, lane) lies at offset + line * line_stride + lane * lane_stride in data, and
