@@ -151,6 +151,13 @@ PEERS = {
         frozenset({"classifier", "label_smoothing", "reduction"}),
         classifier_second,
     ),
+    "quack linear": Peer(
+        "quack-kernels",
+        "quack.linear_cross_entropy",
+        "chunked_linear_cross_entropy",
+        frozenset({"classifier", "reduction"}),
+        classifier_second,
+    ),
     "torch linear": Peer(
         "torch",
         "torch.nn.functional",

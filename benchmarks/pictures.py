@@ -19,8 +19,8 @@ STYLE = {
 
 
 def speedups(results: list[dict], axes: Axes) -> None:
-    """How many times faster a step is than native's and torch.compile's, in float32."""
-    rows = [result for result in results if result["name"].endswith("float32") and step(result, "fusedloss")]
+    """How many times faster a step is than native's and torch.compile's, in float32, without options."""
+    rows = [result for result in results if usual(result, "float32") and step(result, "fusedloss")]
     for shift, rival in ((-0.2, "native"), (0.2, "compiled")):
         pairs = [
             (place, step(result, rival) / step(result, "fusedloss"))
@@ -32,7 +32,7 @@ def speedups(results: list[dict], axes: Axes) -> None:
             bars = axes.barh(
                 [place + shift for place in places], ratios, 0.38, color=COLORS[rival], label=f"vs {rival}"
             )
-            axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
+            axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [result["name"].removesuffix(" float32") for result in rows], fontsize=8)
     axes.set(xscale="log", xlabel="time of a step over ours, float32; right of the line fusedloss is faster")
@@ -41,7 +41,10 @@ def speedups(results: list[dict], axes: Axes) -> None:
 
 def bandwidth(results: list[dict], axes: Axes) -> None:
     """The bytes that a step must move, per second, against the number of classes."""
-    rows = [result for result in results if plain_rows(result)]
+    largest = {}  # of each number of classes: the one that a cache holds the least of
+    for result in sorted(filter(plain_rows, results), key=lambda result: result["logits_bytes"]):
+        largest[result["case"]["shape"][1]] = result
+    rows = list(largest.values())
     for name, color in COLORS.items():
         points = sorted(
             (result["case"]["shape"][1], result["bytes_to_move"]["step"] / step(result, name) / 1e9)
@@ -61,7 +64,7 @@ def bandwidth(results: list[dict], axes: Axes) -> None:
 
 def memory(results: list[dict], axes: Axes) -> None:
     """What a step takes beside the logits, in multiples of them."""
-    rows = [result for result in results if result["logits_bytes"] > 1e6 and result["name"].endswith("bfloat16")]
+    rows = [result for result in results if result["logits_bytes"] > 1e6 and usual(result, "bfloat16")]
     for shift, name in zip((-0.27, 0, 0.27), COLORS, strict=True):
         pairs = [
             (place + shift, result["entries"][name]["peak_bytes"] / result["logits_bytes"])
@@ -78,6 +81,13 @@ def memory(results: list[dict], axes: Axes) -> None:
 def step(result: dict, name: str) -> float | None:
     times = result["entries"].get(name, {}).get("times", {})
     return times["step"]["median"] if "step" in times else None
+
+
+def usual(result: dict, dtype: str) -> bool:
+    """Whether a picture has room for it: without options, and a step as most are."""
+    case = result["case"]
+    special = case["options"] or case["ours"] or case["reduction"] == "none" or case["grad_output"] != 1
+    return result["name"].endswith(dtype) and not special
 
 
 def plain_rows(result: dict) -> bool:
@@ -112,7 +122,9 @@ def draw(folder: Path) -> None:
         if not axes.get_legend_handles_labels()[0]:
             continue
         bars = len(axes.get_yticklabels()) if name != "bandwidth" else 0
-        figure.set_size_inches(9, 1.5 + 0.28 * bars if bars else 5)
+        if bars:
+            axes.margins(y=0.01)
+        figure.set_size_inches(9, 1.2 + 0.28 * bars if bars else 5)
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", dpi=120)
