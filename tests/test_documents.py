@@ -28,6 +28,8 @@ PRINTS = "```python\nprint(1 + 1)\n```\n"
 EXCERPT = "<!-- excerpt: fusedloss/_library.py -->\n```python\n"
 TRUE = {
     "output": PRINTS + "<!-- output -->\n```text\n2\n```\n",
+    "the output of this torch": PRINTS + "<!-- output: torch 2. -->\n```text\n2\n```\n",
+    "the output of another torch": PRINTS + "<!-- output: torch 1.0 -->\n```text\n3\n```\n",
     "a command": "<!-- run -->\n```sh\necho 2\n```\n<!-- output -->\n```text\n2\n```\n",
     "a command for the reader": "```sh\nfalse\n```\n",
     "an excerpt": EXCERPT + "return _C.build_info()\n```\n",
@@ -36,6 +38,7 @@ TRUE = {
 FALSE = {
     "another output": PRINTS + "<!-- output -->\n```text\n3\n```\n",
     "output that nothing shows": PRINTS,
+    "another output of this torch": PRINTS + "<!-- output: torch 2. -->\n```text\n3\n```\n",
     "a command that fails": "<!-- run -->\n```sh\nfalse\n```\n",
     "an assert": "```python\nassert 1 == 2\n```\n",
     "an excerpt that drifts": EXCERPT + "return _C.build_infos()\n```\n",
@@ -43,8 +46,9 @@ FALSE = {
     "a language that nothing checks": "```cpp\nint x;\n```\n",
     "no language": "```\nint x;\n```\n",
     "a mark without its block": "<!-- output -->\n\n```text\n2\n```\n",
-    "a value that is rounded wrongly": "<!-- value: {json} a.b -->1234.5<!-- /value -->",
-    "a value without an end": "<!-- value: {json} a.b -->1234.6",
+    "a value that is rounded wrongly": "It took <!-- value: {json} a.b -->1234.5<!-- /value --> seconds.",
+    "a value that opens a line": "It took\n<!-- value: {json} a.b -->1234.6<!-- /value --> seconds.",
+    "a value without an end": "It took <!-- value: {json} a.b -->1234.6 seconds.",
 }
 
 

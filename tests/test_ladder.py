@@ -62,6 +62,14 @@ def test_every_cuda_rung_is_listed():
     assert sorted(cuda.RUNGS) == sorted(path.stem for path in (LADDER / "cuda").glob("*.cu"))
 
 
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc to compile the ladder with")
+def test_the_cuda_ladder_compiles_to_what_the_chapter_reports():
+    found, reported = cuda.resources(), json.loads((RESULTS / "cuda-resources.json").read_text())
+    assert {row["spilled_bytes"] for row in found["rungs"].values()} == {0}
+    if found["nvcc"] == reported["nvcc"]:  # another version allocates other registers
+        assert found == reported
+
+
 @pytest.mark.skipif(not EMULATOR, reason="FUSEDLOSS_CUDA_EMU names no emulator of CUDA to run the kernels with")
 @pytest.mark.parametrize("name", cuda.RUNGS)
 def test_a_rung_of_the_cuda_ladder(name):

@@ -1,5 +1,6 @@
 """The tutorial's programs: each is built as its chapter says, in a copy, and used."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -43,6 +44,15 @@ def test_a_script_that_draws_figures(script, tmp_path, monkeypatch):
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn
     assert drawn <= {path.name for kind in ("figures/*", "results/*") for path in TUTORIAL.glob(kind)}
+
+
+def test_the_picture_of_the_cpu_ladder_shows_its_results():
+    found = json.loads((TUTORIAL / "results/cpu-ladder.json").read_text())["many"]
+    drawn = (TUTORIAL / "figures/05-ladder.svg").read_text()
+    for name, row in found.items():
+        if name[:1].isdigit():
+            assert name in drawn
+            assert f">{row['ns']:.2f}<" in drawn, "run docs/tutorial/figures/ladders.py"
 
 
 def test_the_patch_of_chapter_9_applies():

@@ -73,11 +73,12 @@ static float* in_place(const Problem& p) { return p.logits; }
 
 static void cross_entropy(const Problem& p, float* gradient) {
   const std::int64_t count = std::max(1u, std::thread::hardware_concurrency());
+  const auto share = [&](std::int64_t i) {
+    cross_entropy_rows(p, gradient, p.rows * i / count, p.rows * (i + 1) / count);
+  };
   std::vector<std::thread> threads;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t begin = p.rows * i / count, end = p.rows * (i + 1) / count;
-    threads.emplace_back([=, &p] { cross_entropy_rows(p, gradient, begin, end); });
-  }
+  for (std::int64_t i = 1; i < count; ++i) threads.emplace_back(share, i);
+  share(0);  // a caller that only waits leaves its core to whom the system puts there, or to nobody
   for (std::thread& thread : threads) thread.join();
 }
 
