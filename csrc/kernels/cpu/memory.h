@@ -8,6 +8,7 @@
 #include <array>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "../types.h"
@@ -189,6 +190,36 @@ inline constexpr std::int64_t kLine = 64;  // bytes of the cache's
   for (std::int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(first + i, 1);
 }
 
+// Element (i, k) of four rows of four, `from_stride` apart, becomes (k, i). One at a time, an element would take more
+// instructions than the arithmetic on it.
+template <class Value>
+[[gnu::always_inline]] inline void transpose_block(const Value* from, std::int64_t from_stride, Value* to,
+                                                   std::int64_t to_stride) {
+  typedef Value Row __attribute__((vector_size(4 * sizeof(Value))));
+  Row row[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&row[i], from + i * from_stride, sizeof(Row));
+  const Row low_01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Row low_23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Row high_01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Row high_23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  row[0] = __builtin_shufflevector(low_01, low_23, 0, 1, 4, 5);
+  row[1] = __builtin_shufflevector(low_01, low_23, 2, 3, 6, 7);
+  row[2] = __builtin_shufflevector(high_01, high_23, 0, 1, 4, 5);
+  row[3] = __builtin_shufflevector(high_01, high_23, 2, 3, 6, 7);
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &row[i], sizeof(Row));
+}
+
+// Calls block(line, lane) for blocks of four lines by four lanes that cover all lines, and returns how many lanes they
+// cover. The last block of a lane may repeat lines of the one before.
+template <class F>
+[[gnu::always_inline]] inline std::int64_t for_blocks(std::int64_t lines, std::int64_t lanes, F&& block) {
+  std::int64_t lane = 0;
+  for (; lines >= 4 && lane + 4 <= lanes; lane += 4) {
+    for (std::int64_t line = 0; line < lines; line += 4) block(std::min(line, lines - 4), lane);
+  }
+  return lane;
+}
+
 // A tile of (lines, lanes): element (line, lane) lies at offset + line * line_stride + lane * lane_stride in data, and
 // at line * tile_stride + lane in the tile. Where a lane's elements are neighbours, lanes are walked outermost, so that
 // every cache line is touched once.
@@ -207,7 +238,16 @@ void load_lines(const void* data, Dtype dtype, std::int64_t offset, std::int64_t
         for (std::int64_t lane = 0; lane < lanes; lane += 64 / sizeof(T)) __builtin_prefetch(from + lanes + lane);
       }
     } else {
-      for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      std::int64_t lane = 0;
+      if constexpr (std::is_same_v<T, Value>) {
+        if (line_stride == 1) {
+          lane = for_blocks(lines, lanes, [&](std::int64_t line, std::int64_t lane) {
+            transpose_block(source + lane * lane_stride + line, lane_stride, tile + line * tile_stride + lane,
+                            tile_stride);
+          });
+        }
+      }
+      for (; lane < lanes; ++lane) {
         const T* from = source + lane * lane_stride;
         for (std::int64_t line = 0; line < lines; ++line) {
           tile[line * tile_stride + lane] = convert<Value>(from[line * line_stride]);
@@ -230,7 +270,16 @@ void store_lines(void* data, Dtype dtype, std::int64_t offset, std::int64_t line
         for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] = round_to<T>(from[lane]);
       }
     } else {
-      for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      std::int64_t lane = 0;
+      if constexpr (std::is_same_v<T, Value>) {
+        if (line_stride == 1) {
+          lane = for_blocks(lines, lanes, [&](std::int64_t line, std::int64_t lane) {
+            transpose_block(tile + line * tile_stride + lane, tile_stride, result + lane * lane_stride + line,
+                            lane_stride);
+          });
+        }
+      }
+      for (; lane < lanes; ++lane) {
         T* to = result + lane * lane_stride;
         for (std::int64_t line = 0; line < lines; ++line) {
           to[line * line_stride] = round_to<T>(tile[line * tile_stride + lane]);
