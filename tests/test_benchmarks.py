@@ -183,7 +183,8 @@ def test_the_truth_in_parts_is_the_mean_of_all(case, monkeypatch):
         case, lambda logits: native(case)(logits, target, **options, reduction=case.reduction), logits, options
     )
     for name, true in measure.true_outcome(case, *data).items():
-        torch.testing.assert_close(true, whole[name], rtol=1e-13, atol=1e-15)
+        adds_parts = name.startswith("gradient of")  # of what all rows share: entries near 0 keep the terms' errors
+        torch.testing.assert_close(true, whole[name], rtol=1e-13, atol=1e-15 if adds_parts else 0)
         torch.testing.assert_close(results[name].double(), true, rtol=1e-4, atol=1e-6)
     assert measure.fault(results, whole, case.dtype) == ""
     results["gradient"].select(0, -1).fill_(7)

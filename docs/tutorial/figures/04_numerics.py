@@ -66,6 +66,15 @@ def errors(y, x, function):
     return ulps(y, function(x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)))
 
 
+def summary(error):
+    return {
+        "worst_ulp": float(np.abs(error).max()),
+        "mean_ulp": float(np.abs(error).mean()),
+        "correctly_rounded_percent": float(100 * (np.abs(error) <= 0.5).mean()),
+        "arguments": int(error.size),
+    }
+
+
 def plot(x, found, folder):
     figure, axes = plt.subplots(len(found), 1, figsize=(8, 5), sharex=True, sharey=True, layout="constrained")
     edges = np.linspace(x.min(), 0, 400)
@@ -90,25 +99,14 @@ def main(figures, results):
         for name, (low, high, truth) in RANGES.items():
             for dtype in (np.float32, np.float64):
                 x = arguments(low, high, dtype)
-                error = errors(evaluate(library, name, x), x, truth)
-                result[f"{name}_{dtype.__name__}"] = {
-                    "worst_ulp": float(np.abs(error).max()),
-                    "mean_ulp": float(np.abs(error).mean()),
-                    "correctly_rounded_percent": float(100 * (np.abs(error) <= 0.5).mean()),
-                    "arguments": int(x.size),
-                }
+                result[f"{name}_{dtype.__name__}"] = summary(errors(evaluate(library, name, x), x, truth))
         x = arguments(*RANGES["exp_nonpositive"][:2], np.float32)
         found = {
             "exp_nonpositive of csrc/math/portable.h": evaluate(library, "exp_nonpositive", x),
             "torch.exp": torch.exp(torch.from_numpy(x)).numpy(),
         }
         found = {name: errors(y, x, np.exp) for name, y in found.items()}
-        result["torch_exp_float32"] = {
-            "worst_ulp": float(np.abs(found["torch.exp"]).max()),
-            "mean_ulp": float(np.abs(found["torch.exp"]).mean()),
-            "correctly_rounded_percent": float(100 * (np.abs(found["torch.exp"]) <= 0.5).mean()),
-            "arguments": int(x.size),
-        }
+        result["torch_exp_float32"] = summary(found["torch.exp"])
         seen = x < -0.01  # nearer to 0 lie most of the numbers, and none of the picture
         plot(x[seen], {name: error[seen] for name, error in found.items()}, figures)
     lines = [f"{'':26}{'worst ulp':>12}{'mean ulp':>12}{'rounded correctly':>20}{'arguments':>12}"]
