@@ -166,3 +166,58 @@ def test_accuracy(dtype, name, road, autocast):
     ]
     luck = unit(1.0, dtype) * truth.norm(dim=1) + torch.finfo(dtype).tiny * torch.finfo(dtype).eps * 10
     assert (errors[1] <= 2 * errors[0] + luck).all(), (errors[1] / (2 * errors[0] + luck)).max()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@each_road
+@each_reduction
+@each_dtype
+@each("bce_with_logits", "bce", "nll")
+def test_accuracy_of_the_others(loss, dtype, reduction, road, autocast):
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    if loss.module == "BCELoss" and dtype == torch.float16 and road.get("grad_in_forward"):
+        pytest.skip("float16 probabilities have no gradient in forward")
+    input, target = loss.sample(64, 10, dtype=dtype)
+    direction = torch.randn(64, 10).to(dtype)
+
+    def product(function, input, direction, **options):
+        def scene(x):
+            y = target.to(x.dtype) if target.is_floating_point() else target
+            with torch.autocast("cpu", dtype if narrow else torch.bfloat16, enabled=autocast and narrow):
+                return (function(x, y, reduction=reduction, **options).sum() / 8).square()
+
+        return hessian_product(scene, input, direction).double()
+
+    truth = product(loss.native, input.double(), direction.double())
+    native = product(loss.native, input, direction)
+    ours = product(loss.ours, input, direction, **on(road, loss, reduction))
+    luck = unit(1.0, dtype) * truth.norm()
+    assert (ours - truth).norm() <= 2 * (native - truth).norm() + luck
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("vectorize", [False, True], ids=["", "vectorized"])
+@each()
+def test_hessians(loss, vectorize, device):
+    input, target = loss.sample(4, 3, dtype=torch.float64, device=device)
+    ours, native = (
+        torch.autograd.functional.hessian(lambda x, f=f: f(x, target).square(), input, vectorize=vectorize)
+        for f in (loss.ours, loss.native)
+    )
+    torch.testing.assert_close(ours, native)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_reduction
+@each()
+def test_second_derivatives_of_a_batch_of_grad_outputs(loss, reduction, device):
+    input, target = loss.sample(4, 3, dtype=torch.float64, device=device)
+
+    def second(function):
+        leaf = input.clone().requires_grad_()
+        value = function(leaf, target, reduction=reduction)
+        seeds = torch.stack([torch.ones_like(value), torch.full_like(value, -2)])
+        (first,) = torch.autograd.grad(value.square(), leaf, seeds, is_grads_batched=True, create_graph=True)
+        return torch.autograd.grad((first.square() * torch.arange(1, 3).view(2, 1, 1)).sum(), leaf)[0]
+
+    torch.testing.assert_close(second(loss.ours), second(loss.native))
