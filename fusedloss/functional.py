@@ -61,12 +61,15 @@ def cross_entropy(
             float64 logits.
         grad_in_forward: whether forward also writes the gradient, so that ``input`` is read once. ``"auto"``: where the
             loss is reduced, nothing but ``input`` requires grad, ``return_lse`` is off, no compiler traces the call,
-            and, for float16, ``grad_scale`` is given. Right for every grad_output; another one than ``grad_scale``
-            costs backward a pass over the gradient, and in half precision one more rounding.
+            no hooks take what is saved (checkpoints, offloading), and, for float16, ``grad_scale`` is given. Right for
+            every grad_output; another one than ``grad_scale`` costs backward a pass over the gradient, and in half
+            precision one more rounding.
         grad_scale: the grad_output that backward will be called with, a number or a tensor of one element (such as
-            1 / accumulation steps, or a GradScaler's scale): then no pass is needed. A hint; no result depends on it.
+            1 / accumulation steps, or a GradScaler's scale): then no pass is needed. A hint: where it turns out wrong,
+            or would make the gradient overflow or vanish, nothing but that pass follows.
         inplace: write the gradient over the storage of ``input``, which must not be used afterwards; autograd raises
-            where something else needs its former values. Without a gradient to write, ``input`` is only read.
+            where something else needs its former values, as second derivatives do. Several views of one tensor may be
+            overwritten if they share no memory. Without a gradient to write, ``input`` is only read.
         backend: the kernels: ``"cpu"``, ``"cuda"``, ``"triton"``, or None: those for the device of ``input``, CUDA's
             before Triton's (:mod:`fusedloss.backend`).
 
@@ -79,7 +82,8 @@ def cross_entropy(
         ValueError: the batch sizes differ, ``reduction`` is unknown, or the gradient is asked for in forward (by
             ``grad_in_forward=True`` or ``inplace=True``) where it cannot be written there.
         RuntimeError: other shapes or types do not fit, ``label_smoothing`` is above 1, tensors are on different
-            devices, ``weight`` requires grad beside class indices, ``inplace=True`` with a leaf.
+            devices, ``weight`` requires grad beside class indices, ``inplace=True`` with a leaf or with an input that
+            overlaps itself, another argument or another loss's gradient.
         NotImplementedError: ``input`` is not a floating-point tensor of a supported type, or there are no kernels for
             its device.
     """
@@ -240,7 +244,8 @@ def binary_cross_entropy(
         size_average, reduce: deprecated, as in native torch.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the elements that are not ignored.
         ignore_index: elements whose target equals it give no loss and no gradient and do not count in the mean.
-        grad_in_forward, grad_scale, backend: as in :func:`cross_entropy`.
+        grad_in_forward, grad_scale, backend: as in :func:`cross_entropy`; in float16, whose range the gradient exceeds,
+            it is never written in forward.
 
     Returns:
         The loss in the type of ``input`` (float32 under CPU autocast; CUDA autocast refuses, as native does).
