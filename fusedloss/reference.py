@@ -8,19 +8,7 @@ a fallback. The arguments are those of fusedloss.functional, without native's le
 import torch
 from torch import Tensor
 
-# Bound when fusedloss is imported: inside fusedloss.patch() the names in torch.nn.functional lead back here.
-from torch.nn.functional import (
-    binary_cross_entropy as _native_binary_cross_entropy,
-)
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits as _native_binary_cross_entropy_with_logits,
-)
-from torch.nn.functional import (
-    cross_entropy as _native_cross_entropy,
-)
-from torch.nn.functional import (
-    nll_loss as _native_nll_loss,
-)
+from fusedloss import native
 
 
 def cross_entropy(
@@ -40,7 +28,7 @@ def cross_entropy(
     target = _class_indices(target)
     is_indices = not target.is_floating_point()
     options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    loss = _native_cross_entropy(input, target, reduction=reduction, **options)
+    loss = native.cross_entropy(input, target, reduction=reduction, **options)
     if z_loss == 0 and not return_lse:
         return loss
     wide = input if input.dtype == torch.float64 else input.float()
@@ -60,7 +48,7 @@ def nll_loss(
     reduction: str = "mean",
 ):
     target = _class_indices(target)
-    return _native_nll_loss(input, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
+    return native.nll_loss(input, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
 
 
 def binary_cross_entropy_with_logits(
@@ -72,12 +60,12 @@ def binary_cross_entropy_with_logits(
     *,
     ignore_index: int | None = None,
 ):
-    def native(input, target, reduction):
-        return _native_binary_cross_entropy_with_logits(
+    def loss(input, target, reduction):
+        return native.binary_cross_entropy_with_logits(
             input, target, weight=weight, pos_weight=pos_weight, reduction=reduction
         )
 
-    return _without_ignored(native, input, target, reduction, ignore_index)
+    return _without_ignored(loss, input, target, reduction, ignore_index)
 
 
 def binary_cross_entropy(
@@ -88,10 +76,10 @@ def binary_cross_entropy(
     *,
     ignore_index: int | None = None,
 ):
-    def native(input, target, reduction):
-        return _native_binary_cross_entropy(input, target, weight=weight, reduction=reduction)
+    def loss(input, target, reduction):
+        return native.binary_cross_entropy(input, target, weight=weight, reduction=reduction)
 
-    return _without_ignored(native, input, target, reduction, ignore_index)
+    return _without_ignored(loss, input, target, reduction, ignore_index)
 
 
 def _class_indices(target):
@@ -109,18 +97,18 @@ def _counts(indices, weight, ignore_index, like):
     return counts, weight.double().flatten()[indices.where(counts, torch.zeros_like(indices))] * counts
 
 
-def _without_ignored(native, input, target, reduction, ignore_index):
+def _without_ignored(native_loss, input, target, reduction, ignore_index):
     """Elements whose target is ignore_index give no loss and no gradient, and do not count in the mean."""
     ignored = None if ignore_index is None else target == ignore_index
     if not target.is_floating_point() and not target.is_complex():
         target = target.to(input.dtype)
     if ignored is None:
-        return native(input, target, reduction)
+        return native_loss(input, target, reduction)
     # A value that every loss accepts, so that nothing an ignored element holds, NaN included, meets a formula.
     half = torch.full((), 0.5, device=input.device)
     input = input.where(~ignored, half.to(input.dtype))
     target = target.where(~ignored, half.to(target.dtype))
-    loss = native(input, target, "none")
+    loss = native_loss(input, target, "none")
     loss = torch.where(ignored, torch.zeros_like(loss), loss)
     return _reduce(loss, reduction, (~ignored).sum())
 
