@@ -23,8 +23,7 @@ def cross_entropy(
     logit_softcap: float | None = None,
     return_lse: bool = False,
 ):
-    if logit_softcap is not None:
-        input = logit_softcap * torch.tanh(input / logit_softcap)
+    input = capped(input, logit_softcap)
     target = _class_indices(target)
     is_indices = not target.is_floating_point()
     options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
@@ -34,8 +33,8 @@ def cross_entropy(
     wide = input if input.dtype == torch.float64 else input.float()
     lse = torch.logsumexp(wide, dim=0 if input.dim() == 1 else 1)
     if z_loss != 0:
-        counts, weights = _counts(target.reshape(lse.shape) if is_indices else None, weight, ignore_index, lse)
-        added = torch.where(counts, z_loss * lse.square(), torch.zeros_like(lse))
+        count, weights = counts(target.reshape(lse.shape) if is_indices else None, weight, ignore_index, lse)
+        added = torch.where(count, z_loss * lse.square(), torch.zeros_like(lse))
         loss = loss + _reduce(added, reduction, weights.sum()).to(loss.dtype)
     return (loss, lse) if return_lse else loss
 
@@ -87,14 +86,18 @@ def _class_indices(target):
     return target.long() if target.dtype in (torch.uint8, torch.int32) else target
 
 
-def _counts(indices, weight, ignore_index, like):
+def capped(input, logit_softcap):
+    return input if logit_softcap is None else logit_softcap * torch.tanh(input / logit_softcap)
+
+
+def counts(indices, weight, ignore_index, like):
     """Which positions count, and their weights in the mean, float64; all of them alike for probabilities."""
     if indices is None:
         return torch.ones_like(like, dtype=torch.bool), torch.ones_like(like, dtype=torch.float64)
-    counts = indices != ignore_index
+    count = indices != ignore_index
     if weight is None:
-        return counts, counts.double()
-    return counts, weight.double().flatten()[indices.where(counts, torch.zeros_like(indices))] * counts
+        return count, count.double()
+    return count, weight.double().flatten()[indices.where(count, torch.zeros_like(indices))] * count
 
 
 def _without_ignored(native_loss, input, target, reduction, ignore_index):
