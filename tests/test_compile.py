@@ -113,7 +113,7 @@ def test_another_ignore_index_recompiles_no_more_than_natively(loss, dynamic, de
 
     ours = compilations(lambda x, y, i: loss.ours(x, y, ignore_index=i))
     if loss.target == "index":
-        # With dynamic=True one more: whether it is the default is a question of its own.
+        # With dynamic=True one more is allowed: the default is compiled for on its own.
         assert ours <= compilations(lambda x, y, i: loss.native(x, y, ignore_index=i)) + bool(dynamic)
     else:
         assert ours == (1 if dynamic else 2)
