@@ -7,6 +7,7 @@ Each function checks what an operator's schema cannot, and calls one operator. W
 - cross entropy with probability targets whose class weight requires a gradient.
 """
 
+import functools
 import math
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction as native_reduction
 
-from fusedloss import reference
+from fusedloss import dtensor, reference
 from fusedloss.backend import operators
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -87,8 +88,10 @@ def cross_entropy(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         _check_tensors(TypeError, "cross_entropy", input=input, target=target)
+        backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
         _check_tensors(TypeError, "cross_entropy", weight=weight)
+        backend = _for_dtensors(backend, weight)
     if ignore_index != -100:
         _check_int("cross_entropy", "ignore_index", ignore_index)
     if label_smoothing.__class__ is not float:
@@ -148,8 +151,10 @@ def nll_loss(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         _check_tensors(TypeError, "nll_loss", input=input, target=target)
+        backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
         _check_tensors(TypeError, "nll_loss", weight=weight)
+        backend = _for_dtensors(backend, weight)
     if ignore_index != -100:
         _check_int("nll_loss", "ignore_index", ignore_index)
     if _native_road():
@@ -199,10 +204,13 @@ def binary_cross_entropy_with_logits(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         _check_tensors(AttributeError, "binary_cross_entropy_with_logits", input=input, target=target)
+        backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
         _check_tensors(TypeError, "binary_cross_entropy_with_logits", weight=weight)
+        backend = _for_dtensors(backend, weight)
     if pos_weight is not None and pos_weight.__class__ is not Tensor:
         _check_tensors(TypeError, "binary_cross_entropy_with_logits", pos_weight=pos_weight)
+        backend = _for_dtensors(backend, pos_weight)
     if ignore_index is not None:
         _check_int("binary_cross_entropy_with_logits", "ignore_index", ignore_index)
     if _native_road():
@@ -254,8 +262,10 @@ def binary_cross_entropy(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         _check_tensors(AttributeError, "binary_cross_entropy", input=input, target=target)
+        backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
         _check_tensors(TypeError, "binary_cross_entropy", weight=weight)
+        backend = _for_dtensors(backend, weight)
     if ignore_index is not None:
         _check_int("binary_cross_entropy", "ignore_index", ignore_index)
     if _native_road():
@@ -295,6 +305,13 @@ def _check_tensors(error: type[Exception], loss: str, **arguments) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise error(f"{loss}: {name} must be a Tensor, got {type(value).__name__}: {value!r}")
+
+
+def _for_dtensors(backend, *tensors):
+    """What takes the place of a wish for a backend where a tensor is a DTensor."""
+    if isinstance(backend, dtensor.Sharded) or not any(map(dtensor.is_dtensor, tensors)):
+        return backend
+    return dtensor.Sharded(functools.partial(operators, backend))
 
 
 def _check_int(loss: str, name: str, value: int) -> None:
