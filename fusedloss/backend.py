@@ -11,6 +11,7 @@ import re
 import torch
 
 from fusedloss._library import build_info, ops
+from fusedloss.dtensor import Sharded
 
 NAMES = ("cpu", "cuda", "triton")
 NAMESPACES = ("fusedloss", "fusedloss_triton")
@@ -58,6 +59,8 @@ def operators(backend: str | None, input: torch.Tensor):
         backend = _wish
     if backend is None and (input.is_cpu or input.is_meta):
         return ops
+    if isinstance(backend, Sharded):
+        return backend
     _check_name(backend)
     return _triton_ops if _is_triton(backend, input.device) else ops
 

@@ -8,6 +8,7 @@ Each function checks what an operator's schema cannot, and calls one operator. W
 - cross entropy with probability targets whose class weight requires a gradient.
 """
 
+import functools
 import math
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import _reduction as native_reduction
 from torch.overrides import has_torch_function_variadic
 
-from fusedloss import reference
+from fusedloss import dtensor, reference
 from fusedloss.arguments import as_finite, as_float, as_int, check_bool, check_tensors, hand_over, is_symbol
 from fusedloss.backend import operators
 
@@ -102,8 +103,10 @@ def cross_entropy(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         check_tensors(TypeError, "cross_entropy", input=input, target=target)
+        backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
         check_tensors(TypeError, "cross_entropy", weight=weight)
+        backend = _for_dtensors(backend, weight)
     if ignore_index.__class__ is not int or ignore_index != -100:
         ignore_index = as_int("cross_entropy", "ignore_index", ignore_index)
     if label_smoothing.__class__ is not float:
@@ -175,8 +178,10 @@ def nll_loss(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         check_tensors(TypeError, "nll_loss", input=input, target=target)
+        backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
         check_tensors(TypeError, "nll_loss", weight=weight)
+        backend = _for_dtensors(backend, weight)
     if ignore_index.__class__ is not int or ignore_index != -100:
         ignore_index = as_int("nll_loss", "ignore_index", ignore_index)
     code = _reduction_code(reduction)
@@ -234,10 +239,13 @@ def binary_cross_entropy_with_logits(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         check_tensors(AttributeError, "binary_cross_entropy_with_logits", input=input, target=target)
+        backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
         check_tensors(TypeError, "binary_cross_entropy_with_logits", weight=weight)
+        backend = _for_dtensors(backend, weight)
     if pos_weight is not None and pos_weight.__class__ is not Tensor:
         check_tensors(TypeError, "binary_cross_entropy_with_logits", pos_weight=pos_weight)
+        backend = _for_dtensors(backend, pos_weight)
     if ignore_index is not None:
         ignore_index = as_int("binary_cross_entropy_with_logits", "ignore_index", ignore_index)
     code = _reduction_code(reduction)
@@ -295,8 +303,10 @@ def binary_cross_entropy(
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
         check_tensors(AttributeError, "binary_cross_entropy", input=input, target=target)
+        backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
         check_tensors(TypeError, "binary_cross_entropy", weight=weight)
+        backend = _for_dtensors(backend, weight)
     if ignore_index is not None:
         ignore_index = as_int("binary_cross_entropy", "ignore_index", ignore_index)
     code = _reduction_code(reduction)
@@ -345,3 +355,10 @@ def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -
         kind = f"{grad_scale.dtype} of shape {list(grad_scale.shape)}"
         raise RuntimeError(f"{loss}: grad_scale must be one floating-point number, got {kind}")
     return (False, None if is_auto else grad_in_forward, grad_scale, inplace)
+
+
+def _for_dtensors(backend, *tensors):
+    """What takes the place of a wish for a backend where a tensor is a DTensor."""
+    if isinstance(backend, dtensor.Sharded) or not any(map(dtensor.is_dtensor, tensors)):
+        return backend
+    return dtensor.Sharded(functools.partial(operators, backend))

@@ -49,6 +49,8 @@ CLASS_LOSSES = {
     ),
     "float64 weights": (X, Y, {"weight": torch.ones(3).double()}, "weight", "Double|float64"),
     "integer weights": (X, Y, {"weight": torch.ones(3).long()}, "weight", "Long|int64"),
+    "complex weights": (X, Y, {"weight": torch.ones(3) + 0j}, "weight", "Complex", r"\[3\]"),
+    "8-bit float weights": (X, Y, {"weight": torch.ones(3).to(torch.float8_e5m2)}, "weight", "Float8", r"\[3\]"),
     "weights with a gradient": (X, Y, {"weight": torch.ones(3, requires_grad=True)}, "weight"),
     "16-bit targets": (X, Y.short(), {}, "target", "Short|int16"),
     "bool targets": (X, Y.bool(), {}, "target", "Bool|bool"),
@@ -79,6 +81,13 @@ CROSS_ENTROPY = {
     "an ignored class of probabilities": (X, P, {"ignore_index": 1}, "ignore_index"),
     "a weight too many for probabilities": (X, P, {"weight": torch.ones(4)}, "weight", "3", "4"),
     "a row of weights for probabilities": (X, P, {"weight": torch.ones(1, 3)}, "weight", "1, 3"),
+    "a row of weights for an image of probabilities": (
+        image(4),
+        image(4),
+        {"weight": torch.ones(1, 3)},
+        "weight",
+        "1, 3",
+    ),
 }
 NLL = {
     "a number and a class": (X[0, 0], Y[0], {}),
@@ -93,7 +102,10 @@ BCE = {
     "a weight too many": (P, P, {"weight": torch.ones(4)}, "weight", "4"),
     "weights that would widen the loss": (P, P, {"weight": torch.ones(5, 4, 3)}, "weight", "5, 4, 3"),
     "weights with a gradient": (P, P, {"weight": torch.ones(3, requires_grad=True)}, "weight"),
+    "complex weights": (P, P, {"weight": torch.ones(3) + 0j}, "weight", "Complex", r"\[3\]"),
+    "16-bit unsigned targets": (P, P.to(torch.uint16), {}, "target", "UInt16"),
     "targets elsewhere": (P, P.to("meta"), {}, "cpu", "meta"),
+    "weights elsewhere": (P, P, {"weight": torch.ones(3, device="meta")}, "cpu", "meta"),
     "sparse logits": (P.to_sparse(), P, {}, "[Ss]parse"),
     "an unknown reduction": (P, P, {"reduction": "average"}, "average", "reduction"),
     "no reduction": (P, P, {"reduction": None}, "None", "reduction"),
@@ -101,6 +113,17 @@ BCE = {
     "no target": (P, None, {}, "None"),
 }
 BCE_WITH_LOGITS = {
+    "complex positive weights": (P, P, {"pos_weight": torch.ones(3) + 0j}, "pos_weight", "Complex", r"\[3\]"),
+    "8-bit float positive weights": (
+        P,
+        P,
+        {"pos_weight": torch.ones(3).to(torch.float8_e5m2)},
+        "pos_weight",
+        "Float8",
+        r"\[3\]",
+    ),
+    "one positive weight elsewhere": (P, P, {"pos_weight": torch.ones(1, device="meta")}, "cpu", "meta"),
+    "positive weights elsewhere": (P, P, {"pos_weight": torch.ones(3, device="meta")}, "cpu", "meta"),
     "a positive weight too many": (P, P, {"pos_weight": torch.ones(4)}, "pos_weight", "4"),
     "positive weights that would widen": (P, P, {"pos_weight": torch.ones(5, 4, 3)}, "pos_weight", "5, 4, 3"),
     "positive weights with a gradient": (
@@ -172,6 +195,27 @@ def check_error(loss, input, target, options, says, device="cpu"):
 @each_row(TABLES)
 def test_bad_input_raises_what_native_raises(loss, input, target, options, says, device):
     check_error(loss, input, target, options, [device if pattern == "cpu" else pattern for pattern in says], device)
+
+
+FLOAT8 = torch.ones(3).to(torch.float8_e4m3fn)
+REFUSED = {  # by ours alone, or with a narrower type of error: input, target, options, patterns
+    "cross_entropy": {
+        "complex weights for probabilities": (X, P, {"weight": torch.ones(3) + 0j}, "weight", "Complex", r"\[3\]"),
+        "8-bit float weights for probabilities": (X, P, {"weight": FLOAT8}, "weight", "Float8", r"\[3\]"),
+    },
+    "bce_with_logits": {
+        "complex targets": (P, P + 0j, {}, "target", "Complex", r"\[4, 3\]"),
+        "8-bit float weights": (P, P, {"weight": FLOAT8}, "weight", "Float8", r"\[3\]"),
+    },
+    "bce": {"8-bit float weights": (P, P, {"weight": FLOAT8}, "weight", "Float8", r"\[3\]")},
+}
+
+
+@each_row(REFUSED)
+def test_types_that_no_kernel_reads_are_refused_by_name(loss, input, target, options, says, device):
+    error = error_of(loss.ours, *moved((input, target), device), **moved(options, device))
+    assert isinstance(error, RuntimeError)
+    assert [pattern for pattern in (loss.function, *says) if not re.search(pattern, str(error))] == [], str(error)
 
 
 @each_row(VALUES)

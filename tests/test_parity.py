@@ -244,6 +244,118 @@ def test_weight_of_a_different_dtype(loss, dtypes, reduction, device):
     compare(loss, *loss.sample(7, 5, dtype=dtypes[0], device=device), reduction=reduction, weight=weight)
 
 
+@pytest.mark.parametrize("kind", [torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int64], ids=short)
+@each("cross_entropy_soft", "bce_with_logits", "bce")
+def test_weight_of_an_integer_dtype(loss, kind, device):
+    compare(loss, *loss.sample(7, 5, device=device), weight=torch.arange(5).to(device, kind))
+
+
+WIDE, NARROW = torch.float64, [torch.float32, torch.bfloat16, torch.float16]
+MIXED = {  # one operand of float64 makes the loss float64, and so exact
+    "cross_entropy_soft": ["target", "weight"],
+    "bce_with_logits": ["target", "target weight", "target pos_weight", "target weight pos_weight"],
+}
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=short)
+@each_reduction
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize(
+    ("loss", "wide"),
+    [pytest.param(LOSSES[name], wide.split(), id=f"{name} {wide}") for name, rows in MIXED.items() for wide in rows],
+)
+def test_a_float64_loss_of_narrower_logits_is_exact(loss, wide, autocast, reduction, dtype, device):
+    """Computed in float64: the values to float64's last places, the gradients to the last of their own dtypes."""
+    input, target = loss.sample(7, 5, dtype=dtype, device=device)
+    target = target.to(WIDE) if "target" in wide else target
+    names = {"cross_entropy_soft": ["weight"], "bce_with_logits": ["weight", "pos_weight"]}
+    names = names["cross_entropy_soft" if loss.target == "soft" else "bce_with_logits"]
+    weights = {name: torch.rand(5, dtype=WIDE).to(device, WIDE if name in wide else dtype) for name in names}
+    truth = differentiate(
+        loss.reference,
+        input.double(),
+        target.double(),
+        reduction=reduction,
+        **{k: w.double() for k, w in weights.items()},
+    )
+    roads = [{"grad_in_forward": False}] if reduction == "none" else [{"grad_in_forward": False}, {}]
+    for options in roads:
+        leaf = input.detach().requires_grad_()
+        leaf_target = target.detach().requires_grad_(options != {})
+        with torch.autocast(torch.device(device).type, enabled=autocast):
+            value = loss.ours(leaf, leaf_target, reduction=reduction, **weights, **options)
+        assert value.dtype == WIDE
+        torch.testing.assert_close(value, truth[0], rtol=1e-14, atol=1e-15)
+        value.backward(eighths(value.shape, WIDE, device))
+        for ours, true in zip((leaf, leaf_target), truth[1:], strict=True):
+            if ours.requires_grad:
+                eps = torch.finfo(ours.dtype).eps
+                torch.testing.assert_close(ours.grad.double(), true, rtol=max(eps, 1e-13), atol=max(eps * 1e-3, 1e-15))
+
+
+def test_lse_beside_float64_probabilities(device):
+    """Its dtype is decided by the logits alone."""
+    input, target = LOSSES["cross_entropy_soft"].sample(7, 5, device=device)
+    compare(LOSSES["cross_entropy_soft"], input, target.double(), reduction="none", return_lse=True)
+
+
+def strides(tensor):
+    """Of the dimensions where they mean something."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def as_meta(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("shape", [IMAGE, (1, 5, 4, 6), (3, 1, 4, 6), (3, 5, 1, 1), (3, 5, 0, 6)], ids=str)
+@each()
+def test_unreduced_loss_has_the_strides_of_natives(loss, shape, layout, device):
+    """On meta tensors too: compiled programs rely on them."""
+    input, target = loss.sample(*shape, device=device)
+    input = layout(input)
+    for target_layout in LAYOUTS.values():
+        laid = target if loss.target == "index" else target_layout(target)
+        expected = strides(loss.native(input, laid, reduction="none"))
+        assert strides(loss.ours(input, laid, reduction="none")) == expected
+        if input.numel() > 0:  # where there are no elements, native's strides differ on meta tensors, too
+            assert strides(loss.ours(as_meta(input), as_meta(laid), reduction="none")) == expected
+
+
+def test_loss_of_many_dimensions_has_the_strides_of_natives(device):
+    input, target = LOSSES["bce_with_logits"].sample(2, 3, 1, 2, 3, 2, 2, 3, 2, 2, device=device)
+    reverse = tuple(range(input.dim()))[::-1]
+    target = target.permute(reverse).contiguous().permute(reverse)
+    ours, native = (
+        f(input, target, reduction="none") for f in (LOSSES["bce_with_logits"].ours, LOSSES["bce_with_logits"].native)
+    )
+    torch.testing.assert_close(ours, native, check_stride=True)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_a_number_on_the_cpu_weighs_tensors_elsewhere(name, reduction, device):
+    """As natively, for the loss of logits. Meta tensors are elsewhere on every machine."""
+    loss = LOSSES["bce_with_logits"]
+    for number in (torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64), torch.tensor(3)):
+        compare(loss, *loss.sample(7, 5, device=device), reduction=reduction, **{name: number})
+        input, target = (tensor.to("meta").requires_grad_() for tensor in loss.sample(7, 5))
+        value = loss.ours(input, target, reduction=reduction, **{name: number})
+        value.backward(torch.ones_like(value))
+        assert (value.device.type, input.grad.shape, target.grad.shape) == ("meta", (7, 5), (7, 5))
+
+
+@each()
+def test_a_number_on_the_cpu_is_no_weight_elsewhere(loss):
+    """Native's loss of probabilities refuses it, and class weights have a dimension."""
+    input, target = (tensor.to("meta") for tensor in loss.sample(7, 1))
+    if loss.function != "binary_cross_entropy_with_logits":
+        for call in (loss.native, loss.ours):
+            with pytest.raises((RuntimeError, AssertionError)):
+                call(input, target, weight=torch.tensor(3.0))
+
+
 @each()
 def test_sum_passes_an_expanded_gradient(loss, device):
     input, target = loss.sample(7, 5, device=device)

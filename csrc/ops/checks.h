@@ -45,7 +45,19 @@ inline bool is_supported_floating(at::ScalarType type) {
 
 inline void check_floating(const char* loss, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_supported_floating(tensor.scalar_type()), loss, ": ", name,
-                              " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
+                              " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type(),
+                              " of shape ", tensor.sym_sizes());
+}
+
+inline void check_real(const char* loss, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(!at::isComplexType(tensor.scalar_type()), loss, ": ", name, " must be real, got ", tensor.scalar_type(),
+              " of shape ", tensor.sym_sizes());
+}
+
+// A weight that is promoted, not one that must have the input's type.
+inline void check_weight(const char* loss, const char* name, const at::Tensor& weight) {
+  check_real(loss, name, weight);
+  if (!at::isIntegralType(weight.scalar_type(), /*includeBool=*/true)) check_floating(loss, name, weight);
 }
 
 // What every backward operator is given: the gradient of the loss, in the loss's shape, and forward's divisor.

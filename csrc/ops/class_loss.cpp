@@ -65,11 +65,10 @@ void check_class_target(const char* loss, const char* name, const Tensor& logits
   }
 }
 
-void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor weight) {
+void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor weight, bool beside_indices) {
   if (!is_present(weight)) return;
   const auto classes = logits.sym_size(class_dim(logits));
-  // Native torch accepts a weight of any shape with one element per class when the input has inner dimensions.
-  const bool fits = (weight->dim() == 1 || logits.dim() > 2) && weight->sym_numel() == classes;
+  const bool fits = (weight->dim() == 1 || (beside_indices && logits.dim() > 2)) && weight->sym_numel() == classes;
   TORCH_CHECK(fits, loss, ": weight must have the shape [", classes, "], one element per class, got ",
               weight->sym_sizes());
 }
@@ -78,7 +77,7 @@ void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor we
   if (!is_present(weight)) return;
   const auto expected = logits.scalar_type(), type = weight->scalar_type();
   TORCH_CHECK(upcast_type(type, upcast) == upcast_type(expected, upcast), loss, ": weight must have the input's type ",
-              expected, ", got ", type);
+              expected, ", got ", type, " of shape ", weight->sym_sizes());
 }
 
 void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position) {

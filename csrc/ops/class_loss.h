@@ -18,7 +18,9 @@ c10::SymDimVector position_sizes(const Tensor& logits);
 
 // `name` is what the loss calls its first argument.
 void check_class_target(const char* loss, const char* name, const Tensor& logits, const Tensor& target);
-void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor weight);
+// `beside_indices`: native torch accepts a weight of any shape with one element per class, beside class indices of an
+// input that has inner dimensions.
+void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor weight, bool beside_indices = true);
 // Beside class indices the weight has the input's type; under autocast, one that autocast makes equal to it.
 void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor weight, bool upcast);
 [[noreturn]] void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target,

@@ -32,7 +32,8 @@ void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, in
            double label_smoothing, double z_loss, double logit_softcap, bool upcast) {
   check_reduction(kName, reduction);
   check_devices(kName, {{"input", logits}, {"target", target}, {"weight", weight}});
-  if (has_probabilities(logits, target)) {
+  const bool probabilities = has_probabilities(logits, target);
+  if (probabilities) {
     TORCH_CHECK(is_supported_floating(target.scalar_type()), kName,
                 ": target has the input's shape and so must hold probabilities in a floating-point type, got ",
                 target.scalar_type(), " of shape ", target.sym_sizes());
@@ -40,13 +41,14 @@ void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, in
     TORCH_CHECK(ignore_index < 0, kName, ": ignore_index is not supported for a target of probabilities, got ",
                 ignore_index);
     check_floating(kName, "input", logits);
+    if (is_present(weight)) check_weight(kName, "weight", *weight);
   } else {
     TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
     check_floating(kName, "input", logits);
     check_class_target(kName, "input", logits, target);
     check_weight_type(kName, logits, weight, upcast);
   }
-  check_class_weight(kName, logits, weight);
+  check_class_weight(kName, logits, weight, !probabilities);
   TORCH_CHECK(!(label_smoothing > 1), kName, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
   TORCH_CHECK_VALUE(std::isfinite(z_loss), kName, ": z_loss must be finite, got ", z_loss);
   TORCH_CHECK_VALUE(std::isfinite(logit_softcap) && logit_softcap >= 0, kName,
@@ -61,6 +63,11 @@ at::ScalarType loss_type(const Tensor& logits, const Tensor& target, OptionalTen
   if (!has_probabilities(logits, target)) return type;
   type = c10::promoteTypes(type, upcast_type(target.scalar_type(), upcast));
   return is_present(weight) ? c10::promoteTypes(type, upcast_type(weight->scalar_type(), upcast)) : type;
+}
+
+// Of row_max and row_log_sum; lse has the type that the logits alone give it.
+at::ScalarType statistics_type(const Tensor& logits, at::ScalarType loss_type) {
+  return loss_type == at::kDouble ? at::kDouble : accumulate_type(logits.scalar_type());
 }
 
 // Everything that forward and backward tell the kernel alike, and the tensors that must outlive it.
@@ -127,8 +134,9 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
 
   const auto positions = position_sizes(logits);
-  const auto statistics = logits.options().dtype(accumulate_type(logits.scalar_type()));
-  const auto loss_options = logits.options().dtype(loss_type(logits, target, weight, upcast));
+  const auto type = loss_type(logits, target, weight, upcast);
+  const auto statistics = logits.options().dtype(statistics_type(logits, type));
+  const auto loss_options = logits.options().dtype(type);
   const bool reduced = reduction != int64_t(Reduction::none);
   Tensor loss = reduced ? at::empty({}, loss_options) : at::empty_symint(positions, loss_options);
   Tensor lse, row_max, row_log_sum, divisor;
@@ -141,7 +149,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
   }
 
   if (!logits.is_meta()) {
-    Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap);
+    Problem problem(widened(logits, type), target, weight, ignore_index, label_smoothing, z_loss, logit_softcap);
     CrossEntropyArgs& args = problem.args;
     args.every_lse = return_lse;
     if (want_statistics) {
@@ -153,6 +161,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
     const int64_t invalid = run(kKernels, Pass::forward, args, logits);
     if (invalid >= 0) raise_target_out_of_bounds(kName, logits, target, invalid);
   }
+  if (lse.defined()) lse = lse.to(accumulate_type(logits.scalar_type()));
   return {loss, lse, row_max, row_log_sum, divisor};
 }
 
@@ -165,8 +174,10 @@ Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, Optio
   Tensor loss = at::empty({}, logits.options().dtype(loss_type(logits, target, weight, upcast)));
 
   if (!logits.is_meta()) {
-    Tensor grad = addressable(grad_logits);
-    Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad);
+    const Tensor wide = widened(logits, loss.scalar_type());
+    const bool same_type = wide.scalar_type() == grad_logits.scalar_type();
+    Tensor grad = same_type ? addressable(grad_logits) : empty_like_logits(wide);
+    Problem problem(wide, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad);
     CrossEntropyArgs& args = problem.args;
     if (is_present(scale)) {
       const Tensor largest = largest_gradient(logits, target, weight, reduction, ignore_index, z_loss);
@@ -189,28 +200,32 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
   const auto positions = position_sizes(logits);
-  const auto statistics = accumulate_type(logits.scalar_type());
+  const auto type = loss_type(logits, target, weight, upcast);
+  const auto statistics = statistics_type(logits, type);
   check_flow(kName, logits, grad_loss, divisor, reduction, positions);
   check_devices(kName, {{"input", logits}, {"grad_lse", grad_lse}, {"row_max", row_max}, {"row_log_sum", row_log_sum}});
-  for (const auto& [name, tensor] :
-       {NamedTensor{"row_max", row_max}, NamedTensor{"row_log_sum", row_log_sum}, NamedTensor{"grad_lse", grad_lse}}) {
-    TORCH_CHECK(
-        !tensor || (tensor->scalar_type() == statistics && tensor->sym_sizes() == c10::SymIntArrayRef(positions)),
-        kName, ": ", name, " must be ", statistics, " of shape ", c10::SymIntArrayRef(positions), ", got ",
-        tensor->scalar_type(), " of shape ", tensor->sym_sizes());
-  }
+  const auto check_statistic = [&](const NamedTensor& statistic, at::ScalarType expected) {
+    const auto& [name, tensor] = statistic;
+    TORCH_CHECK(!tensor || (tensor->scalar_type() == expected && tensor->sym_sizes() == c10::SymIntArrayRef(positions)),
+                kName, ": ", name, " must be ", expected, " of shape ", c10::SymIntArrayRef(positions), ", got ",
+                tensor->scalar_type(), " of shape ", tensor->sym_sizes());
+  };
+  check_statistic({"row_max", row_max}, statistics);
+  check_statistic({"row_log_sum", row_log_sum}, statistics);
+  check_statistic({"grad_lse", grad_lse}, accumulate_type(logits.scalar_type()));
   TORCH_CHECK(!output_mask[1] || has_probabilities(logits, target), kName,
               ": a target of class indices has no gradient");
 
-  Tensor grad_logits = output_mask[0] ? with_huge_pages(empty_like_logits(logits)) : Tensor();
+  const Tensor wide = widened(logits, type);
+  Tensor grad_logits = output_mask[0] ? with_huge_pages(empty_like_logits(wide)) : Tensor();
   Tensor grad_target = output_mask[1] ? with_huge_pages(empty_like_logits(target)) : Tensor();
 
   if (!logits.is_meta()) {
-    Problem problem(logits, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad_logits,
+    Problem problem(wide, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad_logits,
                     grad_target);
     CrossEntropyArgs& args = problem.args;
     const Tensor max = row_max.contiguous(), sum = row_log_sum.contiguous();
-    const Tensor lse = is_present(grad_lse) ? grad_lse->contiguous() : Tensor();
+    const Tensor lse = is_present(grad_lse) ? grad_lse->to(statistics).contiguous() : Tensor();
     args.row_max = max.data_ptr();
     args.row_log_sum = sum.data_ptr();
     args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
@@ -219,7 +234,8 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
     run(kKernels, Pass::backward, args, logits);
   }
   const auto absent = [](const Tensor& like) { return at::empty({0}, like.options()); };
-  return {output_mask[0] ? grad_logits : absent(logits), output_mask[1] ? grad_target : absent(target)};
+  return {output_mask[0] ? grad_logits.to(logits.scalar_type()) : absent(logits),
+          output_mask[1] ? grad_target : absent(target)};
 }
 
 }  // namespace fusedloss::ops

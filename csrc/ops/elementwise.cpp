@@ -19,8 +19,7 @@ namespace {
 
 void check_broadcasts(const ElementwiseLoss& loss, const char* name, const Tensor& tensor, const Tensor& input) {
   if (!tensor.defined()) return;
-  TORCH_CHECK(!at::isComplexType(tensor.scalar_type()), loss.name, ": ", name, " must be real, got ",
-              tensor.scalar_type());
+  check_weight(loss.name, name, tensor);
   const auto sizes = tensor.sym_sizes(), input_sizes = input.sym_sizes();
   bool fits = sizes.size() <= input_sizes.size();
   for (size_t d = 1; fits && d <= sizes.size(); ++d) {
@@ -31,20 +30,29 @@ void check_broadcasts(const ElementwiseLoss& loss, const char* name, const Tenso
               input_sizes);
 }
 
+// One number of the CPU may weigh tensors of another device, where native torch multiplies by it as it is; native's
+// loss of probabilities expands it first.
+bool is_number(const ElementwiseLoss& loss, const Tensor& weight) {
+  return !loss.probabilities && weight.defined() && weight.dim() == 0 && weight.is_cpu();
+}
+
 void check(const ElementwiseLoss& loss, const ElementwiseInputs& in, bool upcast) {
   check_reduction(loss.name, in.reduction);
-  const std::optional<Tensor> weight(in.weight), pos_weight(in.pos_weight);
+  const auto unless_number = [&](const Tensor& weight) {
+    return std::optional<Tensor>(is_number(loss, weight) ? Tensor() : weight);
+  };
+  const auto weight = unless_number(in.weight), pos_weight = unless_number(in.pos_weight);
   check_devices(loss.name,
                 {{"input", in.input}, {"target", in.target}, {"weight", weight}, {"pos_weight", pos_weight}});
   TORCH_CHECK_VALUE(in.target.sym_sizes() == in.input.sym_sizes(), loss.name, ": target must have the input's shape ",
                     in.input.sym_sizes(), ", got ", in.target.sym_sizes());
   const auto input_type = in.input.scalar_type(), target_type = in.target.scalar_type();
-  const bool integral_target = at::isIntegralType(target_type, /*includeBool=*/true);
+  const bool integral_target = at::isIntegralType(target_type, /*includeBool=*/true) && readable_as(target_type);
   TORCH_CHECK(
       !loss.probabilities || integral_target || upcast_type(target_type, upcast) == upcast_type(input_type, upcast),
       loss.name, ": target must have the input's type ", input_type, ", or an integer or bool one, got ", target_type);
   check_floating(loss.name, "input", in.input);
-  TORCH_CHECK(!at::isComplexType(target_type), loss.name, ": target must be real, got ", target_type);
+  check_real(loss.name, "target", in.target);
   if (!integral_target) check_floating(loss.name, "target", in.target);
   check_broadcasts(loss, "weight", in.weight, in.input);
   check_broadcasts(loss, "pos_weight", in.pos_weight, in.input);
@@ -57,7 +65,23 @@ Tensor walkable(const Tensor& tensor, const Tensor& input) {
   return tensor.expand_symint(input.sym_sizes()).contiguous();
 }
 
-void make_walkable(ElementwiseInputs& in) {
+// A floating-point target decides the result's type, as in native torch; other targets have no say.
+at::ScalarType loss_type(const ElementwiseInputs& in, bool upcast) {
+  const auto& decides = at::isFloatingType(in.target.scalar_type()) ? in.target : in.input;
+  return upcast_type(decides.scalar_type(), upcast);
+}
+
+// Turns what the checks have let through into what a kernel reads.
+void prepare(ElementwiseInputs& in, bool upcast) {
+  in.input = widened(in.input, loss_type(in, upcast));
+  for (Tensor* weight : {&in.weight, &in.pos_weight}) {
+    if (!weight->defined()) continue;
+    if (!readable_as(weight->scalar_type())) *weight = weight->to(accumulate_type(in.input.scalar_type()));
+    if (weight->device() != in.input.device()) {
+      // Unlike a copy, this neither waits for the device nor fails while a CUDA graph is captured.
+      *weight = at::empty({}, weight->options().device(in.input.device())).fill_(*weight);
+    }
+  }
   for (Tensor* tensor : {&in.target, &in.weight, &in.pos_weight, &in.input}) *tensor = walkable(*tensor, in.input);
 }
 
@@ -143,16 +167,10 @@ void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArg
   operands.add(in.pos_weight, args.pos_weight);
 }
 
-// A floating-point target decides the result's type, as in native torch; other targets have no say.
-at::ScalarType loss_type(const ElementwiseInputs& in, bool upcast) {
-  const auto& decides = at::isFloatingType(in.target.scalar_type()) ? in.target : in.input;
-  return upcast_type(decides.scalar_type(), upcast);
-}
-
 // For float16, in whose range a gradient must stay: the gradient of no element of a loss on logits is larger, for a
 // grad_output of 1. Undefined for other types.
-Tensor largest_gradient(const ElementwiseInputs& in) {
-  if (in.input.scalar_type() != at::kHalf) return Tensor();
+Tensor largest_gradient(const ElementwiseInputs& in, at::ScalarType grad_type) {
+  if (grad_type != at::kHalf) return Tensor();
   const auto options = in.input.options().dtype(at::kDouble);
   if (in.input.numel() == 0) return at::ones({}, options);
   const auto largest = [](const Tensor& tensor) { return tensor.to(at::kFloat).abs().amax().to(at::kDouble); };
@@ -184,21 +202,24 @@ Tensor largest_gradient(const ElementwiseInputs& in) {
 
 LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInputs in, bool upcast) {
   check(loss, in, upcast);
-  make_walkable(in);
 
   const auto options = in.input.options().dtype(loss_type(in, upcast));
   const bool reduced = in.reduction != int64_t(Reduction::none);
-  Tensor result = reduced ? at::empty({}, options) : at::empty_like(in.input, options);
+  // Native torch's loss of logits starts from 1 - target.
+  Tensor result = reduced ? at::empty({}, options) : at::empty_like(loss.probabilities ? in.input : in.target, options);
   Tensor divisor = at::empty({}, in.input.options().dtype(at::kDouble));
 
   if (!in.input.is_meta()) {
+    prepare(in, upcast);
+    const Tensor written = reduced ? result : walkable(result, in.input);
     ElementwiseArgs args;
     Operands operands(in.input);
     fill_inputs(in, operands, args);
-    if (!reduced) operands.add(result, args.loss);
+    if (!reduced) operands.add(written, args.loss);
     operands.fill(args.shape);
     args.total = total_of(result, divisor, in.reduction);
     if (run(loss.kernels, Pass::forward, args, in.input) >= 0) raise_out_of_domain(loss, in);
+    if (!written.is_same(result)) result.copy_(written);
   }
   return {result, divisor};
 }
@@ -210,15 +231,17 @@ Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, 
   Tensor result = at::empty({}, in.input.options().dtype(loss_type(in, upcast)));
 
   if (!in.input.is_meta()) {
-    make_walkable(in);
-    Tensor grad = walkable(grad_input, in.input);
+    prepare(in, upcast);
+    const bool same_type = in.input.scalar_type() == grad_input.scalar_type();
+    Tensor grad = same_type ? walkable(grad_input, in.input) : at::empty_like(in.input);
     ElementwiseArgs args;
     Operands operands(in.input);
     fill_inputs(in, operands, args);
     operands.add(grad, args.grad_input);
     operands.fill(args.shape);
     if (is_present(scale)) {
-      scale->copy_(chosen_scale(grad_scale, in.input, result.scalar_type(), largest_gradient(in)));
+      scale->copy_(
+          chosen_scale(grad_scale, in.input, result.scalar_type(), largest_gradient(in, grad_input.scalar_type())));
       args.flow.grad_loss = {scale->data_ptr(), Dtype::float64};
     }
     args.total = total_of(result, Tensor(), in.reduction);
@@ -230,12 +253,14 @@ Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, 
 
 TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in, Tensor grad_loss,
                               const Tensor& divisor, std::array<bool, 2> output_mask) {
-  check(loss, in, /*upcast=*/true);  // forward has checked the types, under autocast or not
+  const bool upcast = true;  // forward has checked the types, under autocast or not
+  check(loss, in, upcast);
   check_flow(loss.name, in.input, grad_loss, divisor, in.reduction, in.input.sym_sizes());
   TORCH_CHECK(!output_mask[1] || at::isFloatingType(in.target.scalar_type()), loss.name, ": a target of ",
               in.target.scalar_type(), " has no gradient");
 
-  make_walkable(in);
+  const auto input_type = in.input.scalar_type();
+  prepare(in, upcast);
   grad_loss = walkable(grad_loss, in.input);
   const auto grad_like = [](const Tensor& tensor, bool wanted) {
     return wanted ? with_huge_pages(at::empty_like(tensor)) : at::empty({0}, tensor.options());
@@ -253,7 +278,7 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in,
     args.flow.divisor = flow_divisor(divisor, in.reduction);
     run(loss.kernels, Pass::backward, args, in.input);
   }
-  return {grad_input, grad_target};
+  return {grad_input.to(input_type), grad_target};
 }
 
 }  // namespace fusedloss::ops

@@ -19,7 +19,8 @@
 
 namespace fusedloss::ops {
 
-inline Dtype dtype_of(at::ScalarType type) {
+// What kernels read a type as; absent: none of them reads it.
+inline std::optional<Dtype> readable_as(at::ScalarType type) {
   switch (type) {
     case at::kFloat: return Dtype::float32;
     case at::kDouble: return Dtype::float64;
@@ -31,12 +32,24 @@ inline Dtype dtype_of(at::ScalarType type) {
     case at::kShort: return Dtype::int16;
     case at::kInt: return Dtype::int32;
     case at::kLong: return Dtype::int64;
-    default: TORCH_INTERNAL_ASSERT(false, "no kernel reads ", type);
+    default: return std::nullopt;
   }
+}
+
+// Of a type that the checks have let through.
+inline Dtype dtype_of(at::ScalarType type) {
+  const auto dtype = readable_as(type);
+  TORCH_INTERNAL_ASSERT(dtype.has_value(), "no kernel reads ", type);
+  return *dtype;
 }
 
 // The type that sums, row statistics and class weights have.
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+// What kernels are to read for a loss of this type: a float64 loss is computed in float64, whatever the input's type.
+inline at::Tensor widened(const at::Tensor& input, at::ScalarType loss_type) {
+  return loss_type == at::kDouble ? input.to(at::kDouble) : input;
+}
 
 inline at::ScalarType upcast_type(at::ScalarType type, bool upcast) {
   return upcast && (type == at::kBFloat16 || type == at::kHalf) ? at::kFloat : type;
