@@ -319,8 +319,8 @@ def binary_cross_entropy(
 def _native_road() -> bool:
     """Whether the call is of a kind that only native operators serve.
 
-    A C++ autograd Function refuses functorch transforms and forward-mode AD; and what TorchScript traces is for runtimes
-    without these operators (ONNX's older exporter).
+    A C++ autograd Function refuses functorch transforms and forward-mode AD; and what TorchScript traces is for
+    runtimes without these operators (ONNX's older exporter).
     """
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
@@ -339,14 +339,18 @@ def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -
     if not is_auto and not isinstance(grad_in_forward, bool):
         raise ValueError(f"{loss}: grad_in_forward must be 'auto', True or False, got {grad_in_forward!r}")
     check_bool(loss, "inplace", inplace)
-    if grad_scale is not None and not isinstance(grad_scale, Tensor):
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.numel() != 1 or not grad_scale.is_floating_point():
+            kind = f"{grad_scale.dtype} of shape {list(grad_scale.shape)}"
+            raise RuntimeError(f"{loss}: grad_scale must be one floating-point number, got {kind}")
+    elif grad_scale is not None:
         grad_scale = as_float(loss, "grad_scale", grad_scale)
         if grad_scale == 0 or not math.isfinite(grad_scale):
             raise ValueError(f"{loss}: grad_scale must be finite and not 0, got {grad_scale}")
+    if torch.compiler.is_exporting():  # what is exported has no training step to speed up
+        return ()
+    if grad_scale is not None and not isinstance(grad_scale, Tensor):
         grad_scale = torch.full((), grad_scale, dtype=torch.float64, device=input.device)
-    elif grad_scale is not None and (grad_scale.numel() != 1 or not grad_scale.is_floating_point()):
-        kind = f"{grad_scale.dtype} of shape {list(grad_scale.shape)}"
-        raise RuntimeError(f"{loss}: grad_scale must be one floating-point number, got {kind}")
     return (False, None if is_auto else grad_in_forward, grad_scale, inplace)
 
 
