@@ -146,28 +146,27 @@ def _backward(name, loss):
     """The decomposition of a backward operator, by the derivatives of its loss."""
     operator = getattr(torch.ops.fusedloss, f"{name}_backward").default
     names = [argument.name for argument in operator._schema.arguments]
-    of_the_loss = [name for name in names if name not in double_backward._NOT_OF_THE_LOSS]
+    of_the_loss = [name for name in names if name not in double_backward.NOT_OF_THE_LOSS]
     differentiable = of_the_loss[: len(operator._schema.returns)]
 
     def decomposition(*arguments):
         values = dict(zip(names, arguments, strict=True))
         mask = values.get("output_mask", [True])
         wanted = [name for name, used in zip(differentiable, mask, strict=True) if used]
-        flows = [flow for flow in (values.get(name) for name in double_backward._FLOWS) if flow is not None]
+        flows = [values.get(name) for name in double_backward.FLOWS]
         # A float32 loss of half precision is autocast's, where native casts every operand first.
         upcast = values["grad_loss"].dtype == torch.float32
 
         def outputs(*primals):
             given = {**values, **dict(zip(wanted, primals, strict=True)), "reduction": _REDUCTIONS[values["reduction"]]}
             given = {name: _upcast(upcast, given[name])[0] if name in tensors else given[name] for name in of_the_loss}
-            return tuple(loss(**given))[: len(flows)]
+            return loss(**given)
 
         tensors = {name for name in of_the_loss if isinstance(values[name], torch.Tensor)}
         with _autograd():
             leaves = [values[name].detach().requires_grad_() for name in wanted]
-            pairs = [(output, flow.to(output.dtype)) for output, flow in zip(outputs(*leaves), flows, strict=True)]
-            grads = torch.autograd.grad([y for y, _ in pairs], leaves, [flow for _, flow in pairs])
-        grads = dict(zip(wanted, grads, strict=True))
+            grads = double_backward.differentiate(outputs(*leaves), leaves, flows, create_graph=False)
+        grads = {n: torch.zeros_like(x) if g is None else g for n, x, g in zip(wanted, leaves, grads, strict=True)}
         results = [grads[name] if name in grads else values[name].new_empty(0) for name in differentiable]
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -180,5 +179,5 @@ _DECOMPOSITIONS = {
     "bce_with_logits": bce_with_logits,
     "bce": bce,
     "rescale_grad": rescale_grad,
-    **{f"{name}_backward": _backward(name, loss) for name, loss in double_backward._LOSSES.items()},
+    **{f"{name}_backward": _backward(name, loss) for name, loss in double_backward.LOSSES.items()},
 }

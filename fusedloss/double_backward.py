@@ -42,23 +42,23 @@ def _bce(input, target, weight, reduction, ignore_index):
     return (reference.binary_cross_entropy(input, target, weight, reduction, ignore_index=ignore_index),)
 
 
-_LOSSES = {"cross_entropy": _cross_entropy, "nll": _nll, "bce_with_logits": _bce_with_logits, "bce": _bce}
+LOSSES = {"cross_entropy": _cross_entropy, "nll": _nll, "bce_with_logits": _bce_with_logits, "bce": _bce}
 
 
-_FLOWS = ("grad_loss", "grad_lse")  # what a backward operator is given for each output of its loss
-_NOT_OF_THE_LOSS = {*_FLOWS, "row_max", "row_log_sum", "divisor", "output_mask"}
+FLOWS = ("grad_loss", "grad_lse")  # what a backward operator is given for each output of its loss
+NOT_OF_THE_LOSS = {*FLOWS, "row_max", "row_log_sum", "divisor", "output_mask"}
 
 
 def register() -> None:
     """Makes the backward operators of every namespace differentiable."""
     for namespace in NAMESPACES:
-        for name, loss in _LOSSES.items():
+        for name, loss in LOSSES.items():
             _register(getattr(getattr(torch.ops, namespace), f"{name}_backward").default, loss)
 
 
 def _register(operator, loss) -> None:
     names = [argument.name for argument in operator._schema.arguments]
-    of_the_loss = [name for name in names if name not in _NOT_OF_THE_LOSS]
+    of_the_loss = [name for name in names if name not in NOT_OF_THE_LOSS]
     differentiable = of_the_loss[: len(operator._schema.returns)]  # the loss's input and, in most, its target
 
     def setup_context(ctx, inputs, output):
@@ -75,10 +75,10 @@ def _register(operator, loss) -> None:
         mask = values.get("output_mask", [True])
         wanted = [name for name, used in zip(differentiable, mask, strict=True) if used]
         cotangents = [cotangent for cotangent, used in zip(cotangents, mask, strict=True) if used]
-        sources = [name for name in (*_FLOWS, *differentiable) if _requires_grad(values.get(name))]
+        sources = [name for name in (*FLOWS, *differentiable) if _requires_grad(values.get(name))]
         with torch.enable_grad():
             first = _first_derivatives(loss, values, of_the_loss, wanted)
-        found = _differentiate(first, [values[name] for name in sources], cotangents)
+        found = differentiate(first, [values[name] for name in sources], cotangents, torch.is_grad_enabled())
         found = dict(zip(sources, found, strict=True))
         return tuple(found.get(name) for name in names)
 
@@ -94,25 +94,18 @@ def _first_derivatives(loss, values, of_the_loss, wanted):
     upcast = values["grad_loss"].dtype == torch.float32
     arguments = {name: _to_float32(values[name]) if upcast else values[name] for name in of_the_loss}
     arguments["reduction"] = _REDUCTIONS[arguments["reduction"]]
-    flows = [values.get(name) for name in _FLOWS]
-    outputs = [(output, flow) for output, flow in zip(loss(**arguments), flows, strict=False) if flow is not None]
-    return torch.autograd.grad(
-        [output for output, _ in outputs],
-        [values[name] for name in wanted],
-        [flow.to(output.dtype) for output, flow in outputs],
-        create_graph=True,
-        allow_unused=True,
-    )
+    flows = [values.get(name) for name in FLOWS]
+    return differentiate(loss(**arguments), [values[name] for name in wanted], flows, create_graph=True)
 
 
-def _differentiate(outputs, inputs, cotangents):
+def differentiate(outputs, inputs, cotangents, create_graph):
     """torch.autograd.grad, where outputs and cotangents may be absent and outputs may be constants."""
-    pairs = [(y, v) for y, v in zip(outputs, cotangents, strict=True) if _requires_grad(y) and v is not None]
+    pairs = [(y, v) for y, v in zip(outputs, cotangents, strict=False) if _requires_grad(y) and v is not None]
     if not pairs:
         return [None] * len(inputs)
-    outputs, cotangents = zip(*pairs, strict=True)
-    options = {"create_graph": torch.is_grad_enabled(), "allow_unused": True}
-    return torch.autograd.grad(outputs, inputs, cotangents, **options)
+    outputs = [y for y, _ in pairs]
+    cotangents = [v.to(y.dtype) for y, v in pairs]
+    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True)
 
 
 def _to_float32(value):

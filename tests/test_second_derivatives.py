@@ -82,6 +82,18 @@ def test_a_target_that_depends_on_the_input(loss, reduction, device):
     assert gradgradcheck(scene, [input])
 
 
+def test_a_target_alone_that_requires_grad(device):
+    """The lse does not depend on it, and is none of the outputs to be differentiated."""
+    input, target = LOSSES["cross_entropy_soft"].sample(3, 4, dtype=torch.float64, device=device)
+
+    def scene(q):
+        value, lse = fusedloss.cross_entropy(input, q.square(), return_lse=True)
+        return value.square() * lse.sum()
+
+    assert gradcheck(scene, [target.requires_grad_()])
+    assert gradgradcheck(scene, [target])
+
+
 @each_road
 @each("cross_entropy", "cross_entropy_soft", "bce_with_logits", "bce")
 def test_third_derivatives(loss, road, device):

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import fusedloss
+
 
 class Watch(TorchDispatchMode):
     """A user's mode, which lets everything pass."""
@@ -238,6 +240,17 @@ def test_second_derivatives_of_an_input_that_is_changed_raise(loss, device):
         hidden.zero_()
     with pytest.raises(RuntimeError, match="double backward needs the input, which has been modified by an inplace"):
         torch.autograd.grad(value, input, create_graph=True)
+
+
+def test_logits_of_inference_mode_beside_a_target_that_requires_grad(device):
+    with torch.inference_mode():
+        logits = torch.randn(4, 3, device=device)
+    target = torch.rand(4, 3, device=device, requires_grad=True)
+    ours, native = (
+        torch.autograd.grad(function(logits, target), target)
+        for function in (fusedloss.cross_entropy, torch.nn.functional.cross_entropy)
+    )
+    torch.testing.assert_close(ours, native)
 
 
 # --- Infinity and NaN flow back ----------------------------------------------------------------------------

@@ -93,7 +93,9 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
                          return_lse, upcast, std::nullopt, std::nullopt, false, /*statistics=*/true);
     const auto& [loss, lse, row_max, row_log_sum, divisor] = *outputs;
     remember_backend(ctx);
-    ctx->save_for_backward({logits, target, to_tensor(weight), row_max, row_log_sum, divisor});
+    // Autograd keeps no tensor that was made in inference mode, and native's cross entropy keeps no logits.
+    const Tensor kept = logits.is_inference() ? logits.clone() : logits;
+    ctx->save_for_backward({kept, target, to_tensor(weight), row_max, row_log_sum, divisor});
     save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
     ctx->set_materialize_grads(false);
     return return_lse ? variable_list{loss, lse} : variable_list{loss};
