@@ -21,7 +21,7 @@ static void define(torch::Library& m) {
   m.def(
       "cross_entropy_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? grad_scale, int reduction, "
       "int ignore_index, float label_smoothing, float z_loss, float logit_softcap, bool upcast, "
-      "Tensor(a!) grad_logits) -> Tensor loss");
+      "Tensor(a!) grad_logits, Tensor(b!)? scale=None) -> Tensor loss");
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, "
       "Tensor row_max, Tensor row_log_sum, Tensor divisor, int reduction, int ignore_index, float label_smoothing, "
@@ -38,7 +38,7 @@ static void define(torch::Library& m) {
       "bool inplace=False) -> (Tensor loss, Tensor divisor)");
   m.def(
       "bce_with_logits_with_grad(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? grad_scale, "
-      "int reduction, int? ignore_index, bool upcast, Tensor(a!) grad_input) -> Tensor loss");
+      "int reduction, int? ignore_index, bool upcast, Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
   m.def(
       "bce_with_logits_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
       "Tensor divisor, int reduction, int? ignore_index, bool[2] output_mask) "
@@ -48,15 +48,13 @@ static void define(torch::Library& m) {
       "bool? grad_in_forward=None, Tensor? grad_scale=None) -> (Tensor loss, Tensor divisor)");
   m.def(
       "bce_with_grad(Tensor input, Tensor target, Tensor? weight, Tensor? grad_scale, int reduction, "
-      "int? ignore_index, bool upcast, Tensor(a!) grad_input) -> Tensor loss");
+      "int? ignore_index, bool upcast, Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
   m.def(
       "bce_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor divisor, int reduction, "
       "int? ignore_index, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_target)");
 
-  m.def("rescale_grad_(Tensor(a!) grad, Tensor grad_output, Tensor? grad_scale) -> ()");
-  m.def(
-      "recover_logits(Tensor grad_logits, Tensor target, Tensor? weight, Tensor? grad_scale, int reduction, "
-      "int ignore_index, float label_smoothing) -> Tensor logits");  // fusedloss/double_backward.py
+  m.def("rescale_grad_(Tensor(a!) grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> ()");
+  m.def("rescale_grad(Tensor grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> Tensor");
 }
 
 template <Backend kBackend>
@@ -73,6 +71,7 @@ static void implement(torch::Library& m) {
   m.impl("bce_with_grad", Under<kBackend, &ops::bce_with_grad>::call);
   m.impl("bce_backward", Under<kBackend, &ops::bce_backward>::call);
   m.impl("rescale_grad_", Under<kBackend, &ops::rescale_grad_>::call);
+  m.impl("rescale_grad", Under<kBackend, &ops::rescale_grad>::call);
 }
 
 template <Backend kBackend>

@@ -61,6 +61,7 @@ def operators(backend: str | None, input: torch.Tensor):
         return ops
     if isinstance(backend, Sharded):
         return backend
+    _check_name(backend)
     return _triton_ops if _is_triton(backend, input.device) else ops
 
 
@@ -72,7 +73,6 @@ def _is_triton(backend, device):
 @functools.cache
 def _decide(backend, device):
     """Whether Triton's kernels are to run, or the compiled ones; raises where neither can."""
-    _check_name(backend)
     on_cuda = device.type == "cuda"
     missing_cuda = (_missing_cuda() or _not_compiled_for(device)) if on_cuda else ""
     if backend is None:

@@ -2,8 +2,11 @@
 
 A backward operator computes, in one fused pass, what differentiating the reference computes step by step. Under
 create_graph=True its own gradient is wanted, which is rare; it is obtained by differentiating the reference twice, so
-derivatives of any order are native's. Where forward has written the gradient and kept no logits, logits that have the
-same derivatives are recovered from it first.
+derivatives of any order are native's.
+
+Its arguments may depend on each other: the gradient that flows into loss ** 2 depends on the logits, and so may the
+target. Each formula therefore starts from fresh aliases of its arguments: differentiated by the arguments themselves,
+it would count those paths, which autograd adds by itself, a second time.
 """
 
 import torch
@@ -42,35 +45,6 @@ def _bce(input, target, weight, reduction, ignore_index):
 _LOSSES = {"cross_entropy": _cross_entropy, "nll": _nll, "bce_with_logits": _bce_with_logits, "bce": _bce}
 
 
-def _recover_logits(grad_logits, target, weight, grad_scale, reduction, ignore_index, label_smoothing):
-    """Logits with the softmax p that a gradient g (A p - a) was written from, by csrc/math/cross_entropy.h's formula.
-
-    Derivatives of the cross entropy depend on the logits through p alone. A row without mass has none; its p is of no
-    consequence.
-    """
-    dim = 0 if grad_logits.dim() == 1 else 1
-    classes = grad_logits.shape[dim]
-    wide = torch.promote_types(grad_logits.dtype, torch.float32)
-    shape = [1] * grad_logits.dim()
-    shape[dim] = classes
-    weights = grad_logits.new_ones(shape, dtype=wide) if weight is None else weight.to(wide).reshape(shape)
-    smoothing = max(label_smoothing, 0.0)
-    if target.shape == grad_logits.shape:
-        masses = weights * ((1 - smoothing) * target.to(wide) + smoothing / classes)
-        divisor = grad_logits.numel() // max(classes, 1)
-    else:
-        target = target.long().reshape(grad_logits.select(dim, 0).shape).unsqueeze(dim)
-        counts = target != ignore_index
-        on_target = torch.zeros_like(grad_logits, dtype=wide).scatter_(dim, target.masked_fill(~counts, 0), 1.0)
-        masses = weights * ((1 - smoothing) * on_target + smoothing / classes) * counts
-        divisor = (weights * on_target * counts).sum(dtype=torch.float64)
-    flow = 1.0 if grad_scale is None else grad_scale.double()
-    if _REDUCTIONS[reduction] == "mean":
-        flow = flow / divisor
-    scaled = grad_logits.to(torch.float64) / flow + masses
-    return scaled.to(wide).clamp_min(torch.finfo(wide).tiny).log_().to(grad_logits.dtype)
-
-
 _FLOWS = ("grad_loss", "grad_lse")  # what a backward operator is given for each output of its loss
 _NOT_OF_THE_LOSS = {*_FLOWS, "row_max", "row_log_sum", "divisor", "output_mask"}
 
@@ -80,7 +54,6 @@ def register() -> None:
     for namespace in NAMESPACES:
         for name, loss in _LOSSES.items():
             _register(getattr(getattr(torch.ops, namespace), f"{name}_backward").default, loss)
-        torch.library.impl(f"{namespace}::recover_logits", "CompositeExplicitAutograd", _recover_logits)
 
 
 def _register(operator, loss) -> None:
@@ -96,7 +69,9 @@ def _register(operator, loss) -> None:
         ctx.options = {name: value for name, value in arguments.items() if name not in tensors}
 
     def backward(ctx, *cotangents):
-        values = {**ctx.options, **dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))}
+        with torch.enable_grad():
+            aliases = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        values = {**ctx.options, **dict(zip(ctx.tensors, aliases, strict=True))}
         mask = values.get("output_mask", [True])
         wanted = [name for name, used in zip(differentiable, mask, strict=True) if used]
         cotangents = [cotangent for cotangent, used in zip(cotangents, mask, strict=True) if used]

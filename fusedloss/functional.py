@@ -3,7 +3,8 @@
 Each function checks what an operator's schema cannot, and calls one operator. What is routed to native torch instead
 (fusedloss/reference.py), because fused kernels have nothing to offer there:
 
-- calls under functorch transforms (torch.func.grad, vmap, jvp, ...) and forward-mode AD,
+- calls under functorch transforms (torch.func.grad, vmap, jvp, ...), forward-mode AD and TorchScript's tracer,
+- compiled calls whose ignore_index varies,
 - cross entropy with probability targets whose class weight requires a gradient.
 """
 
@@ -12,13 +13,17 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
 from torch.nn import _reduction as native_reduction
+from torch.overrides import has_torch_function_variadic
 
 from fusedloss import dtensor, reference
+from fusedloss.arguments import as_finite, as_float, as_int, check_bool, check_tensors, hand_over, is_symbol
 from fusedloss.backend import operators
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_NAMES = ("none", "mean", "sum")
 
 
 def cross_entropy(
@@ -62,12 +67,15 @@ def cross_entropy(
             float64 logits.
         grad_in_forward: whether forward also writes the gradient, so that ``input`` is read once. ``"auto"``: where the
             loss is reduced, nothing but ``input`` requires grad, ``return_lse`` is off, no compiler traces the call,
-            and, for float16, ``grad_scale`` is given. Right for every grad_output; another one than ``grad_scale``
-            costs backward a pass over the gradient, and in half precision one more rounding.
+            no hooks take what is saved (checkpoints, offloading), and, for float16, ``grad_scale`` is given. Right for
+            every grad_output; another one than ``grad_scale`` costs backward a pass over the gradient, and in half
+            precision one more rounding.
         grad_scale: the grad_output that backward will be called with, a number or a tensor of one element (such as
-            1 / accumulation steps, or a GradScaler's scale): then no pass is needed. A hint; no result depends on it.
+            1 / accumulation steps, or a GradScaler's scale): then no pass is needed. A hint: where it turns out wrong,
+            or would make the gradient overflow or vanish, nothing but that pass follows.
         inplace: write the gradient over the storage of ``input``, which must not be used afterwards; autograd raises
-            where something else needs its former values. Without a gradient to write, ``input`` is only read.
+            where something else needs its former values, as second derivatives do. Several views of one tensor may be
+            overwritten if they share no memory. Without a gradient to write, ``input`` is only read.
         backend: the kernels: ``"cpu"``, ``"cuda"``, ``"triton"``, or None: those for the device of ``input``, CUDA's
             before Triton's (:mod:`fusedloss.backend`).
 
@@ -80,38 +88,54 @@ def cross_entropy(
         ValueError: the batch sizes differ, ``reduction`` is unknown, or the gradient is asked for in forward (by
             ``grad_in_forward=True`` or ``inplace=True``) where it cannot be written there.
         RuntimeError: other shapes or types do not fit, ``label_smoothing`` is above 1, tensors are on different
-            devices, ``weight`` requires grad beside class indices, ``inplace=True`` with a leaf.
+            devices, ``weight`` requires grad beside class indices, ``inplace=True`` with a leaf or with an input that
+            overlaps itself, another argument or another loss's gradient.
         NotImplementedError: ``input`` is not a floating-point tensor of a supported type, or there are no kernels for
             its device.
     """
+    if has_torch_function_variadic(input, target, weight, grad_scale):
+        return hand_over(
+            cross_entropy,
+            *(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
+            *(z_loss, logit_softcap, return_lse, grad_in_forward, grad_scale, inplace, backend),
+        )
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
-        _check_tensors(TypeError, "cross_entropy", input=input, target=target)
+        check_tensors(TypeError, "cross_entropy", input=input, target=target)
         backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
-        _check_tensors(TypeError, "cross_entropy", weight=weight)
+        check_tensors(TypeError, "cross_entropy", weight=weight)
         backend = _for_dtensors(backend, weight)
-    if ignore_index != -100:
-        _check_int("cross_entropy", "ignore_index", ignore_index)
+    if ignore_index.__class__ is not int or ignore_index != -100:
+        ignore_index = as_int("cross_entropy", "ignore_index", ignore_index)
     if label_smoothing.__class__ is not float:
-        _check_number("cross_entropy", "label_smoothing", label_smoothing)
-    if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
-        options = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
-        return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, **options)
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"cross_entropy: logit_softcap must be positive, got {logit_softcap}")
-    loss, lse, _, _, _ = operators(backend, input).cross_entropy.default(
+        label_smoothing = as_float("cross_entropy", "label_smoothing", label_smoothing)
+    if z_loss.__class__ is not float or z_loss != 0.0:
+        z_loss = as_finite("cross_entropy", "z_loss", z_loss)
+    if logit_softcap is not None:
+        logit_softcap = as_finite("cross_entropy", "logit_softcap", logit_softcap)
+        if not logit_softcap > 0:
+            raise ValueError(f"cross_entropy: logit_softcap must be positive, got {logit_softcap}")
+    if return_lse is not False:
+        check_bool("cross_entropy", "return_lse", return_lse)
+    code = _reduction_code(reduction)
+    options = _gradient_options("cross_entropy", input, grad_in_forward, grad_scale, inplace)
+    kernels = operators(backend, input)
+    if _native_road(ignore_index) or (weight is not None and weight.requires_grad and target.is_floating_point()):
+        added = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
+        return reference.cross_entropy(input, target, weight, ignore_index, _NAMES[code], label_smoothing, **added)
+    loss, lse, _, _, _ = kernels.cross_entropy.default(
         input,
         target,
         weight,
-        _reduction_code(reduction),
+        code,
         ignore_index,
         label_smoothing,
         z_loss,
         logit_softcap or 0.0,
         return_lse,
-        *_gradient_options("cross_entropy", input, grad_in_forward, grad_scale, inplace),
+        *options,
     )
     return (loss, lse) if return_lse else loss
 
@@ -147,19 +171,24 @@ def nll_loss(
         IndexError: a target is outside [0, C) and not ``ignore_index`` (CPU).
         ValueError, RuntimeError, NotImplementedError: as :func:`cross_entropy`.
     """
+    if has_torch_function_variadic(input, target, weight):
+        native = (input, target, weight, size_average, ignore_index, reduce, reduction)
+        return hand_over(nll_loss, *native, backend)
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
-        _check_tensors(TypeError, "nll_loss", input=input, target=target)
+        check_tensors(TypeError, "nll_loss", input=input, target=target)
         backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
-        _check_tensors(TypeError, "nll_loss", weight=weight)
+        check_tensors(TypeError, "nll_loss", weight=weight)
         backend = _for_dtensors(backend, weight)
-    if ignore_index != -100:
-        _check_int("nll_loss", "ignore_index", ignore_index)
-    if _native_road():
-        return reference.nll_loss(input, target, weight, ignore_index, reduction)
-    return operators(backend, input).nll.default(input, target, weight, _reduction_code(reduction), ignore_index)[0]
+    if ignore_index.__class__ is not int or ignore_index != -100:
+        ignore_index = as_int("nll_loss", "ignore_index", ignore_index)
+    code = _reduction_code(reduction)
+    kernels = operators(backend, input)
+    if _native_road(ignore_index):
+        return reference.nll_loss(input, target, weight, ignore_index, _NAMES[code])
+    return kernels.nll.default(input, target, weight, code, ignore_index)[0]
 
 
 def binary_cross_entropy_with_logits(
@@ -200,28 +229,33 @@ def binary_cross_entropy_with_logits(
         RuntimeError: ``weight`` or ``pos_weight`` does not broadcast or requires grad; devices differ.
         NotImplementedError: ``input`` is not a floating-point tensor of a supported type.
     """
+    if has_torch_function_variadic(input, target, weight, pos_weight, grad_scale):
+        return hand_over(
+            binary_cross_entropy_with_logits,
+            *(input, target, weight, size_average, reduce, reduction, pos_weight),
+            *(ignore_index, grad_in_forward, grad_scale, inplace, backend),
+        )
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
-        _check_tensors(AttributeError, "binary_cross_entropy_with_logits", input=input, target=target)
+        check_tensors(AttributeError, "binary_cross_entropy_with_logits", input=input, target=target)
         backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
-        _check_tensors(TypeError, "binary_cross_entropy_with_logits", weight=weight)
+        check_tensors(TypeError, "binary_cross_entropy_with_logits", weight=weight)
         backend = _for_dtensors(backend, weight)
     if pos_weight is not None and pos_weight.__class__ is not Tensor:
-        _check_tensors(TypeError, "binary_cross_entropy_with_logits", pos_weight=pos_weight)
+        check_tensors(TypeError, "binary_cross_entropy_with_logits", pos_weight=pos_weight)
         backend = _for_dtensors(backend, pos_weight)
     if ignore_index is not None:
-        _check_int("binary_cross_entropy_with_logits", "ignore_index", ignore_index)
-    if _native_road():
-        return reference.binary_cross_entropy_with_logits(
-            input, target, weight, reduction, pos_weight, ignore_index=ignore_index
-        )
+        ignore_index = as_int("binary_cross_entropy_with_logits", "ignore_index", ignore_index)
     code = _reduction_code(reduction)
     options = _gradient_options("binary_cross_entropy_with_logits", input, grad_in_forward, grad_scale, inplace)
-    return operators(backend, input).bce_with_logits.default(
-        input, target, weight, pos_weight, code, ignore_index, *options
-    )[0]
+    kernels = operators(backend, input)
+    if _native_road(ignore_index):
+        return reference.binary_cross_entropy_with_logits(
+            input, target, weight, _NAMES[code], pos_weight, ignore_index=ignore_index
+        )
+    return kernels.bce_with_logits.default(input, target, weight, pos_weight, code, ignore_index, *options)[0]
 
 
 def binary_cross_entropy(
@@ -248,7 +282,8 @@ def binary_cross_entropy(
         size_average, reduce: deprecated, as in native torch.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``: the mean over the elements that are not ignored.
         ignore_index: elements whose target equals it give no loss and no gradient and do not count in the mean.
-        grad_in_forward, grad_scale, backend: as in :func:`cross_entropy`.
+        grad_in_forward, grad_scale, backend: as in :func:`cross_entropy`; in float16, whose range the gradient exceeds,
+            it is never written in forward.
 
     Returns:
         The loss in the type of ``input`` (float32 under CPU autocast; CUDA autocast refuses, as native does).
@@ -258,53 +293,68 @@ def binary_cross_entropy(
         RuntimeError: ``input`` or ``target`` is outside [0, 1] or NaN (CPU), or of another type; ``weight`` does
             not broadcast or requires grad; devices differ.
     """
+    if has_torch_function_variadic(input, target, weight, grad_scale):
+        return hand_over(
+            binary_cross_entropy,
+            *(input, target, weight, size_average, reduce, reduction),
+            *(ignore_index, grad_in_forward, grad_scale, backend),
+        )
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     if input.__class__ is not Tensor or target.__class__ is not Tensor:
-        _check_tensors(AttributeError, "binary_cross_entropy", input=input, target=target)
+        check_tensors(AttributeError, "binary_cross_entropy", input=input, target=target)
         backend = _for_dtensors(backend, input, target)
     if weight is not None and weight.__class__ is not Tensor:
-        _check_tensors(TypeError, "binary_cross_entropy", weight=weight)
+        check_tensors(TypeError, "binary_cross_entropy", weight=weight)
         backend = _for_dtensors(backend, weight)
     if ignore_index is not None:
-        _check_int("binary_cross_entropy", "ignore_index", ignore_index)
-    if _native_road():
-        return reference.binary_cross_entropy(input, target, weight, reduction, ignore_index=ignore_index)
-    options = _gradient_options("binary_cross_entropy", input, grad_in_forward, grad_scale)
-    return operators(backend, input).bce.default(
-        input, target, weight, _reduction_code(reduction), ignore_index, *options
-    )[0]
+        ignore_index = as_int("binary_cross_entropy", "ignore_index", ignore_index)
+    code = _reduction_code(reduction)
+    options = _gradient_options("binary_cross_entropy", input, grad_in_forward, grad_scale)[:3]
+    kernels = operators(backend, input)
+    if _native_road(ignore_index):
+        return reference.binary_cross_entropy(input, target, weight, _NAMES[code], ignore_index=ignore_index)
+    return kernels.bce.default(input, target, weight, code, ignore_index, *options)[0]
 
 
-def _native_road() -> bool:
-    """Whether a functorch transform or a forward-mode AD level is active: a C++ autograd Function refuses both."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def _native_road(ignore_index) -> bool:
+    """Whether the call is of a kind that only native operators serve.
+
+    A C++ autograd Function refuses functorch transforms and forward-mode AD; what TorchScript traces is for runtimes
+    without these operators (ONNX's older exporter); and an ignore_index that is a compiler's symbol would be tied to
+    its value by an operator that takes an int: each value would be compiled for, where now only the default is.
+    """
+    return (
+        _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+        or (ignore_index.__class__ is not int and is_symbol(ignore_index) and ignore_index != -100)
+    )
 
 
 def _reduction_code(reduction: str) -> int:
-    code = _REDUCTIONS.get(reduction)
+    code = _REDUCTIONS.get(reduction) if reduction.__class__ is str else None
     # Native's function raises for an unknown reduction, and warns of one that it has renamed.
     return native_reduction.get_enum(reduction) if code is None else code
 
 
-def _gradient_options(loss, input, grad_in_forward, grad_scale, *inplace) -> tuple:
+def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -> tuple:
     """The operators' last arguments, from upcast on; none at all, which is quickest, where they have their defaults."""
-    if grad_in_forward == "auto" and grad_scale is None and not any(inplace):
+    if grad_scale is None and grad_in_forward == "auto" and inplace is False:
         return ()
-    if grad_in_forward not in ("auto", True, False):
+    is_auto = isinstance(grad_in_forward, str) and grad_in_forward == "auto"
+    if not is_auto and not isinstance(grad_in_forward, bool):
         raise ValueError(f"{loss}: grad_in_forward must be 'auto', True or False, got {grad_in_forward!r}")
+    check_bool(loss, "inplace", inplace)
     if grad_scale is not None and not isinstance(grad_scale, Tensor):
-        _check_number(loss, "grad_scale", grad_scale)
-        if not math.isfinite(grad_scale) or grad_scale == 0:
+        grad_scale = as_float(loss, "grad_scale", grad_scale)
+        if grad_scale == 0 or not math.isfinite(grad_scale):
             raise ValueError(f"{loss}: grad_scale must be finite and not 0, got {grad_scale}")
         grad_scale = torch.full((), grad_scale, dtype=torch.float64, device=input.device)
-    return (False, None if grad_in_forward == "auto" else grad_in_forward, grad_scale, *inplace)
-
-
-def _check_tensors(error: type[Exception], loss: str, **arguments) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise error(f"{loss}: {name} must be a Tensor, got {type(value).__name__}: {value!r}")
+    elif grad_scale is not None and (grad_scale.numel() != 1 or not grad_scale.is_floating_point()):
+        kind = f"{grad_scale.dtype} of shape {list(grad_scale.shape)}"
+        raise RuntimeError(f"{loss}: grad_scale must be one floating-point number, got {kind}")
+    return (False, None if is_auto else grad_in_forward, grad_scale, inplace)
 
 
 def _for_dtensors(backend, *tensors):
@@ -312,15 +362,3 @@ def _for_dtensors(backend, *tensors):
     if isinstance(backend, dtensor.Sharded) or not any(map(dtensor.is_dtensor, tensors)):
         return backend
     return dtensor.Sharded(functools.partial(operators, backend))
-
-
-def _check_int(loss: str, name: str, value: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{loss}: {name} must be an int, got {type(value).__name__}: {value!r}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{loss}: {name} must fit in 64 bits, got {value}")
-
-
-def _check_number(loss: str, name: str, value: float) -> None:
-    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{loss}: {name} must be a float, got {type(value).__name__}: {value!r}")

@@ -2,9 +2,11 @@
 
 Subclasses, so that isinstance, repr, state_dict, pickling and the constructor's behaviour are native's. What fusedloss
 adds is keyword-only. Its defaults are class attributes: a native module whose class is exchanged for one of these
-(fusedloss.replace_losses), or one that was pickled earlier, works without being constructed again.
+(fusedloss.replace_losses), or one that was pickled earlier, works without being constructed again. TorchScript leaves
+their forward to Python: a scripted model may hold and call them, and can be saved if it does not call them.
 """
 
+import torch
 from torch import Tensor, nn
 
 from fusedloss import functional
@@ -47,6 +49,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.inplace = inplace
         self.backend = backend
 
+    @torch.jit.ignore
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return functional.cross_entropy(
             input,
@@ -83,6 +86,7 @@ class NLLLoss(nn.NLLLoss):
         super().__init__(weight, size_average, ignore_index, reduce, reduction)
         self.backend = backend
 
+    @torch.jit.ignore
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.nll_loss(
             input,
@@ -125,6 +129,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         self.inplace = inplace
         self.backend = backend
 
+    @torch.jit.ignore
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
             input,
@@ -166,6 +171,7 @@ class BCELoss(nn.BCELoss):
         self.grad_scale = grad_scale
         self.backend = backend
 
+    @torch.jit.ignore
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy(
             input,

@@ -8,19 +8,7 @@ a fallback. The arguments are those of fusedloss.functional, without native's le
 import torch
 from torch import Tensor
 
-# Bound when fusedloss is imported: inside fusedloss.patch() the names in torch.nn.functional lead back here.
-from torch.nn.functional import (
-    binary_cross_entropy as _native_binary_cross_entropy,
-)
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits as _native_binary_cross_entropy_with_logits,
-)
-from torch.nn.functional import (
-    cross_entropy as _native_cross_entropy,
-)
-from torch.nn.functional import (
-    nll_loss as _native_nll_loss,
-)
+from fusedloss import native
 
 
 def cross_entropy(
@@ -35,19 +23,18 @@ def cross_entropy(
     logit_softcap: float | None = None,
     return_lse: bool = False,
 ):
-    if logit_softcap is not None:
-        input = logit_softcap * torch.tanh(input / logit_softcap)
+    input = capped(input, logit_softcap)
     target = _class_indices(target)
     is_indices = not target.is_floating_point()
     options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    loss = _native_cross_entropy(input, target, reduction=reduction, **options)
+    loss = native.cross_entropy(input, target, reduction=reduction, **options)
     if z_loss == 0 and not return_lse:
         return loss
     wide = input if input.dtype == torch.float64 else input.float()
     lse = torch.logsumexp(wide, dim=0 if input.dim() == 1 else 1)
     if z_loss != 0:
-        counts, weights = _counts(target.reshape(lse.shape) if is_indices else None, weight, ignore_index, lse)
-        added = torch.where(counts, z_loss * lse.square(), torch.zeros_like(lse))
+        count, weights = counts(target.reshape(lse.shape) if is_indices else None, weight, ignore_index, lse)
+        added = torch.where(count, z_loss * lse.square(), torch.zeros_like(lse))
         loss = loss + _reduce(added, reduction, weights.sum()).to(loss.dtype)
     return (loss, lse) if return_lse else loss
 
@@ -60,7 +47,7 @@ def nll_loss(
     reduction: str = "mean",
 ):
     target = _class_indices(target)
-    return _native_nll_loss(input, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
+    return native.nll_loss(input, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
 
 
 def binary_cross_entropy_with_logits(
@@ -72,12 +59,12 @@ def binary_cross_entropy_with_logits(
     *,
     ignore_index: int | None = None,
 ):
-    def native(input, target, reduction):
-        return _native_binary_cross_entropy_with_logits(
+    def loss(input, target, reduction):
+        return native.binary_cross_entropy_with_logits(
             input, target, weight=weight, pos_weight=pos_weight, reduction=reduction
         )
 
-    return _without_ignored(native, input, target, reduction, ignore_index)
+    return _without_ignored(loss, input, target, reduction, ignore_index)
 
 
 def binary_cross_entropy(
@@ -88,10 +75,10 @@ def binary_cross_entropy(
     *,
     ignore_index: int | None = None,
 ):
-    def native(input, target, reduction):
-        return _native_binary_cross_entropy(input, target, weight=weight, reduction=reduction)
+    def loss(input, target, reduction):
+        return native.binary_cross_entropy(input, target, weight=weight, reduction=reduction)
 
-    return _without_ignored(native, input, target, reduction, ignore_index)
+    return _without_ignored(loss, input, target, reduction, ignore_index)
 
 
 def _class_indices(target):
@@ -99,28 +86,32 @@ def _class_indices(target):
     return target.long() if target.dtype in (torch.uint8, torch.int32) else target
 
 
-def _counts(indices, weight, ignore_index, like):
+def capped(input, logit_softcap):
+    return input if logit_softcap is None else logit_softcap * torch.tanh(input / logit_softcap)
+
+
+def counts(indices, weight, ignore_index, like):
     """Which positions count, and their weights in the mean, float64; all of them alike for probabilities."""
     if indices is None:
         return torch.ones_like(like, dtype=torch.bool), torch.ones_like(like, dtype=torch.float64)
-    counts = indices != ignore_index
+    count = indices != ignore_index
     if weight is None:
-        return counts, counts.double()
-    return counts, weight.double().flatten()[indices.where(counts, torch.zeros_like(indices))] * counts
+        return count, count.double()
+    return count, weight.double().flatten()[indices.where(count, torch.zeros_like(indices))] * count
 
 
-def _without_ignored(native, input, target, reduction, ignore_index):
+def _without_ignored(native_loss, input, target, reduction, ignore_index):
     """Elements whose target is ignore_index give no loss and no gradient, and do not count in the mean."""
     ignored = None if ignore_index is None else target == ignore_index
     if not target.is_floating_point() and not target.is_complex():
         target = target.to(input.dtype)
     if ignored is None:
-        return native(input, target, reduction)
+        return native_loss(input, target, reduction)
     # A value that every loss accepts, so that nothing an ignored element holds, NaN included, meets a formula.
     half = torch.full((), 0.5, device=input.device)
     input = input.where(~ignored, half.to(input.dtype))
     target = target.where(~ignored, half.to(target.dtype))
-    loss = native(input, target, "none")
+    loss = native_loss(input, target, "none")
     loss = torch.where(ignored, torch.zeros_like(loss), loss)
     return _reduce(loss, reduction, (~ignored).sum())
 

@@ -95,6 +95,30 @@ def test_new_sizes_recompile_no_more_than_natively(loss, dynamic, device):
     assert ours <= native
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@each("cross_entropy", "nll", "bce_with_logits", "bce")
+def test_another_ignore_index_recompiles_no_more_than_natively(loss, dynamic, device):
+    """The first call knows the number for a constant; when it has changed it is a symbol."""
+    input, target = loss.sample(4, 7, device=device)
+    target = target.round() if target.is_floating_point() else target
+
+    def compilations(function):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
+        for ignore_index in (0, 1, 2, 3, 4, -1):
+            actual = step(input, target, ignore_index)
+            torch.testing.assert_close(actual, loss.ours(input, target, ignore_index=ignore_index))
+        return counter.frame_count
+
+    ours = compilations(lambda x, y, i: loss.ours(x, y, ignore_index=i))
+    if loss.target == "index":
+        # With dynamic=True one more is allowed: the default is compiled for on its own.
+        assert ours <= compilations(lambda x, y, i: loss.native(x, y, ignore_index=i)) + bool(dynamic)
+    else:
+        assert ours == (1 if dynamic else 2)
+
+
 @each()
 def test_dynamic_sizes_give_eager_s_results(loss, device):
     step = compiled(loss.ours, dynamic=True)

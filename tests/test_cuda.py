@@ -188,7 +188,6 @@ def test_nothing_waits_in_an_ordinary_training_step(loss):
 
 @each("cross_entropy", "cross_entropy_soft", "bce_with_logits", "bce")
 def test_nothing_waits_for_second_derivatives(loss):
-    """Also where the logits are recovered from the gradient."""
     step = Step(loss, (32, 10))
 
     def penalty():

@@ -149,8 +149,8 @@ def test_forward_operator_with_the_gradient_in_forward(name, arguments, device):
 
 @each_call_in_one_pass
 def test_operator_in_one_pass(name, arguments, device):
-    """Without autograd: it writes the gradient into the tensor it is given last, of any strides."""
-    arguments, scale = moved((arguments, SCALE), device)
+    """Without autograd: it writes the gradient into a tensor of any strides, and for which grad_output it is."""
+    arguments, wished = moved((arguments, SCALE), device)
     input, target, *rest = arguments
     weights = 2 if name == "bce_with_logits" else 1
     options = [value for value in rest[weights:-2] if value is not True]
@@ -158,21 +158,32 @@ def test_operator_in_one_pass(name, arguments, device):
         del options[-2]  # return_lse
     expected = input.detach().requires_grad_()
     loss = operator(name)(expected, *arguments[1:])[0]
-    loss.backward(scale)
+    loss.backward(wished)
     grad = torch.full_like(input.T.contiguous(), 7.0).T
-    call = (input, target, *rest[:weights], scale, *options, grad)
+    scale = torch.full((), 7.0, dtype=torch.float64, device=device)
+    call = (input, target, *rest[:weights], wished, *options, grad, scale)
     opcheck(operator(f"{name}_with_grad"), call)
     torch.testing.assert_close(operator(f"{name}_with_grad")(*call), loss)
     torch.testing.assert_close(grad, expected.grad)
+    assert scale == wished
 
 
-@pytest.mark.parametrize("scale", [None, torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)])
-def test_rescaling_a_gradient(scale, device):
+@pytest.mark.parametrize("keep_zeros", [True, False])
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.5, dtype=torch.float64)], ids=str)
+def test_rescaling_a_gradient(scale, keep_zeros, device):
     grad, grad_output, scale = moved((sample("cross_entropy", 4, 3)[0], torch.tensor(3.0), scale), device)
-    opcheck(OPS.rescale_grad_.default, (grad.clone(), grad_output, scale))
+    grad[1] = 0
+    before = grad.clone()
+    opcheck(OPS.rescale_grad_.default, (grad.clone(), grad_output, scale, keep_zeros))
+    opcheck(OPS.rescale_grad.default, (grad, grad_output, scale, keep_zeros))
     expected = grad * 3 / (1 if scale is None else scale.float())
-    OPS.rescale_grad_(grad, grad_output, scale)
+    torch.testing.assert_close(OPS.rescale_grad(grad, grad_output, scale, keep_zeros), expected)
+    assert torch.equal(grad, before)
+    OPS.rescale_grad_(grad, grad_output, scale, keep_zeros)
     torch.testing.assert_close(grad, expected)
+    infinite = OPS.rescale_grad(before, grad_output * torch.inf, scale, keep_zeros)
+    zeros = torch.zeros_like(before) if keep_zeros else before * torch.inf
+    torch.testing.assert_close(infinite, torch.where(before == 0, zeros, before * torch.inf), equal_nan=True)
 
 
 @each_call

@@ -46,6 +46,10 @@ if HAS_TRITON:
     def _normaliser_grad(grad_loss, grad_lse, mass, lse, z_loss):
         return math.normaliser_grad(grad_loss, grad_lse, mass, lse, z_loss, True)
 
+    @triton.jit
+    def _rescaled(grad, factor):
+        return math.rescaled(grad, factor, True)
+
 
 ROOT = Path(__file__).parents[1]
 COUNT = 4096
@@ -62,6 +66,7 @@ FUNCTIONS = {
     "tanh": ([ANY], 1),
     "log1p_unit": ([UNIT], 1),
     "log1p": ([(-1.0, 0.0)], 1),
+    "rescaled": ([ANY, ANY], 1),
     "finite_shift": ([ANY], 1),
     "rescale": ([UNIT, (-20.0, 0.0), (0.0, 20.0)], 1),
     "log_sum_exp": ([ANY, UNIT], 1),
@@ -89,6 +94,7 @@ SPECIAL = {  # rows of arguments, for the functions that have to do something pa
     "tanh": [[0.0], [1e-20], [-1e-20], [INFINITY], [-INFINITY], [NAN], [100.0]],
     "log1p_unit": [[0.0], [1.0], [1e-20]],
     "log1p": [[-1.0], [0.0], [-1e-20], [NAN]],
+    "rescaled": [[0.0, INFINITY], [-0.0, NAN], [1.0, INFINITY], [1.0, NAN], [INFINITY, 0.0]],
     "finite_shift": [[-INFINITY], [INFINITY], [NAN]],
     "rescale": [[1.0, -INFINITY, -INFINITY], [1.0, -INFINITY, 1.0], [1.0, INFINITY, INFINITY], [0.0, 1.0, INFINITY]],
     "log_sum_exp": [[INFINITY, NAN], [-INFINITY, -INFINITY], [1.0, 0.0]],
@@ -142,7 +148,7 @@ def in_cpp(library, name, x, results):
 
 
 def in_triton(name, x, results):
-    function = _normaliser_grad if name == "normaliser_grad" else getattr(math, name)
+    function = {"normaliser_grad": _normaliser_grad, "rescaled": _rescaled}.get(name) or getattr(math, name)
     x = x.cuda() if HAS_GPU else x
     y = torch.empty(len(x), results, dtype=x.dtype, device=x.device)
     _apply[(1,)](function, x, y, x.shape[1], results, COUNT)

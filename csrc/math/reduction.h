@@ -11,4 +11,11 @@ FUSEDLOSS_FN double reduced(bool is_mean, double sum, double divisor) { return i
 // The factor of a gradient. Null where nothing is divided.
 FUSEDLOSS_FN double mean_scale(const double* divisor) { return divisor ? 1 / *divisor : 1; }
 
+// A gradient that was written for another grad_output, times the quotient of the two. With keep_zeros, an exact zero
+// stays one whatever flows back: where positions are ignored, their gradient is 0, and 0 * inf would make it NaN.
+template <class Acc>
+FUSEDLOSS_FN Acc rescaled(Acc grad, Acc factor, bool keep_zeros) {
+  return keep_zeros ? zero_if(grad == Acc(0), grad * factor) : grad * factor;
+}
+
 }  // namespace fusedloss::math

@@ -1,26 +1,26 @@
 // The torch::autograd::Functions of each loss. There are two roads to the gradient:
 //
 //   NAME           forward runs the loss, backward runs NAME_backward, which reads the input again
-//   NAME_WithGrad  forward runs NAME_with_grad and saves the gradient; backward multiplies it by grad_output, which it
-//                  is written for already where grad_output is grad_scale, or 1
+//   NAME_WithGrad  forward runs NAME_with_grad and saves the gradient; backward multiplies it by what forward has not
+//                  foreseen of grad_output (csrc/ops/grad_in_forward.h)
 //
 // In an ordinary backward pass no graph is built, and the operators go straight to their kernels. With
 // create_graph=True both roads take NAME_backward through the Autograd key, where fusedloss/double_backward.py
 // differentiates it. Backward runs on threads of autograd's own, which know nothing of the backend that forward had: a
 // Function remembers it.
+//
+// What backward needs of forward's statistics are not outputs of a Function: compiled autograd refuses Functions with
+// outputs that are not differentiable.
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 
 #include "checks.h"
 #include "class_loss.h"
 #include "dispatch.h"
+#include "grad_in_forward.h"
 #include "losses.h"
-#include "memory.h"
 
 namespace fusedloss::autograd {
 
@@ -37,9 +37,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 bool wants_grad(const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
-
-// Whether a mode sees the operators that are called: a compiler's, or a user's.
-bool is_traced() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
 void check_no_grad(const char* loss, const char* name, OptionalTensor tensor) {
   TORCH_CHECK(!ops::is_present(tensor) || !wants_grad(*tensor), loss, ": ", name,
@@ -70,59 +67,8 @@ auto call_backward(Call call) {
   return at::GradMode::is_enabled() ? call() : call_below_autograd(call);
 }
 
-// Whether forward is to write the gradient. `possible`: the loss is reduced and nothing but the input wants a gradient.
-// Unless it is asked for, float16 needs a grad_scale: an unscaled gradient underflows before a GradScaler's factor
-// reaches it. And it is not written where a mode watches: a compiler fuses the multiplication by an unknown grad_output
-// better into the separate backward.
-bool grad_in_forward(const char* loss, OptionalBool wish, bool inplace, bool possible, const Tensor& input,
-                     OptionalTensor grad_scale) {
-  const bool traced = is_traced();
-  const bool result =
-      wish.value_or(possible && !traced && (input.scalar_type() != at::kHalf || ops::is_present(grad_scale)));
-  TORCH_CHECK_VALUE(!result || possible, loss,
-                    ": grad_in_forward=True needs reduction 'mean' or 'sum', no return_lse, "
-                    "and a target that does not require grad");
-  TORCH_CHECK_VALUE(
-      !inplace || result || traced, loss,
-      ": inplace=True writes the gradient over the input in forward, "
-      "which needs reduction 'mean' or 'sum', no return_lse, a target that does not require grad, and for "
-      "float16 grad_scale or grad_in_forward=True");
-  return result;
-}
-
-// Where forward writes the gradient: over the input, or into a tensor like it.
-Tensor gradient_place(const char* loss, const Tensor& input, bool inplace, Tensor (*empty_like)(const Tensor&),
-                      std::initializer_list<ops::NamedTensor> others) {
-  if (!inplace || is_traced()) return ops::with_huge_pages(empty_like(input));
-  at::assert_no_internal_overlap(input);
-  const at::TensorBase& base = input.is_view() ? input._base() : input;
-  TORCH_CHECK(!input.is_leaf() && !(base.is_leaf() && base.requires_grad()), loss,
-              ": inplace=True cannot overwrite an input that is a leaf and requires grad, or a view of one");
-  for (const auto& [name, tensor] : others) {
-    if (tensor) at::assert_no_overlap(input, *tensor);
-  }
-  return input;
-}
-
-// What backward will hand out. The version of an overwritten input counts up, so that autograd refuses to use it where
-// its former values are needed; and the saved gradient shares the counter, so that writing to it is noticed.
-Tensor finished(Tensor grad, const Tensor& input) {
-  if (!grad.is_same(input)) return grad;
-  torch::autograd::impl::bump_version(input);
-  return input.detach();
-}
-
-// The gradient for this grad_output. Out of place while the graph is kept: another backward will start from the saved
-// one, and the caller may write to what it was given.
-Tensor rescaled(Tensor grad, const Tensor& grad_output, OptionalTensor grad_scale) {
-  if (torch::autograd::get_current_graph_task_keep_graph() || is_traced()) {
-    const Tensor factor =
-        ops::is_present(grad_scale) ? grad_output.div(grad_scale->to(grad_output.scalar_type())) : grad_output;
-    return grad.mul(factor);
-  }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  FUSEDLOSS_OPERATOR(rescale_grad_).call(grad, grad_output, grad_scale);
-  return grad;
+void check_not_overwritten(const char* loss, const Tensor& input) {
+  TORCH_CHECK(input.defined(), loss, ": double backward needs the input that inplace=True has overwritten");
 }
 
 // Absent gradients are undefined tensors, not the operators' empty ones.
@@ -140,20 +86,17 @@ void save_options(AutogradContext* ctx, int64_t reduction, int64_t ignore_index,
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, OptionalTensor weight,
                                int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
-                               double logit_softcap, bool return_lse, bool upcast) {
+                               double logit_softcap, bool return_lse, bool upcast, CrossEntropyOutputs* outputs) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, lse, row_max, row_log_sum, divisor] =
-        FUSEDLOSS_OPERATOR(cross_entropy)
-            .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse,
-                  upcast, std::nullopt, std::nullopt, false, /*statistics=*/true);
+    *outputs = FUSEDLOSS_OPERATOR(cross_entropy)
+                   .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap,
+                         return_lse, upcast, std::nullopt, std::nullopt, false, /*statistics=*/true);
+    const auto& [loss, lse, row_max, row_log_sum, divisor] = *outputs;
     remember_backend(ctx);
     ctx->save_for_backward({logits, target, to_tensor(weight), row_max, row_log_sum, divisor});
     save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
-    variable_list constants{row_max, row_log_sum, divisor};
-    if (!return_lse) constants.push_back(lse);
-    ctx->mark_non_differentiable(constants);
     ctx->set_materialize_grads(false);
-    return {loss, lse, row_max, row_log_sum, divisor};
+    return return_lse ? variable_list{loss, lse} : variable_list{loss};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -171,30 +114,32 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [grad_logits, grad_target] = call_backward([&] {
       return FUSEDLOSS_OPERATOR(cross_entropy_backward)
-          .call(grad_loss, to_optional(grads[1]), logits, target, to_optional(saved[2]), row_max, row_log_sum, divisor,
-                reduction, options["ignore_index"].toInt(), options["label_smoothing"].toDouble(),
-                options["z_loss"].toDouble(), options["logit_softcap"].toDouble(), wanted);
+          .call(grad_loss, grads.size() > 1 ? to_optional(grads[1]) : std::nullopt, logits, target,
+                to_optional(saved[2]), row_max, row_log_sum, divisor, reduction, options["ignore_index"].toInt(),
+                options["label_smoothing"].toDouble(), options["z_loss"].toDouble(),
+                options["logit_softcap"].toDouble(), wanted);
     });
-    return {masked(grad_logits, wanted[0]), masked(grad_target, wanted[1]), {}, {}, {}, {}, {}, {}, {}, {}};
+    return {masked(grad_logits, wanted[0]), masked(grad_target, wanted[1]), {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
 struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
+  static constexpr const char* kName = "cross_entropy";
+
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, OptionalTensor weight,
                         OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index, double label_smoothing,
                         double z_loss, double logit_softcap, bool upcast, bool inplace) {
-    Tensor grad = gradient_place("cross_entropy", logits, inplace, ops::empty_like_logits,
-                                 {{"target", target}, {"weight", weight}});
+    GradientInForward gradient(kName, logits, inplace, grad_scale, ops::empty_like_logits,
+                               {{"target", target}, {"weight", weight}});
     Tensor loss = call_below_autograd([&] {
       return FUSEDLOSS_OPERATOR(cross_entropy_with_grad)
           .call(logits, target, weight, grad_scale, reduction, ignore_index, label_smoothing, z_loss, logit_softcap,
-                upcast, grad);
+                upcast, gradient.grad(), gradient.scale());
     });
-    // The logits are saved only where the gradient does not tell what their derivatives need.
-    const bool recoverable = z_loss == 0 && logit_softcap == 0;
     remember_backend(ctx);
-    ctx->save_for_backward({finished(grad, logits), to_tensor(grad_scale), target, to_tensor(weight),
-                            recoverable || grad.is_same(logits) ? Tensor() : logits});
+    const auto [grad, scale] = gradient.to_save(ctx);
+    ctx->save_for_backward(
+        {grad, scale, target, to_tensor(weight), gradient.overwrites() ? Tensor() : for_double_backward(ctx, logits)});
     save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
     return loss;
   }
@@ -202,30 +147,22 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const ops::BackendGuard guard(backend_of(ctx));
     const auto saved = ctx->get_saved_variables();
-    const Tensor grad = at::GradMode::is_enabled() ? differentiable(ctx, grads[0], saved)
-                                                   : rescaled(saved[0], grads[0], to_optional(saved[1]));
+    const bool ignores = !at::isFloatingType(saved[2].scalar_type());
+    const Tensor grad = at::GradMode::is_enabled()
+                            ? differentiable(ctx, grads[0], saved)
+                            : GradientInForward::rescaled(kName, ctx, saved[0], saved[1], grads[0], ignores);
     return {grad, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 
  private:
   static Tensor differentiable(AutogradContext* ctx, const Tensor& grad_loss, const variable_list& saved) {
-    const Tensor& target = saved[2];
+    check_not_overwritten(kName, saved[4]);
+    const Tensor logits = from_forward(kName, ctx, saved[4]), &target = saved[2];
     const auto weight = to_optional(saved[3]);
     auto& options = ctx->saved_data;
     const int64_t reduction = options["reduction"].toInt(), ignore_index = options["ignore_index"].toInt();
     const double label_smoothing = options["label_smoothing"].toDouble(), z_loss = options["z_loss"].toDouble(),
                  logit_softcap = options["logit_softcap"].toDouble();
-    Tensor logits = saved[4];
-    if (!logits.defined()) {
-      TORCH_CHECK(z_loss == 0 && logit_softcap == 0,
-                  "cross_entropy: with z_loss or logit_softcap, double backward needs the logits that inplace=True has "
-                  "overwritten");
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      logits = FUSEDLOSS_OPERATOR(recover_logits)
-                   .call(saved[0], target, weight, to_optional(saved[1]), reduction, ignore_index, label_smoothing);
-      // They take the logits' place in the graph.
-      torch::autograd::impl::set_gradient_edge(logits, torch::autograd::get_current_node()->next_edge(0));
-    }
     at::Tensor row_max, row_log_sum, divisor;
     {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -244,15 +181,16 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
 
 struct Nll : torch::autograd::Function<Nll> {
   static variable_list forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target,
-                               OptionalTensor weight, int64_t reduction, int64_t ignore_index, bool upcast) {
+                               OptionalTensor weight, int64_t reduction, int64_t ignore_index, bool upcast,
+                               LossAndDivisor* outputs) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, divisor] = FUSEDLOSS_OPERATOR(nll).call(log_probs, target, weight, reduction, ignore_index, upcast);
+    *outputs = FUSEDLOSS_OPERATOR(nll).call(log_probs, target, weight, reduction, ignore_index, upcast);
+    const auto& [loss, divisor] = *outputs;
     remember_backend(ctx);
     ctx->save_for_backward({log_probs, target, to_tensor(weight), divisor});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->mark_non_differentiable({divisor});
-    return {loss, divisor};
+    return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -263,7 +201,7 @@ struct Nll : torch::autograd::Function<Nll> {
           .call(grads[0], saved[0], saved[1], to_optional(saved[2]), saved[3], ctx->saved_data["reduction"].toInt(),
                 ctx->saved_data["ignore_index"].toInt());
     });
-    return {grad, {}, {}, {}, {}, {}};
+    return {grad, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -274,15 +212,16 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Weights&... weights,
                         OptionalTensor grad_scale, int64_t reduction, OptionalIndex ignore_index, bool upcast,
                         bool inplace) {
-    Tensor grad =
-        gradient_place(Operators::kName, input, inplace, [](const Tensor& like) { return at::empty_like(like); },
-                       {{"target", target}, {"weight", weights}...});
+    GradientInForward gradient(Operators::kName, input, inplace, grad_scale,
+                               [](const Tensor& like) { return at::empty_like(like); },
+                               {{"target", target}, {"weight", weights}...});
     Tensor loss = call_below_autograd([&] {
-      return Operators::with_grad().call(input, target, weights..., grad_scale, reduction, ignore_index, upcast, grad);
+      return Operators::with_grad().call(input, target, weights..., grad_scale, reduction, ignore_index, upcast,
+                                         gradient.grad(), gradient.scale());
     });
     remember_backend(ctx);
-    ctx->save_for_backward({finished(grad, input), to_tensor(grad_scale), grad.is_same(input) ? Tensor() : input,
-                            target, to_tensor(weights)...});
+    const auto [grad, scale] = gradient.to_save(ctx);
+    ctx->save_for_backward({grad, scale, gradient.overwrites() ? Tensor() : input, target, to_tensor(weights)...});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     return loss;
@@ -292,9 +231,10 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
     const ops::BackendGuard guard(backend_of(ctx));
     variable_list input_grads(7 + sizeof...(Weights));  // one for each argument of forward
     const auto saved = ctx->get_saved_variables();
+    const bool ignores = ctx->saved_data["ignore_index"].isInt();
     input_grads[0] = at::GradMode::is_enabled()
                          ? differentiable(ctx, grads[0], saved, std::index_sequence_for<Weights...>())
-                         : rescaled(saved[0], grads[0], to_optional(saved[1]));
+                         : GradientInForward::rescaled(Operators::kName, ctx, saved[0], saved[1], grads[0], ignores);
     return input_grads;
   }
 
@@ -303,8 +243,7 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
   static Tensor differentiable(AutogradContext* ctx, const Tensor& grad_loss, const variable_list& saved,
                                std::index_sequence<I...>) {
     const Tensor &input = saved[2], &target = saved[3];
-    TORCH_CHECK(input.defined(), Operators::kName,
-                ": double backward needs the input that inplace=True has overwritten");
+    check_not_overwritten(Operators::kName, input);
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     const auto ignore_index = ctx->saved_data["ignore_index"].template toOptional<int64_t>();
     Tensor divisor;
@@ -322,15 +261,16 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
 template <class Operators, class... Weights>
 struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...>> {
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
-                               const Weights&... weights, int64_t reduction, OptionalIndex ignore_index, bool upcast) {
+                               const Weights&... weights, int64_t reduction, OptionalIndex ignore_index, bool upcast,
+                               LossAndDivisor* outputs) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, divisor] = Operators::forward(input, target, weights..., reduction, ignore_index, upcast);
+    *outputs = Operators::forward(input, target, weights..., reduction, ignore_index, upcast);
+    const auto& [loss, divisor] = *outputs;
     remember_backend(ctx);
     ctx->save_for_backward({input, target, divisor, to_tensor(weights)...});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->mark_non_differentiable({divisor});
-    return {loss, divisor};
+    return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -346,14 +286,18 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return Operators::forward(input, target, weights..., reduction, ignore_index, upcast);
     }
-    const bool possible = reduction != 0 && wants_grad(input) && !wants_grad(target);
+    const bool fits = Operators::kBounded || input.scalar_type() != at::kHalf;
+    TORCH_CHECK_VALUE(fits || !wish.value_or(false), Operators::kName,
+                      ": grad_in_forward=True needs another type than float16, whose range its gradient exceeds");
+    const bool possible = fits && reduction != 0 && wants_grad(input) && !wants_grad(target);
     if (grad_in_forward(Operators::kName, wish, inplace, possible, input, grad_scale)) {
       return {ElementwiseWithGrad<Operators, Weights...>::apply(input, target, weights..., grad_scale, reduction,
                                                                 ignore_index, upcast, inplace),
               Tensor()};
     }
-    const auto out = Elementwise::apply(input, target, weights..., reduction, ignore_index, upcast);
-    return {out[0], out[1]};
+    LossAndDivisor outputs;
+    std::get<0>(outputs) = Elementwise::apply(input, target, weights..., reduction, ignore_index, upcast, &outputs)[0];
+    return outputs;
   }
 
  private:
@@ -367,7 +311,7 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
                                         ctx->saved_data["reduction"].toInt(),
                                         ctx->saved_data["ignore_index"].template toOptional<int64_t>(), wanted);
     });
-    variable_list input_grads(5 + sizeof...(Weights));  // one for each argument of forward
+    variable_list input_grads(6 + sizeof...(Weights));  // one for each argument of forward
     input_grads[0] = masked(grad_input, wanted[0]);
     input_grads[1] = masked(grad_target, wanted[1]);
     return input_grads;
@@ -376,6 +320,7 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
 
 struct BceWithLogits {
   static constexpr const char* kName = "binary_cross_entropy_with_logits";
+  static constexpr bool kBounded = true;  // by weights and targets: the gradient
   template <class... Arguments>
   static LossAndDivisor forward(const Arguments&... arguments) {
     return FUSEDLOSS_OPERATOR(bce_with_logits).call(arguments..., std::nullopt, std::nullopt, false);
@@ -386,6 +331,7 @@ struct BceWithLogits {
 
 struct Bce {
   static constexpr const char* kName = "binary_cross_entropy";
+  static constexpr bool kBounded = false;
   template <class... Arguments>
   static LossAndDivisor forward(const Arguments&... arguments) {
     return FUSEDLOSS_OPERATOR(bce).call(arguments..., std::nullopt, std::nullopt);
@@ -406,7 +352,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return FUSEDLOSS_OPERATOR(cross_entropy)
         .call(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, return_lse,
-              upcast, std::nullopt, std::nullopt, false, statistics || is_traced());
+              upcast, std::nullopt, std::nullopt, false, statistics || is_compiling());
   }
   const bool possible = reduction != 0 && !return_lse && wants_grad(logits) && !wants_grad(target);
   if (grad_in_forward("cross_entropy", wish, inplace, possible, logits, grad_scale)) {
@@ -414,9 +360,12 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
                                         z_loss, logit_softcap, upcast, inplace),
             Tensor(), Tensor(), Tensor(), Tensor()};
   }
-  const auto out = CrossEntropy::apply(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss,
-                                       logit_softcap, return_lse, upcast);
-  return {out[0], out[1], out[2], out[3], out[4]};
+  CrossEntropyOutputs outputs;
+  const auto differentiable = CrossEntropy::apply(logits, target, weight, reduction, ignore_index, label_smoothing,
+                                                  z_loss, logit_softcap, return_lse, upcast, &outputs);
+  std::get<0>(outputs) = differentiable[0];
+  if (return_lse) std::get<1>(outputs) = differentiable[1];
+  return outputs;
 }
 
 LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
@@ -427,8 +376,9 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return FUSEDLOSS_OPERATOR(nll).call(log_probs, target, weight, reduction, ignore_index, upcast);
   }
-  const auto out = Nll::apply(log_probs, target, weight, reduction, ignore_index, upcast);
-  return {out[0], out[1]};
+  LossAndDivisor outputs;
+  std::get<0>(outputs) = Nll::apply(log_probs, target, weight, reduction, ignore_index, upcast, &outputs)[0];
+  return outputs;
 }
 
 LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,

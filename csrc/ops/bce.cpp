@@ -17,9 +17,10 @@ LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor wei
 }
 
 Tensor bce_with_grad(const Tensor& input, const Tensor& target, OptionalTensor weight, OptionalTensor grad_scale,
-                     int64_t reduction, OptionalIndex ignore_index, bool upcast, Tensor& grad_input) {
+                     int64_t reduction, OptionalIndex ignore_index, bool upcast, Tensor& grad_input,
+                     OptionalTensor scale) {
   return elementwise_with_grad(kLoss, {input, target, weight.value_or(Tensor()), Tensor(), reduction, ignore_index},
-                               grad_scale, upcast, grad_input);
+                               grad_scale, upcast, grad_input, scale);
 }
 
 TwoGrads bce_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, OptionalTensor weight,

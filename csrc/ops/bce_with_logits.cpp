@@ -22,10 +22,10 @@ LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, Option
 
 Tensor bce_with_logits_with_grad(const Tensor& input, const Tensor& target, OptionalTensor weight,
                                  OptionalTensor pos_weight, OptionalTensor grad_scale, int64_t reduction,
-                                 OptionalIndex ignore_index, bool upcast, Tensor& grad_input) {
+                                 OptionalIndex ignore_index, bool upcast, Tensor& grad_input, OptionalTensor scale) {
   return elementwise_with_grad(
       kLoss, {input, target, weight.value_or(Tensor()), pos_weight.value_or(Tensor()), reduction, ignore_index},
-      grad_scale, upcast, grad_input);
+      grad_scale, upcast, grad_input, scale);
 }
 
 TwoGrads bce_with_logits_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,

@@ -85,8 +85,8 @@ inline void check_flow(const char* loss, const at::Tensor& input, const at::Tens
 
 // What every operator that computes loss and gradient in one pass is given.
 inline void check_with_grad(const char* loss, const at::Tensor& input, const at::Tensor& grad,
-                            OptionalTensor grad_scale, int64_t reduction) {
-  check_devices(loss, {{"input", input}, {"grad", grad}, {"grad_scale", grad_scale}});
+                            OptionalTensor grad_scale, OptionalTensor scale, int64_t reduction) {
+  check_devices(loss, {{"input", input}, {"grad", grad}, {"grad_scale", grad_scale}, {"scale", scale}});
   TORCH_CHECK_VALUE(reduction != int64_t(Reduction::none), loss, ": an unreduced loss has no gradient in forward");
   TORCH_CHECK(grad.sym_sizes() == input.sym_sizes() && grad.scalar_type() == input.scalar_type(), loss,
               ": grad must have the input's type and shape ", input.sym_sizes(), ", got ", grad.scalar_type(),
@@ -96,6 +96,10 @@ inline void check_with_grad(const char* loss, const at::Tensor& input, const at:
       ": grad_scale must be one floating-point number, got ",
       is_present(grad_scale) ? grad_scale->scalar_type() : at::kFloat, " of shape ",
       is_present(grad_scale) ? grad_scale->sym_sizes() : c10::SymIntArrayRef());
+  TORCH_CHECK(is_present(scale) || !is_present(grad_scale), loss, ": grad_scale needs a place for scale");
+  TORCH_CHECK(!is_present(scale) || (scale->dim() == 0 && scale->scalar_type() == at::kDouble), loss,
+              ": scale must be one float64, got ", is_present(scale) ? scale->scalar_type() : at::kDouble, " of shape ",
+              is_present(scale) ? scale->sym_sizes() : c10::SymIntArrayRef());
 }
 
 }  // namespace fusedloss::ops

@@ -1,7 +1,13 @@
 // Cross entropy over tensors. Which kernel arguments the checks and allocations below become is all there is here; the
 // formulas are in csrc/math/cross_entropy.h and the loops in csrc/kernels.
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+
+#include <cmath>
+#include <limits>
 
 #include "../kernels/class_loss.h"
 #include "checks.h"
@@ -96,6 +102,29 @@ struct Problem {
   }
 };
 
+// For float16, in whose range a gradient must stay: no entry of it is larger, for a grad_output of 1. Undefined for
+// other types.
+Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                        int64_t ignore_index, double z_loss) {
+  if (logits.scalar_type() != at::kHalf) return Tensor();
+  const auto options = logits.options().dtype(at::kDouble);
+  if (logits.numel() == 0) return at::ones({}, options);
+  const bool indices = !has_probabilities(logits, target), mean = reduction == int64_t(Reduction::mean);
+  const Tensor weights = is_present(weight) ? weight->flatten().to(at::kDouble) : Tensor();
+  // An entry is p A - a: masses may have both signs.
+  Tensor largest = weights.defined() ? weights.abs().amax() * 2 : at::full({}, 2, options);
+  if (!indices) largest = largest * target.to(at::kFloat).abs().sum(class_dim(logits)).amax();
+  constexpr double kLargestLse = 0x1p16;
+  largest = largest + 2 * std::abs(z_loss) * kLargestLse;
+  if (!mean) return largest;
+  if (!indices)
+    return largest / (static_cast<double>(logits.numel()) / static_cast<double>(logits.size(class_dim(logits))));
+  const Tensor counts = target.ne(ignore_index).flatten();
+  if (!weights.defined()) return largest / counts.sum();
+  const Tensor classes = target.flatten().to(at::kLong).clamp(0, weights.numel() - 1);
+  return largest / weights.index_select(0, classes).mul_(counts).sum();
+}
+
 }  // namespace
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
@@ -139,9 +168,9 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
 Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
                                OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index,
                                double label_smoothing, double z_loss, double logit_softcap, bool upcast,
-                               Tensor& grad_logits) {
+                               Tensor& grad_logits, OptionalTensor scale) {
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
-  check_with_grad(kName, logits, grad_logits, grad_scale, reduction);
+  check_with_grad(kName, logits, grad_logits, grad_scale, scale, reduction);
   Tensor loss = at::empty({}, logits.options().dtype(loss_type(logits, target, weight, upcast)));
 
   if (!logits.is_meta()) {
@@ -150,8 +179,11 @@ Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, Optio
     Tensor grad = same_type ? addressable(grad_logits) : empty_like_logits(wide);
     Problem problem(wide, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad);
     CrossEntropyArgs& args = problem.args;
-    const Tensor flow = assumed_grad_output(grad_scale, loss.scalar_type());
-    if (flow.defined()) args.flow.grad_loss = {flow.data_ptr(), dtype_of(flow.scalar_type()), 0};
+    if (is_present(scale)) {
+      const Tensor largest = largest_gradient(logits, target, weight, reduction, ignore_index, z_loss);
+      scale->copy_(chosen_scale(grad_scale, logits, loss.scalar_type(), largest));
+      args.flow.grad_loss = {scale->data_ptr(), Dtype::float64, 0};
+    }
     set_results(args, loss, Tensor(), reduction);
     const int64_t invalid = run(kKernels, Pass::forward_with_gradient, args, logits);
     if (invalid >= 0) raise_target_out_of_bounds(kName, logits, target, invalid);

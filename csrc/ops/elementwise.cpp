@@ -1,8 +1,12 @@
 #include "elementwise.h"
 
 #include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ne.h>
+#include <ATen/ops/ones.h>
 
 #include <numeric>
 
@@ -163,6 +167,22 @@ void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArg
   operands.add(in.pos_weight, args.pos_weight);
 }
 
+// For float16, in whose range a gradient must stay: the gradient of no element of a loss on logits is larger, for a
+// grad_output of 1. Undefined for other types.
+Tensor largest_gradient(const ElementwiseInputs& in, at::ScalarType grad_type) {
+  if (grad_type != at::kHalf) return Tensor();
+  const auto options = in.input.options().dtype(at::kDouble);
+  if (in.input.numel() == 0) return at::ones({}, options);
+  const auto largest = [](const Tensor& tensor) { return tensor.to(at::kFloat).abs().amax().to(at::kDouble); };
+  Tensor result = largest(in.target);
+  if (in.pos_weight.defined()) result = result * (largest(in.pos_weight) + 1);
+  result = result * 2 + 1;
+  if (in.weight.defined()) result = result * largest(in.weight);
+  if (in.reduction != int64_t(Reduction::mean)) return result;
+  const bool ignores = in.ignore_index.has_value();
+  return result / (ignores ? in.target.ne(*in.ignore_index).sum() : at::full({}, in.input.numel(), options));
+}
+
 [[noreturn]] void raise_out_of_domain(const ElementwiseLoss& loss, const ElementwiseInputs& in) {
   const Tensor input = in.input.detach().to(at::kDouble).contiguous();
   const Tensor target = in.target.detach().to(at::kDouble).contiguous();
@@ -205,9 +225,9 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
 }
 
 Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, OptionalTensor grad_scale, bool upcast,
-                             Tensor& grad_input) {
+                             Tensor& grad_input, OptionalTensor scale) {
   check(loss, in, upcast);
-  check_with_grad(loss.name, in.input, grad_input, grad_scale, in.reduction);
+  check_with_grad(loss.name, in.input, grad_input, grad_scale, scale, in.reduction);
   Tensor result = at::empty({}, in.input.options().dtype(loss_type(in, upcast)));
 
   if (!in.input.is_meta()) {
@@ -219,8 +239,11 @@ Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, 
     fill_inputs(in, operands, args);
     operands.add(grad, args.grad_input);
     operands.fill(args.shape);
-    const Tensor flow = assumed_grad_output(grad_scale, result.scalar_type());
-    if (flow.defined()) args.flow.grad_loss = {flow.data_ptr(), dtype_of(flow.scalar_type())};
+    if (is_present(scale)) {
+      scale->copy_(
+          chosen_scale(grad_scale, in.input, result.scalar_type(), largest_gradient(in, grad_input.scalar_type())));
+      args.flow.grad_loss = {scale->data_ptr(), Dtype::float64};
+    }
     args.total = total_of(result, Tensor(), in.reduction);
     if (run(loss.kernels, Pass::forward_with_gradient, args, in.input) >= 0) raise_out_of_domain(loss, in);
     if (!grad.is_same(grad_input)) grad_input.copy_(grad);

@@ -26,7 +26,7 @@ struct ElementwiseInputs {
 
 LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInputs inputs, bool upcast);
 Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs inputs, OptionalTensor grad_scale,
-                             bool upcast, Tensor& grad_input);
+                             bool upcast, Tensor& grad_input, OptionalTensor scale);
 TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs inputs, Tensor grad_loss,
                               const Tensor& divisor, std::array<bool, 2> output_mask);
 

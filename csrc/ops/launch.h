@@ -167,10 +167,9 @@ inline const double* flow_divisor(const at::Tensor& divisor, int64_t reduction) 
   return reduction == int64_t(Reduction::mean) ? divisor.const_data_ptr<double>() : nullptr;
 }
 
-// The grad_output that forward assumes, one number, rounded as backward will see it: in the loss's type. Undefined
-// where it is 1.
-inline at::Tensor assumed_grad_output(OptionalTensor grad_scale, at::ScalarType loss_type) {
-  return is_present(grad_scale) ? grad_scale->to(loss_type) : at::Tensor();
-}
+// The grad_output that forward assumes (csrc/ops/rescale.cpp): grad_scale, or the nearest number for which the gradient
+// neither overflows nor vanishes. largest: an entry of it that none exceeds, for a grad_output of 1, where that
+// matters.
+Tensor chosen_scale(OptionalTensor grad_scale, const Tensor& input, at::ScalarType loss_type, const Tensor& largest);
 
 }  // namespace fusedloss::ops

@@ -5,7 +5,7 @@
 //   upcast            treat half precision as float32 when the result's type is decided: what native torch gives under
 //                     autocast
 //   grad_in_forward   write the gradient in forward: true, false, or absent: where nothing speaks against it
-//   grad_scale        one number, the grad_output that backward will be called with; absent: 1
+//   grad_scale        one number, the grad_output that backward is expected to be called with; absent: 1
 //   inplace           the gradient may be written over the input
 //   statistics        return what the backward operator needs; else these outputs are undefined, as they are where the
 //                     gradient was written in forward. Compilers get them always: they take no undefined outputs
@@ -37,12 +37,13 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
                                   int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool upcast, OptionalBool grad_in_forward, OptionalTensor grad_scale,
                                   bool inplace, bool statistics);
-// Forward and backward in one pass: returns the loss and writes the gradient, for a grad_output of grad_scale. The
-// gradient may be the logits.
+// Forward and backward in one pass: returns the loss and writes the gradient, which may be the logits, for a
+// grad_output that it writes to `scale`: grad_scale, or where that would overflow or vanish in the gradient's type the
+// nearest number that does not. Without `scale` it is 1, and nothing is expected.
 Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
                                OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index,
                                double label_smoothing, double z_loss, double logit_softcap, bool upcast,
-                               Tensor& grad_logits);
+                               Tensor& grad_logits, OptionalTensor scale);
 TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
                                 const Tensor& target, OptionalTensor weight, const Tensor& row_max,
                                 const Tensor& row_log_sum, const Tensor& divisor, int64_t reduction,
@@ -59,7 +60,7 @@ LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, Option
                                OptionalBool grad_in_forward, OptionalTensor grad_scale, bool inplace);
 Tensor bce_with_logits_with_grad(const Tensor& input, const Tensor& target, OptionalTensor weight,
                                  OptionalTensor pos_weight, OptionalTensor grad_scale, int64_t reduction,
-                                 OptionalIndex ignore_index, bool upcast, Tensor& grad_input);
+                                 OptionalIndex ignore_index, bool upcast, Tensor& grad_input, OptionalTensor scale);
 TwoGrads bce_with_logits_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
                                   OptionalTensor weight, OptionalTensor pos_weight, const Tensor& divisor,
                                   int64_t reduction, OptionalIndex ignore_index, std::array<bool, 2> output_mask);
@@ -67,19 +68,17 @@ TwoGrads bce_with_logits_backward(const Tensor& grad_loss, const Tensor& input, 
 LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
                    OptionalIndex ignore_index, bool upcast, OptionalBool grad_in_forward, OptionalTensor grad_scale);
 Tensor bce_with_grad(const Tensor& input, const Tensor& target, OptionalTensor weight, OptionalTensor grad_scale,
-                     int64_t reduction, OptionalIndex ignore_index, bool upcast, Tensor& grad_input);
+                     int64_t reduction, OptionalIndex ignore_index, bool upcast, Tensor& grad_input,
+                     OptionalTensor scale);
 TwoGrads bce_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, OptionalTensor weight,
                       const Tensor& divisor, int64_t reduction, OptionalIndex ignore_index,
                       std::array<bool, 2> output_mask);
 
-// Multiplies a gradient that was written for a grad_output of grad_scale by grad_output / grad_scale; does nothing
-// where the two are equal.
-void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor grad_scale);
-
-// Logits with the softmax that the gradient of a cross entropy without z loss and soft cap was written from. The loss's
-// derivatives there are those at the logits themselves. (fusedloss/double_backward.py)
-Tensor recover_logits(const Tensor& grad_logits, const Tensor& target, OptionalTensor weight, OptionalTensor grad_scale,
-                      int64_t reduction, int64_t ignore_index, double label_smoothing);
+// Multiplies a gradient that was written for a grad_output of `scale` (absent: 1) by grad_output / scale, in the
+// accumulate type; does nothing where the two are equal. keep_zeros: what is 0 stays 0, also where inf or NaN flows
+// back, as the gradients of ignored positions do.
+void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor scale, bool keep_zeros);
+Tensor rescale_grad(const Tensor& grad, const Tensor& grad_output, OptionalTensor scale, bool keep_zeros);
 
 }  // namespace fusedloss::ops
 

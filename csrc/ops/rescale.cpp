@@ -1,8 +1,17 @@
-// A gradient that forward has written, once the grad_output is known.
+// A gradient that was written in forward: for which grad_output, and what it becomes once the real one is known.
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/mul.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/clamp.h>
+#include <ATen/ops/copysign.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/nan_to_num.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/where.h>
+
+#include <cmath>
 
 #include "checks.h"
 #include "launch.h"
@@ -19,8 +28,19 @@ double number_in(const Tensor& tensor) {
   return number;
 }
 
+// The factor is a tensor of the accumulate type, which ATen multiplies by as it is: a number it would round first, in
+// half precision by 0.2 % or to infinity.
+void rescale_on_cpu(Tensor& grad, double factor, bool keep_zeros) {
+  if (factor == 1) return;
+  const Tensor number = at::scalar_tensor(factor, grad.options().dtype(accumulate_type(grad.scalar_type())));
+  const bool masks = keep_zeros && !std::isfinite(factor);
+  const Tensor zeros = masks ? grad.eq(0) : Tensor();
+  grad.mul_(number);
+  if (masks) grad.masked_fill_(zeros, 0);
+}
+
 // One launch, which does nothing where the factor is 1: the host does not know it.
-void rescale_on_device(Tensor& grad, const Tensor& grad_output, const Tensor& assumed) {
+void rescale_on_device(Tensor& grad, const Tensor& grad_output, OptionalTensor scale, bool keep_zeros) {
   const c10::DeviceGuard guard(grad.device());
   cuda::RescaleArgs args;
   args.grad = grad.data_ptr();
@@ -28,7 +48,8 @@ void rescale_on_device(Tensor& grad, const Tensor& grad_output, const Tensor& as
   args.numel = grad.numel();
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_dtype = dtype_of(grad_output.scalar_type());
-  args.assumed = assumed.defined() ? assumed.const_data_ptr() : nullptr;
+  args.scale = is_present(scale) ? scale->const_data_ptr<double>() : nullptr;
+  args.keep_zeros = keep_zeros;
   if (current_backend() == Backend::triton) {
     launch_triton(triton_kernels().rescale, args, grad);
   } else {
@@ -36,25 +57,54 @@ void rescale_on_device(Tensor& grad, const Tensor& grad_output, const Tensor& as
   }
 }
 
+// How large a grad_output may be, times the largest entry of the gradient that it multiplies. In float16 the entries
+// from there down to a millionth of it keep their digits; the other types have room for any sensible number.
+struct Range {
+  double low, high;
+};
+constexpr Range kFloat16{1, 0x1p15};
+constexpr Range kWide{0x1p-24, 0x1p64};
+
 }  // namespace
 
-void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor grad_scale) {
+Tensor chosen_scale(OptionalTensor grad_scale, const Tensor& input, at::ScalarType loss_type, const Tensor& largest) {
+  const auto options = input.options().dtype(at::kDouble);
+  // As backward will see it: in the loss's type.
+  const Tensor wished = is_present(grad_scale)
+                            ? grad_scale->detach().reshape({}).to(loss_type).to(at::kDouble).nan_to_num(1)
+                            : at::ones({}, options);
+  if (!largest.defined()) return at::copysign(wished.abs().clamp_(kWide.low, kWide.high), wished);
+  const Tensor unit = at::where(largest.isfinite().logical_and_(largest > 0), largest, at::ones({}, options));
+  return at::copysign(at::clamp(wished.abs(), kFloat16.low / unit, kFloat16.high / unit), wished);
+}
+
+void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor scale, bool keep_zeros) {
   TORCH_CHECK(grad_output.sym_numel() == 1, "rescale_grad_: grad_output must be one number, got shape ",
               grad_output.sym_sizes());
-  check_devices("rescale_grad_", {{"grad", grad}, {"grad_output", grad_output}, {"grad_scale", grad_scale}});
+  check_devices("rescale_grad_", {{"grad", grad}, {"grad_output", grad_output}, {"scale", scale}});
+  check_floating("rescale_grad_", "grad", grad);
   check_floating("rescale_grad_", "grad_output", grad_output);
+  TORCH_CHECK(!is_present(scale) || (scale->sym_numel() == 1 && scale->scalar_type() == at::kDouble),
+              "rescale_grad_: scale must be one float64, got ", is_present(scale) ? scale->scalar_type() : at::kDouble,
+              " of shape ", is_present(scale) ? scale->sym_sizes() : c10::SymIntArrayRef());
   if (grad.is_meta()) return;
-  const Tensor assumed = assumed_grad_output(grad_scale, grad_output.scalar_type());
-  const bool on_device = current_backend() == Backend::triton || runs_on_cuda(grad);
-  if (!on_device) {
-    const double factor = number_in(grad_output) / (assumed.defined() ? number_in(assumed) : 1);
-    if (factor != 1) grad.mul_(factor);
+  if (current_backend() == Backend::compiled && !runs_on_cuda(grad)) {
+    const double from = is_present(scale) ? number_in(*scale) : 1;
+    rescale_on_cpu(grad, number_in(grad_output) / from, keep_zeros);
   } else if (grad.is_non_overlapping_and_dense()) {
-    rescale_on_device(grad, grad_output, assumed);
+    rescale_on_device(grad, grad_output, scale, keep_zeros);
   } else {
-    // Overwritten logits with gaps between their rows.
-    grad.mul_(assumed.defined() ? grad_output.div(assumed) : grad_output);
+    // Overwritten logits with gaps between their rows, which are not ours.
+    Tensor dense = grad.contiguous();
+    rescale_on_device(dense, grad_output, scale, keep_zeros);
+    grad.copy_(dense);
   }
+}
+
+Tensor rescale_grad(const Tensor& grad, const Tensor& grad_output, OptionalTensor scale, bool keep_zeros) {
+  Tensor result = grad.clone();
+  rescale_grad_(result, grad_output, scale, keep_zeros);
+  return result;
 }
 
 }  // namespace fusedloss::ops

@@ -247,6 +247,14 @@ def reduced(is_mean: tl.constexpr, sum, divisor):
         return sum
 
 
+@triton.jit
+def rescaled(grad, factor, keep_zeros: tl.constexpr):
+    if keep_zeros:
+        return tl.where(grad == 0, 0.0, grad * factor)
+    else:
+        return grad * factor
+
+
 # --- log_sum_exp.h ---------------------------------------------------------------------------------------------
 
 

@@ -10,18 +10,27 @@ _BLOCK = 2048
 
 
 @kernel
-def _rescale(grad, grad_output, assumed, numel: tl.int64, ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def _rescale(
+    grad,
+    grad_output,
+    scale,
+    numel: tl.int64,
+    KEEP_ZEROS: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     factor = tl.load(grad_output).to(tl.float64)
-    if assumed is not None:
-        factor = factor / tl.load(assumed).to(tl.float64)
+    if scale is not None:
+        factor = factor / tl.load(scale)
     if factor != 1.0:
         i = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
         # A block that is full has no mask, so that 16 bytes are moved at once whatever the number of elements.
         if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel:
-            values = tl.load(grad + i).to(ACC) * factor.to(ACC)
+            values = math.rescaled(tl.load(grad + i).to(ACC), factor.to(ACC), KEEP_ZEROS)
             tl.store(grad + i, math.converted(values, grad))
         else:
-            values = tl.load(grad + i, mask=i < numel).to(ACC) * factor.to(ACC)
+            values = math.rescaled(tl.load(grad + i, mask=i < numel).to(ACC), factor.to(ACC), KEEP_ZEROS)
             tl.store(grad + i, math.converted(values, grad), mask=i < numel)
 
 
@@ -29,6 +38,6 @@ def launch(args):
     """Starts the kernel."""
     if args.numel == 0:
         return
-    pointers = args.grad, args.grad_output, args.assumed
-    types = {"ACC": accumulate_type(args.grad), "INDEX": index_type(args.numel)}
-    start(_rescale, ceil_div(args.numel, _BLOCK), *pointers, args.numel, BLOCK=_BLOCK, **types)
+    pointers = args.grad, args.grad_output, args.scale
+    constants = {"KEEP_ZEROS": args.keep_zeros, "ACC": accumulate_type(args.grad), "INDEX": index_type(args.numel)}
+    start(_rescale, ceil_div(args.numel, _BLOCK), *pointers, args.numel, BLOCK=_BLOCK, **constants)

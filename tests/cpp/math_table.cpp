@@ -9,6 +9,7 @@
 #include "math/bce_with_logits.h"
 #include "math/cross_entropy.h"
 #include "math/nll.h"
+#include "math/reduction.h"
 
 namespace {
 
@@ -32,6 +33,7 @@ constexpr std::array kTable{
     Row<Acc>{"tanh", [](const Acc* x, Acc* y) { y[0] = fusedloss::math::tanh(x[0]); }},
     Row<Acc>{"log1p_unit", [](const Acc* x, Acc* y) { y[0] = log1p_unit(x[0]); }},
     Row<Acc>{"log1p", [](const Acc* x, Acc* y) { y[0] = fusedloss::math::log1p(x[0]); }},
+    Row<Acc>{"rescaled", [](const Acc* x, Acc* y) { y[0] = rescaled(x[0], x[1], true); }},
     Row<Acc>{"finite_shift", [](const Acc* x, Acc* y) { y[0] = finite_shift(x[0]); }},
     Row<Acc>{"rescale", [](const Acc* x, Acc* y) { y[0] = rescale(x[0], x[1], x[2]); }},
     Row<Acc>{"log_sum_exp", [](const Acc* x, Acc* y) { y[0] = log_sum_exp(x[0], x[1]); }},

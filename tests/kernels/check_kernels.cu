@@ -272,6 +272,8 @@ void check_rescaling(Dtype dtype, bool full) {
       check_rescale(dtype, count, lead, 1, 1);
       check_rescale(dtype, count, lead, 1, 0.3);
       check_rescale(dtype, count, lead, 0.5, 3);
+      check_rescale(dtype, count, lead, 1, std::numeric_limits<double>::infinity(), true);
+      check_rescale(dtype, count, lead, 1, std::numeric_limits<double>::infinity(), false);
     }
   }
 }

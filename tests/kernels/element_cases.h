@@ -339,32 +339,34 @@ class ElementCheck {
 };
 
 // A gradient that was written for one number, made one for another.
-inline void check_rescale(Dtype dtype, std::int64_t count, int lead, double assumed, double grad_output) {
+inline void check_rescale(Dtype dtype, std::int64_t count, int lead, double scale, double grad_output,
+                          bool keep_zeros = false) {
   ++cases();
   char what[128];
-  std::snprintf(what, sizeof(what), "rescale %ld %s lead %d, from %g to %g", long(count), name_of(dtype), lead, assumed,
-                grad_output);
+  std::snprintf(what, sizeof(what), "rescale %ld %s lead %d, from %g to %g%s", long(count), name_of(dtype), lead, scale,
+                grad_output, keep_zeros ? ", zeros kept" : "");
   Random random(count);
   const Dtype flow_dtype = accumulate_type(dtype);
-  Buffer grad(dtype, count, lead), flow(flow_dtype, 1), from(flow_dtype, 1);
-  for (std::int64_t i = 0; i < count; ++i) grad.set(i, random.normal());
+  Buffer grad(dtype, count, lead), flow(flow_dtype, 1), from(Dtype::float64, 1);
+  for (std::int64_t i = 0; i < count; ++i) grad.set(i, i % 3 == 0 ? 0 : random.normal());
   grad.upload();
   flow.set(0, grad_output);
   flow.upload();
-  from.set(0, assumed);
+  from.set(0, scale);
   from.upload();
   fusedloss::cuda::RescaleArgs args{.grad = grad.data(true),
                                     .dtype = dtype,
                                     .numel = count,
                                     .grad_output = flow.data(true),
                                     .grad_output_dtype = flow_dtype,
-                                    .assumed = assumed == 1 ? nullptr : from.data(true)};
+                                    .scale = scale == 1 ? nullptr : static_cast<const double*>(from.data(true)),
+                                    .keep_zeros = keep_zeros};
   fusedloss::cuda::rescale(args, nullptr);
   require(cudaDeviceSynchronize(), "rescale");
   grad.download();
   const double factor = flow.at(0) / from.at(0);
   for (std::int64_t i = 0; i < count; ++i) {
-    const double truth = grad.at(i) * factor;
+    const double truth = keep_zeros && grad.at(i) == 0 ? 0 : grad.at(i) * factor;
     const double tolerance =
         factor == 1 ? 0 : (2 * rounding(flow_dtype) + rounding(dtype)) * std::fabs(truth) + smallest(dtype);
     EXPECT(agree(grad.got(i), truth, tolerance), "%s: element %ld: %.9g, truth %.9g", what, long(i), grad.got(i),

@@ -27,15 +27,16 @@ struct Kernels {
 
 extern const Kernels kKernels;
 
-// A gradient that was written for the grad_output `assumed` (one number; null: 1), made one for `grad_output`. The
-// kernel reads both and returns where they are equal.
+// A gradient that was written for the grad_output `scale` (null: 1), made one for `grad_output`. The kernel reads both
+// and returns where they are equal.
 struct RescaleArgs {
   void* grad = nullptr;  // (numel,)
   Dtype dtype = Dtype::float32;
   std::int64_t numel = 0;
   const void* grad_output = nullptr;  // one element
   Dtype grad_output_dtype = Dtype::float32;
-  const void* assumed = nullptr;  // one element, of grad_output's type
+  const double* scale = nullptr;  // one element
+  bool keep_zeros = false;        // zeros stay zeros, whatever flows back
 };
 
 void rescale(const RescaleArgs& args, void* stream);

@@ -1,0 +1,83 @@
+#include "claims.h"
+
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+#include "overlap.h"
+
+namespace fusedloss::ops {
+namespace {
+
+using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+
+struct Claim {
+  int64_t id;
+  WeakTensor grad;
+  c10::VariableVersion counter;  // of the caller's tensor
+  uint32_t version;              // what it shows while nobody but losses with claims of their own has written
+
+  at::Tensor tensor() const {
+    auto alive = grad.lock();
+    return alive ? at::Tensor(std::move(alive)) : at::Tensor();
+  }
+};
+
+struct Claims {
+  std::mutex mutex;
+  std::vector<Claim> live;
+  int64_t last = 0;
+
+  void forget_the_dead() {
+    live.erase(std::remove_if(live.begin(), live.end(), [](const Claim& claim) { return claim.grad.expired(); }),
+               live.end());
+  }
+};
+
+Claims& claims() {
+  static auto& claims = *new Claims();  // never destroyed: threads may outlive it
+  return claims;
+}
+
+}  // namespace
+
+void check_unclaimed(const char* loss, const at::Tensor& input) {
+  TORCH_CHECK(!overlaps_itself(input), loss,
+              ": inplace=True cannot overwrite an input of which several elements lie at one place in memory, got "
+              "shape ",
+              input.sizes(), " with strides ", input.strides());
+  const std::lock_guard lock(claims().mutex);
+  claims().forget_the_dead();
+  for (const Claim& claim : claims().live) {
+    const at::Tensor other = claim.tensor();
+    TORCH_CHECK(!other.defined() || !overlap(input, other), loss,
+                ": inplace=True cannot overwrite an input that overlaps another which holds the gradient of a loss");
+  }
+}
+
+int64_t claim(const at::Tensor& input, const at::Tensor& grad) {
+  const std::lock_guard lock(claims().mutex);
+  auto& [mutex, live, last] = claims();
+  std::vector<uint32_t> before;
+  for (const Claim& claim : live) before.push_back(claim.counter.current_version());
+  torch::autograd::impl::bump_version(input);
+  for (size_t i = 0; i < live.size(); ++i) {
+    if (live[i].counter.current_version() != before[i]) ++live[i].version;
+  }
+  const auto& counter = torch::autograd::impl::version_counter(input);
+  live.push_back({++last, WeakTensor(grad.getIntrusivePtr()), counter, counter.current_version()});
+  return last;
+}
+
+void check_claim(const char* loss, int64_t id) {
+  const std::lock_guard lock(claims().mutex);
+  for (const Claim& claim : claims().live) {
+    TORCH_CHECK(claim.id != id || claim.counter.current_version() == claim.version, loss,
+                ": the input that inplace=True has overwritten with the gradient has been modified by an inplace "
+                "operation before backward");
+  }
+}
+
+}  // namespace fusedloss::ops

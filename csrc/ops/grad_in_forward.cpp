@@ -1,0 +1,117 @@
+#include "grad_in_forward.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "claims.h"
+#include "dispatch.h"
+#include "memory.h"
+#include "overlap.h"
+
+namespace fusedloss::autograd {
+namespace {
+
+// Whether there is no memory of its own behind a tensor: a subclass that wraps others, a fake, or a batch of vmap.
+bool is_wrapper(const Tensor& tensor) { return tensor.key_set().has_any(at::kTensorSubclassLike); }
+
+// Whether what is saved passes through hooks, which may keep it.
+bool has_hooks() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
+
+}  // namespace
+
+bool is_compiling() {
+  using Modes = c10::impl::TorchDispatchModeTLS;
+  using Key = c10::impl::TorchDispatchModeKey;
+  return Modes::any_modes_set() &&
+         (Modes::get_mode(Key::FAKE) || Modes::get_mode(Key::PROXY) || Modes::get_mode(Key::FUNCTIONAL));
+}
+
+bool grad_in_forward(const char* loss, OptionalBool wish, bool inplace, bool possible, const Tensor& input,
+                     OptionalTensor grad_scale) {
+  const bool plans_memory_itself = is_compiling() || is_wrapper(input);
+  const bool suits = input.scalar_type() != at::kHalf || ops::is_present(grad_scale);
+  const bool is_kept = has_hooks() && !inplace;
+  const bool result = wish.value_or(possible && suits && !plans_memory_itself && !is_kept);
+  TORCH_CHECK_VALUE(!result || possible, loss,
+                    ": grad_in_forward=True needs reduction 'mean' or 'sum', no return_lse, "
+                    "and a target that does not require grad");
+  TORCH_CHECK_VALUE(
+      !inplace || result || plans_memory_itself, loss,
+      ": inplace=True writes the gradient over the input in forward, "
+      "which needs reduction 'mean' or 'sum', no return_lse, a target that does not require grad, and for "
+      "float16 grad_scale or grad_in_forward=True");
+  return result;
+}
+
+GradientInForward::GradientInForward(const char* loss, const Tensor& input, bool inplace, OptionalTensor grad_scale,
+                                     Tensor (*empty_like)(const Tensor&),
+                                     std::initializer_list<ops::NamedTensor> others)
+    : input_(input), overwrites_(inplace && !is_compiling() && !is_wrapper(input)) {
+  if (ops::is_present(grad_scale) || input.scalar_type() == at::kHalf) {
+    scale_ = at::empty({}, input.options().dtype(at::kDouble));
+  }
+  if (!overwrites_) {
+    grad_ = ops::with_huge_pages(empty_like(input));
+    return;
+  }
+  const at::TensorBase& base = input.is_view() ? input._base() : input;
+  TORCH_CHECK(!input.is_leaf() && !(base.is_leaf() && base.requires_grad()), loss,
+              ": inplace=True cannot overwrite an input that is a leaf and requires grad, or a view of one");
+  for (const auto& [name, tensor] : others) {
+    TORCH_CHECK(!tensor || !ops::overlap(input, *tensor), loss,
+                ": inplace=True cannot overwrite an input that overlaps ", name, " in memory");
+  }
+  ops::check_unclaimed(loss, input);
+  grad_ = input;
+}
+
+std::pair<Tensor, Tensor> GradientInForward::to_save(AutogradContext* ctx) {
+  if (overwrites_) {
+    grad_ = input_.variable_data();
+    ctx->saved_data["claim"] = ops::claim(input_, grad_);
+  }
+  if (has_hooks()) ctx->saved_data["hooks"] = true;
+  return {grad_, scale_.value_or(Tensor())};
+}
+
+Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const Tensor& grad, const Tensor& scale,
+                                   const Tensor& grad_output, bool keep_zeros) {
+  const std::optional<Tensor> from = scale.defined() ? std::optional<Tensor>(scale) : std::nullopt;
+  const auto claim = ctx->saved_data.find("claim");
+  if (claim != ctx->saved_data.end()) ops::check_claim(loss, claim->second.toInt());
+  // Else another backward will start from what is saved, or a hook has kept it.
+  const bool is_ours_alone =
+      !torch::autograd::get_current_graph_task_keep_graph() && ctx->saved_data.find("hooks") == ctx->saved_data.end();
+  const bool in_place = is_ours_alone && !is_compiling() && !is_wrapper(grad) && !is_wrapper(grad_output);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (!in_place) return FUSEDLOSS_OPERATOR(rescale_grad).call(grad, grad_output, from, keep_zeros);
+  Tensor result = grad;
+  FUSEDLOSS_OPERATOR(rescale_grad_).call(result, grad_output, from, keep_zeros);
+  return result;
+}
+
+Tensor for_double_backward(AutogradContext* ctx, const Tensor& input) {
+  if (is_compiling() || is_wrapper(input)) return input;
+  // Of the input it has the version counter alone, not the memory.
+  const Tensor counter = at::empty({0}, input.options());
+  torch::autograd::impl::set_version_counter(counter, torch::autograd::impl::version_counter(input));
+  ctx->saved_data["counter"] = counter;
+  ctx->saved_data["version"] = static_cast<int64_t>(counter._version());
+  return input.variable_data();
+}
+
+Tensor from_forward(const char* loss, AutogradContext* ctx, const Tensor& saved) {
+  const auto counter = ctx->saved_data.find("counter");
+  if (counter == ctx->saved_data.end()) return saved;
+  TORCH_CHECK(counter->second.toTensor()._version() == ctx->saved_data["version"].toInt(), loss,
+              ": double backward needs the input, which has been modified by an inplace operation");
+  const Tensor input = saved.variable_data();
+  torch::autograd::impl::set_gradient_edge(input, torch::autograd::get_current_node()->next_edge(0));
+  return input;
+}
+
+}  // namespace fusedloss::autograd
