@@ -14,44 +14,45 @@ static void define(torch::Library& m) {
   // reduction: 0 none, 1 mean, 2 sum. Forward operators return what their backward needs behind the loss;
   // NAME_with_grad is forward and backward in one pass.
   m.def(
-      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, "
       "float label_smoothing, float z_loss, float logit_softcap, bool return_lse, bool upcast=False, "
       "bool? grad_in_forward=None, Tensor? grad_scale=None, bool inplace=False, bool statistics=False) "
       "-> (Tensor loss, Tensor lse, Tensor row_max, Tensor row_log_sum, Tensor divisor)");
   m.def(
       "cross_entropy_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? grad_scale, int reduction, "
-      "int ignore_index, float label_smoothing, float z_loss, float logit_softcap, bool upcast, "
+      "SymInt ignore_index, float label_smoothing, float z_loss, float logit_softcap, bool upcast, "
       "Tensor(a!) grad_logits, Tensor(b!)? scale=None) -> Tensor loss");
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor row_max, Tensor row_log_sum, Tensor divisor, int reduction, int ignore_index, float label_smoothing, "
+      "Tensor row_max, Tensor row_log_sum, Tensor divisor, int reduction, SymInt ignore_index, float label_smoothing, "
       "float z_loss, float logit_softcap, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_target)");
   m.def(
-      "nll(Tensor log_probs, Tensor target, Tensor? weight, int reduction, int ignore_index, bool upcast=False) "
+      "nll(Tensor log_probs, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, bool upcast=False) "
       "-> (Tensor loss, Tensor divisor)");
   m.def(
       "nll_backward(Tensor grad_loss, Tensor log_probs, Tensor target, Tensor? weight, Tensor divisor, "
-      "int reduction, int ignore_index) -> Tensor grad_log_probs");
+      "int reduction, SymInt ignore_index) -> Tensor grad_log_probs");
   m.def(
       "bce_with_logits(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, "
-      "int? ignore_index, bool upcast=False, bool? grad_in_forward=None, Tensor? grad_scale=None, "
+      "SymInt? ignore_index, bool upcast=False, bool? grad_in_forward=None, Tensor? grad_scale=None, "
       "bool inplace=False) -> (Tensor loss, Tensor divisor)");
   m.def(
       "bce_with_logits_with_grad(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? grad_scale, "
-      "int reduction, int? ignore_index, bool upcast, Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
+      "int reduction, SymInt? ignore_index, bool upcast, Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor "
+      "loss");
   m.def(
       "bce_with_logits_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "Tensor divisor, int reduction, int? ignore_index, bool[2] output_mask) "
+      "Tensor divisor, int reduction, SymInt? ignore_index, bool[2] output_mask) "
       "-> (Tensor grad_input, Tensor grad_target)");
   m.def(
-      "bce(Tensor input, Tensor target, Tensor? weight, int reduction, int? ignore_index, bool upcast=False, "
+      "bce(Tensor input, Tensor target, Tensor? weight, int reduction, SymInt? ignore_index, bool upcast=False, "
       "bool? grad_in_forward=None, Tensor? grad_scale=None) -> (Tensor loss, Tensor divisor)");
   m.def(
       "bce_with_grad(Tensor input, Tensor target, Tensor? weight, Tensor? grad_scale, int reduction, "
-      "int? ignore_index, bool upcast, Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
+      "SymInt? ignore_index, bool upcast, Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
   m.def(
       "bce_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor divisor, int reduction, "
-      "int? ignore_index, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_target)");
+      "SymInt? ignore_index, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_target)");
 
   m.def("rescale_grad_(Tensor(a!) grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> ()");
   m.def("rescale_grad(Tensor grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> Tensor");

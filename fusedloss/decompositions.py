@@ -3,6 +3,9 @@
 They are the reference (fusedloss/reference.py) and its derivatives, with the arguments and the results of the operators
 (csrc/register.cpp). ``torch.export``'s default table has them, so ``run_decompositions()`` leaves ATen operators only,
 and ONNX's exporter finds them. torch.compile keeps the fused operators, unless a backend is given :func:`table`.
+
+Operators that write where they are told to (NAME_with_grad, rescale_grad_) have none. They are of eager training steps,
+and of compiled ones that ask for ``grad_in_forward=True``; exported calls leave that out.
 """
 
 import contextlib
@@ -122,6 +125,13 @@ def _counted(target, ignore_index):
     return counts.sum().double()
 
 
+def rescale_grad(grad, grad_output, scale, keep_zeros):
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    factor = grad_output.double() if scale is None else grad_output.double() / scale
+    result = grad.to(wide) * factor.to(wide)
+    return (torch.where(grad == 0, torch.zeros_like(result), result) if keep_zeros else result).to(grad.dtype)
+
+
 @contextlib.contextmanager
 def _autograd():
     """A graph may be built within, also where a tracer has left autograd behind."""
@@ -169,5 +179,6 @@ _DECOMPOSITIONS = {
     "nll": nll,
     "bce_with_logits": bce_with_logits,
     "bce": bce,
+    "rescale_grad": rescale_grad,
     **{f"{name}_backward": _backward(name, loss) for name, loss in double_backward._LOSSES.items()},
 }

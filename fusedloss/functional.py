@@ -4,7 +4,6 @@ Each function checks what an operator's schema cannot, and calls one operator. W
 (fusedloss/reference.py), because fused kernels have nothing to offer there:
 
 - calls under functorch transforms (torch.func.grad, vmap, jvp, ...), forward-mode AD and TorchScript's tracer,
-- compiled calls whose ignore_index varies,
 - cross entropy with probability targets whose class weight requires a gradient.
 """
 
@@ -19,7 +18,7 @@ from torch.nn import _reduction as native_reduction
 from torch.overrides import has_torch_function_variadic
 
 from fusedloss import dtensor, reference
-from fusedloss.arguments import as_finite, as_float, as_int, check_bool, check_tensors, hand_over, is_symbol
+from fusedloss.arguments import as_finite, as_float, as_int, check_bool, check_tensors, hand_over
 from fusedloss.backend import operators
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -122,7 +121,7 @@ def cross_entropy(
     code = _reduction_code(reduction)
     options = _gradient_options("cross_entropy", input, grad_in_forward, grad_scale, inplace)
     kernels = operators(backend, input)
-    if _native_road(ignore_index) or (weight is not None and weight.requires_grad and target.is_floating_point()):
+    if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
         added = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
         return reference.cross_entropy(input, target, weight, ignore_index, _NAMES[code], label_smoothing, **added)
     loss, lse, _, _, _ = kernels.cross_entropy.default(
@@ -186,7 +185,7 @@ def nll_loss(
         ignore_index = as_int("nll_loss", "ignore_index", ignore_index)
     code = _reduction_code(reduction)
     kernels = operators(backend, input)
-    if _native_road(ignore_index):
+    if _native_road():
         return reference.nll_loss(input, target, weight, ignore_index, _NAMES[code])
     return kernels.nll.default(input, target, weight, code, ignore_index)[0]
 
@@ -251,7 +250,7 @@ def binary_cross_entropy_with_logits(
     code = _reduction_code(reduction)
     options = _gradient_options("binary_cross_entropy_with_logits", input, grad_in_forward, grad_scale, inplace)
     kernels = operators(backend, input)
-    if _native_road(ignore_index):
+    if _native_road():
         return reference.binary_cross_entropy_with_logits(
             input, target, weight, _NAMES[code], pos_weight, ignore_index=ignore_index
         )
@@ -312,24 +311,18 @@ def binary_cross_entropy(
     code = _reduction_code(reduction)
     options = _gradient_options("binary_cross_entropy", input, grad_in_forward, grad_scale)[:3]
     kernels = operators(backend, input)
-    if _native_road(ignore_index):
+    if _native_road():
         return reference.binary_cross_entropy(input, target, weight, _NAMES[code], ignore_index=ignore_index)
     return kernels.bce.default(input, target, weight, code, ignore_index, *options)[0]
 
 
-def _native_road(ignore_index) -> bool:
+def _native_road() -> bool:
     """Whether the call is of a kind that only native operators serve.
 
-    A C++ autograd Function refuses functorch transforms and forward-mode AD; what TorchScript traces is for runtimes
-    without these operators (ONNX's older exporter); and an ignore_index that is a compiler's symbol would be tied to
-    its value by an operator that takes an int: each value would be compiled for, where now only the default is.
+    A C++ autograd Function refuses functorch transforms and forward-mode AD; and what TorchScript traces is for
+    runtimes without these operators (ONNX's older exporter).
     """
-    return (
-        _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _get_tracing_state() is not None
-        or (ignore_index.__class__ is not int and is_symbol(ignore_index) and ignore_index != -100)
-    )
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
 def _reduction_code(reduction: str) -> int:
@@ -346,14 +339,18 @@ def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -
     if not is_auto and not isinstance(grad_in_forward, bool):
         raise ValueError(f"{loss}: grad_in_forward must be 'auto', True or False, got {grad_in_forward!r}")
     check_bool(loss, "inplace", inplace)
-    if grad_scale is not None and not isinstance(grad_scale, Tensor):
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.numel() != 1 or not grad_scale.is_floating_point():
+            kind = f"{grad_scale.dtype} of shape {list(grad_scale.shape)}"
+            raise RuntimeError(f"{loss}: grad_scale must be one floating-point number, got {kind}")
+    elif grad_scale is not None:
         grad_scale = as_float(loss, "grad_scale", grad_scale)
         if grad_scale == 0 or not math.isfinite(grad_scale):
             raise ValueError(f"{loss}: grad_scale must be finite and not 0, got {grad_scale}")
+    if torch.compiler.is_exporting():  # what is exported has no training step to speed up
+        return ()
+    if grad_scale is not None and not isinstance(grad_scale, Tensor):
         grad_scale = torch.full((), grad_scale, dtype=torch.float64, device=input.device)
-    elif grad_scale is not None and (grad_scale.numel() != 1 or not grad_scale.is_floating_point()):
-        kind = f"{grad_scale.dtype} of shape {list(grad_scale.shape)}"
-        raise RuntimeError(f"{loss}: grad_scale must be one floating-point number, got {kind}")
     return (False, None if is_auto else grad_in_forward, grad_scale, inplace)
 
 

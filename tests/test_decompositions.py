@@ -35,7 +35,7 @@ def decomposed(operator, arguments, **options):
 def same(actual, expected):
     for ours, theirs in zip(actual, operators.tensors_of(expected), strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 @operators.each_call
@@ -63,7 +63,19 @@ def test_backward_operators(name, arguments):
 def test_the_operators_of_both_namespaces(namespace):
     operators_there = {str(operator) for operator in table() if operator.namespace == namespace}
     losses = ("cross_entropy", "nll", "bce_with_logits", "bce")
-    assert operators_there == {f"{namespace}.{name}{part}.default" for name in losses for part in ("", "_backward")}
+    expected = {f"{namespace}.{name}{part}.default" for name in losses for part in ("", "_backward")}
+    assert operators_there == expected | {f"{namespace}.rescale_grad.default"}
+
+
+@pytest.mark.parametrize("keep_zeros", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rescaling(dtype, keep_zeros):
+    grad = torch.tensor([0.0, 1.0, -3.0], dtype=dtype)
+    for grad_output, scale in ((1 / 3, None), (3.0, 0.7), (torch.inf, None), (torch.nan, 2.0)):
+        factor = torch.tensor(grad_output), scale and torch.tensor(scale, dtype=torch.float64)
+        arguments = (grad, *factor, keep_zeros)
+        operator = torch.ops.fusedloss.rescale_grad.default
+        same(decomposed(operator, arguments), operator(*arguments))
 
 
 class Model(nn.Module):
@@ -93,6 +105,7 @@ def test_export_leaves_aten_operators(loss, reduction):
         {"ignore_index": 1, "label_smoothing": 0.1},
         {"z_loss": 0.1, "logit_softcap": 2.0, "return_lse": True},
         {"grad_scale": 0.5},
+        {"grad_in_forward": True, "grad_scale": 0.5, "inplace": True},
         {"backend": "cpu"},
     ],
     ids=str,

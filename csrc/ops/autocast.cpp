@@ -21,7 +21,7 @@ constexpr c10::DispatchKeySet kAutocastKeys{c10::DispatchKey::AutocastCPU, c10::
 }  // namespace
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                  c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool, OptionalBool grad_in_forward, OptionalTensor grad_scale,
                                   bool inplace, bool statistics) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
@@ -31,7 +31,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
 }
 
 LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   int64_t ignore_index, bool) {
+                   c10::SymInt ignore_index, bool) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKeys);
   return FUSEDLOSS_OPERATOR(nll).call(log_probs, target, weight, reduction, ignore_index, true);
 }

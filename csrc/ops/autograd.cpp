@@ -74,8 +74,8 @@ void check_not_overwritten(const char* loss, const Tensor& input) {
 // Absent gradients are undefined tensors, not the operators' empty ones.
 Tensor masked(const Tensor& grad, bool wanted) { return wanted ? grad : Tensor(); }
 
-void save_options(AutogradContext* ctx, int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
-                  double logit_softcap) {
+void save_options(AutogradContext* ctx, int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                  double z_loss, double logit_softcap) {
   ctx->saved_data["reduction"] = reduction;
   ctx->saved_data["ignore_index"] = ignore_index;
   ctx->saved_data["label_smoothing"] = label_smoothing;
@@ -85,7 +85,7 @@ void save_options(AutogradContext* ctx, int64_t reduction, int64_t ignore_index,
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                               int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing, double z_loss,
                                double logit_softcap, bool return_lse, bool upcast, CrossEntropyOutputs* outputs) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     *outputs = FUSEDLOSS_OPERATOR(cross_entropy)
@@ -115,7 +115,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     auto [grad_logits, grad_target] = call_backward([&] {
       return FUSEDLOSS_OPERATOR(cross_entropy_backward)
           .call(grad_loss, grads.size() > 1 ? to_optional(grads[1]) : std::nullopt, logits, target,
-                to_optional(saved[2]), row_max, row_log_sum, divisor, reduction, options["ignore_index"].toInt(),
+                to_optional(saved[2]), row_max, row_log_sum, divisor, reduction, options["ignore_index"].toSymInt(),
                 options["label_smoothing"].toDouble(), options["z_loss"].toDouble(),
                 options["logit_softcap"].toDouble(), wanted);
     });
@@ -127,7 +127,7 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
   static constexpr const char* kName = "cross_entropy";
 
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                        OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index, double label_smoothing,
+                        OptionalTensor grad_scale, int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
                         double z_loss, double logit_softcap, bool upcast, bool inplace) {
     GradientInForward gradient(kName, logits, inplace, grad_scale, ops::empty_like_logits,
                                {{"target", target}, {"weight", weight}});
@@ -160,7 +160,8 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
     const Tensor logits = from_forward(kName, ctx, saved[4]), &target = saved[2];
     const auto weight = to_optional(saved[3]);
     auto& options = ctx->saved_data;
-    const int64_t reduction = options["reduction"].toInt(), ignore_index = options["ignore_index"].toInt();
+    const int64_t reduction = options["reduction"].toInt();
+    const c10::SymInt ignore_index = options["ignore_index"].toSymInt();
     const double label_smoothing = options["label_smoothing"].toDouble(), z_loss = options["z_loss"].toDouble(),
                  logit_softcap = options["logit_softcap"].toDouble();
     at::Tensor row_max, row_log_sum, divisor;
@@ -181,7 +182,7 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
 
 struct Nll : torch::autograd::Function<Nll> {
   static variable_list forward(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target,
-                               OptionalTensor weight, int64_t reduction, int64_t ignore_index, bool upcast,
+                               OptionalTensor weight, int64_t reduction, c10::SymInt ignore_index, bool upcast,
                                LossAndDivisor* outputs) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     *outputs = FUSEDLOSS_OPERATOR(nll).call(log_probs, target, weight, reduction, ignore_index, upcast);
@@ -199,7 +200,7 @@ struct Nll : torch::autograd::Function<Nll> {
     const Tensor grad = call_backward([&] {
       return FUSEDLOSS_OPERATOR(nll_backward)
           .call(grads[0], saved[0], saved[1], to_optional(saved[2]), saved[3], ctx->saved_data["reduction"].toInt(),
-                ctx->saved_data["ignore_index"].toInt());
+                ctx->saved_data["ignore_index"].toSymInt());
     });
     return {grad, {}, {}, {}, {}, {}, {}};
   }
@@ -231,7 +232,7 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
     const ops::BackendGuard guard(backend_of(ctx));
     variable_list input_grads(7 + sizeof...(Weights));  // one for each argument of forward
     const auto saved = ctx->get_saved_variables();
-    const bool ignores = ctx->saved_data["ignore_index"].isInt();
+    const bool ignores = !ctx->saved_data["ignore_index"].isNone();
     input_grads[0] = at::GradMode::is_enabled()
                          ? differentiable(ctx, grads[0], saved, std::index_sequence_for<Weights...>())
                          : GradientInForward::rescaled(Operators::kName, ctx, saved[0], saved[1], grads[0], ignores);
@@ -245,7 +246,7 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
     const Tensor &input = saved[2], &target = saved[3];
     check_not_overwritten(Operators::kName, input);
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const auto ignore_index = ctx->saved_data["ignore_index"].template toOptional<int64_t>();
+    const auto ignore_index = ctx->saved_data["ignore_index"].template toOptional<c10::SymInt>();
     Tensor divisor;
     {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -309,7 +310,7 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
     auto [grad_input, grad_target] = call_backward([&] {
       return Operators::backward().call(grad_loss, input, target, to_optional(saved[3 + I])..., divisor,
                                         ctx->saved_data["reduction"].toInt(),
-                                        ctx->saved_data["ignore_index"].template toOptional<int64_t>(), wanted);
+                                        ctx->saved_data["ignore_index"].template toOptional<c10::SymInt>(), wanted);
     });
     variable_list input_grads(6 + sizeof...(Weights));  // one for each argument of forward
     input_grads[0] = masked(grad_input, wanted[0]);
@@ -343,7 +344,7 @@ struct Bce {
 }  // namespace
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                  c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool upcast, OptionalBool wish, OptionalTensor grad_scale,
                                   bool inplace, bool statistics) {
   ops::check_dense("cross_entropy", {{"input", logits}, {"target", target}, {"weight", weight}});
@@ -369,7 +370,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
 }
 
 LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   int64_t ignore_index, bool upcast) {
+                   c10::SymInt ignore_index, bool upcast) {
   ops::check_dense("nll_loss", {{"input", log_probs}, {"target", target}, {"weight", weight}});
   check_no_grad("nll_loss", "weight", weight);
   if (!wants_grad(log_probs)) {

@@ -28,8 +28,8 @@ bool has_probabilities(const Tensor& logits, const Tensor& target) {
   return target.dim() == logits.dim() && target.sym_sizes() == logits.sym_sizes();
 }
 
-void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction, int64_t ignore_index,
-           double label_smoothing, double z_loss, double logit_softcap, bool upcast) {
+void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
+           c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap, bool upcast) {
   check_reduction(kName, reduction);
   check_devices(kName, {{"input", logits}, {"target", target}, {"weight", weight}});
   const bool probabilities = has_probabilities(logits, target);
@@ -75,7 +75,7 @@ struct Problem {
   CrossEntropyArgs args;
   Tensor logits, target, weight;
 
-  Problem(const Tensor& logits_, const Tensor& target_, OptionalTensor weight_, int64_t ignore_index,
+  Problem(const Tensor& logits_, const Tensor& target_, OptionalTensor weight_, c10::SymInt ignore_index,
           double label_smoothing, double z_loss, double logit_softcap, Tensor grad_logits = {}, Tensor grad_target = {})
       : logits(addressable(logits_)), weight(accumulate_weight(weight_, logits_.scalar_type())) {
     // Without a gradient, the logits stand in: a second view of them changes nothing in what can be merged.
@@ -92,7 +92,7 @@ struct Problem {
     } else {
       fill_class_views(args.shape, {{logits, args.logits}, {logits_like, args.grad_logits}});
       target = position_view(target_, args.target.index);
-      args.target.ignore_index = ignore_index;
+      args.target.ignore_index = ignore_index.expect_int();
     }
     if (!grad_logits.defined()) args.grad_logits.data = nullptr;
     args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
@@ -105,7 +105,7 @@ struct Problem {
 // For float16, in whose range a gradient must stay: no entry of it is larger, for a grad_output of 1. Undefined for
 // other types.
 Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                        int64_t ignore_index, double z_loss) {
+                        c10::SymInt ignore_index, double z_loss) {
   if (logits.scalar_type() != at::kHalf) return Tensor();
   const auto options = logits.options().dtype(at::kDouble);
   if (logits.numel() == 0) return at::ones({}, options);
@@ -119,7 +119,7 @@ Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTens
   if (!mean) return largest;
   if (!indices)
     return largest / (static_cast<double>(logits.numel()) / static_cast<double>(logits.size(class_dim(logits))));
-  const Tensor counts = target.ne(ignore_index).flatten();
+  const Tensor counts = target.ne(ignore_index.expect_int()).flatten();
   if (!weights.defined()) return largest / counts.sum();
   const Tensor classes = target.flatten().to(at::kLong).clamp(0, weights.numel() - 1);
   return largest / weights.index_select(0, classes).mul_(counts).sum();
@@ -128,7 +128,7 @@ Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTens
 }  // namespace
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                  c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool upcast, OptionalBool, OptionalTensor, bool,
                                   bool want_statistics) {
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
@@ -166,7 +166,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
 }
 
 Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index,
+                               OptionalTensor grad_scale, int64_t reduction, c10::SymInt ignore_index,
                                double label_smoothing, double z_loss, double logit_softcap, bool upcast,
                                Tensor& grad_logits, OptionalTensor scale) {
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
@@ -195,7 +195,7 @@ Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, Optio
 TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
                                 const Tensor& target, OptionalTensor weight, const Tensor& row_max,
                                 const Tensor& row_log_sum, const Tensor& divisor, int64_t reduction,
-                                int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                 std::array<bool, 2> output_mask) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);

@@ -160,7 +160,7 @@ class Operands {
 void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArgs& args) {
   args.dtype = dtype_of(in.input.scalar_type());
   args.has_ignore_index = in.ignore_index.has_value();
-  args.ignore_index = in.ignore_index.value_or(0);
+  args.ignore_index = in.ignore_index.value_or(0).expect_int();
   operands.add(in.input, args.input);
   operands.add(in.target, args.target);
   operands.add(in.weight, args.weight);
@@ -180,7 +180,8 @@ Tensor largest_gradient(const ElementwiseInputs& in, at::ScalarType grad_type) {
   if (in.weight.defined()) result = result * largest(in.weight);
   if (in.reduction != int64_t(Reduction::mean)) return result;
   const bool ignores = in.ignore_index.has_value();
-  return result / (ignores ? in.target.ne(*in.ignore_index).sum() : at::full({}, in.input.numel(), options));
+  return result /
+         (ignores ? in.target.ne(in.ignore_index->expect_int()).sum() : at::full({}, in.input.numel(), options));
 }
 
 [[noreturn]] void raise_out_of_domain(const ElementwiseLoss& loss, const ElementwiseInputs& in) {
@@ -189,7 +190,7 @@ Tensor largest_gradient(const ElementwiseInputs& in, at::ScalarType grad_type) {
   const double* x = input.const_data_ptr<double>();
   const double* t = target.const_data_ptr<double>();
   for (int64_t i = 0; i < input.numel(); ++i) {
-    if (in.ignore_index.has_value() && t[i] == double(*in.ignore_index)) continue;
+    if (in.ignore_index.has_value() && t[i] == double(in.ignore_index->expect_int())) continue;
     TORCH_CHECK(x[i] >= 0 && x[i] <= 1, loss.name, ": all elements of input should be between 0 and 1, got ", x[i],
                 " at position ", i);
     TORCH_CHECK(t[i] >= 0 && t[i] <= 1, loss.name, ": all elements of target should be between 0 and 1, got ", t[i],

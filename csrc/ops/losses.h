@@ -25,7 +25,7 @@ namespace fusedloss::ops {
 
 using at::Tensor;
 using OptionalTensor = const std::optional<Tensor>&;
-using OptionalIndex = std::optional<int64_t>;
+using OptionalIndex = std::optional<c10::SymInt>;  // symbolic where a compiler traces a value that varies
 using OptionalBool = std::optional<bool>;
 
 using CrossEntropyOutputs =
@@ -34,26 +34,26 @@ using LossAndDivisor = std::tuple<Tensor, Tensor>;
 using TwoGrads = std::tuple<Tensor, Tensor>;  // each empty, of shape (0,), where its place in output_mask is false
 
 CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                  c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool upcast, OptionalBool grad_in_forward, OptionalTensor grad_scale,
                                   bool inplace, bool statistics);
 // Forward and backward in one pass: returns the loss and writes the gradient, which may be the logits, for a
 // grad_output that it writes to `scale`: grad_scale, or where that would overflow or vanish in the gradient's type the
 // nearest number that does not. Without `scale` it is 1, and nothing is expected.
 Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor grad_scale, int64_t reduction, int64_t ignore_index,
+                               OptionalTensor grad_scale, int64_t reduction, c10::SymInt ignore_index,
                                double label_smoothing, double z_loss, double logit_softcap, bool upcast,
                                Tensor& grad_logits, OptionalTensor scale);
 TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
                                 const Tensor& target, OptionalTensor weight, const Tensor& row_max,
                                 const Tensor& row_log_sum, const Tensor& divisor, int64_t reduction,
-                                int64_t ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                 std::array<bool, 2> output_mask);
 
 LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   int64_t ignore_index, bool upcast);
+                   c10::SymInt ignore_index, bool upcast);
 Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
-                    const Tensor& divisor, int64_t reduction, int64_t ignore_index);
+                    const Tensor& divisor, int64_t reduction, c10::SymInt ignore_index);
 
 LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,
                                OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast,

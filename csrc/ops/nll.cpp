@@ -28,7 +28,7 @@ void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
 }  // namespace
 
 LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   int64_t ignore_index, bool upcast) {
+                   c10::SymInt ignore_index, bool upcast) {
   check(log_probs, target, weight, reduction, upcast);
 
   const auto options = log_probs.options().dtype(upcast_type(log_probs.scalar_type(), upcast));
@@ -41,7 +41,7 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
     const Tensor input = addressable(log_probs);
     fill_class_views(args.shape, {{input, args.log_probs}});
     const Tensor index = position_view(target, args.target.index);
-    args.target.ignore_index = ignore_index;
+    args.target.ignore_index = ignore_index.expect_int();
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
     args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
     set_results(args, loss, divisor, reduction);
@@ -52,7 +52,7 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
 }
 
 Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
-                    const Tensor& divisor, int64_t reduction, int64_t ignore_index) {
+                    const Tensor& divisor, int64_t reduction, c10::SymInt ignore_index) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check(log_probs, target, weight, reduction, upcast);
   check_flow(kName, log_probs, grad_loss, divisor, reduction, position_sizes(log_probs));
@@ -63,7 +63,7 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
     NllArgs args;
     fill_class_views(args.shape, {{grad, args.grad_log_probs}});
     const Tensor index = position_view(target, args.target.index);
-    args.target.ignore_index = ignore_index;
+    args.target.ignore_index = ignore_index.expect_int();
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
     args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
     const Tensor flat_grad = position_view(grad_loss, args.flow.grad_loss);
