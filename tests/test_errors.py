@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from support import LOSSES, moved
+from support import LOSSES, each, moved
 
 import fusedloss
 
@@ -216,6 +216,34 @@ def test_types_that_no_kernel_reads_are_refused_by_name(loss, input, target, opt
     error = error_of(loss.ours, *moved((input, target), device), **moved(options, device))
     assert isinstance(error, RuntimeError)
     assert [pattern for pattern in (loss.function, *says) if not re.search(pattern, str(error))] == [], str(error)
+
+
+LAYOUTS = {
+    "sparse": lambda x: x.to_sparse(),
+    "compressed rows": lambda x: x.to_sparse_csr(),
+    "MKL-DNN's": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # such tensors come with warnings of their own
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@each()
+def test_tensors_that_are_not_dense_are_refused_by_name(loss, layout, grad):
+    """Native refuses most, with whatever its first step says."""
+    target = Y if loss.target == "index" else P
+    calls = {"input": (layout(P), target, {})}
+    if loss.target != "index":
+        calls["target"] = (P.clone().requires_grad_(grad), layout(P), {})
+        calls["weight"] = (P.clone().requires_grad_(grad), P, {"weight": layout(P)})
+    for name, (input, target, options) in calls.items():
+        if grad and name == "input" and not input.is_quantized:
+            input.requires_grad_()
+        with pytest.raises(NotImplementedError, match=f"{loss.function}: {name} must be a dense tensor"):
+            loss.ours(input, target, **options)
 
 
 @each_row(VALUES)

@@ -349,6 +349,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
                                   c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
                                   bool return_lse, bool upcast, OptionalBool wish, OptionalTensor grad_scale,
                                   bool inplace, bool statistics) {
+  ops::check_dense("cross_entropy", {{"input", logits}, {"target", target}, {"weight", weight}});
   check_no_grad("cross_entropy", "weight", weight);
   if (!wants_grad(logits) && !wants_grad(target)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -372,6 +373,7 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
 
 LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
                    c10::SymInt ignore_index, bool upcast) {
+  ops::check_dense("nll_loss", {{"input", log_probs}, {"target", target}, {"weight", weight}});
   check_no_grad("nll_loss", "weight", weight);
   if (!wants_grad(log_probs)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -385,6 +387,8 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
 LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, OptionalTensor weight,
                                OptionalTensor pos_weight, int64_t reduction, OptionalIndex ignore_index, bool upcast,
                                OptionalBool wish, OptionalTensor grad_scale, bool inplace) {
+  ops::check_dense("binary_cross_entropy_with_logits",
+                   {{"input", input}, {"target", target}, {"weight", weight}, {"pos_weight", pos_weight}});
   check_no_grad("binary_cross_entropy_with_logits", "weight", weight);
   check_no_grad("binary_cross_entropy_with_logits", "pos_weight", pos_weight);
   using Loss = Elementwise<BceWithLogits, std::optional<Tensor>, std::optional<Tensor>>;
@@ -393,6 +397,7 @@ LossAndDivisor bce_with_logits(const Tensor& input, const Tensor& target, Option
 
 LossAndDivisor bce(const Tensor& input, const Tensor& target, OptionalTensor weight, int64_t reduction,
                    OptionalIndex ignore_index, bool upcast, OptionalBool wish, OptionalTensor grad_scale) {
+  ops::check_dense("binary_cross_entropy", {{"input", input}, {"target", target}, {"weight", weight}});
   check_no_grad("binary_cross_entropy", "weight", weight);
   using Loss = Elementwise<Bce, std::optional<Tensor>>;
   return Loss::dispatch(input, target, weight, reduction, ignore_index, upcast, wish, grad_scale, false);

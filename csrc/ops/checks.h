@@ -39,6 +39,17 @@ inline void check_devices(const char* loss, std::initializer_list<NamedTensor> t
   }
 }
 
+// Sparse, nested and quantized tensors would fail where their sizes, strides or memory are first asked for.
+inline void check_dense(const char* loss, std::initializer_list<NamedTensor> tensors) {
+  for (const auto& [name, tensor] : tensors) {
+    if (!tensor) continue;
+    const bool dense = tensor->layout() == at::kStrided && !tensor->is_nested() && !tensor->is_quantized();
+    const char* kind = tensor->is_nested() ? "nested " : tensor->is_quantized() ? "quantized " : "";
+    TORCH_CHECK_NOT_IMPLEMENTED(dense, loss, ": ", name, " must be a dense tensor, got a ", kind, "tensor of layout ",
+                                tensor->layout(), " and type ", tensor->scalar_type());
+  }
+}
+
 inline bool is_supported_floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
