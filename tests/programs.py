@@ -137,6 +137,10 @@ def defined(steps):
     return [name for step in steps for name in writes(step)]
 
 
+def recorded(steps):
+    return [step["out"] for step in walk(steps) if step["op"] in RECORDED]
+
+
 def walk(steps):
     for step in steps:
         yield step
@@ -151,7 +155,32 @@ class Native:
 
     def call(self, step, input, target, options):
         plain = {name: value for name, value in options.items() if name not in HINTS}
-        return getattr(reference, step["op"])(input, target, **plain)
+        function = partial(getattr(reference, step["op"]), **plain)
+        return Criterion(function)(input, target) if step.get("module") else function(input, target)
+
+
+class Criterion(torch.nn.Module):
+    """A function as a module, which modes and trackers see as one."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+class Saves(torch.autograd.Function):
+    """Does nothing, and needs its input in backward, as any loss may."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 0 * len(ctx.saved_tensors)
 
 
 class Overwriting(Native):
@@ -161,7 +190,8 @@ class Overwriting(Native):
     """
 
     def call(self, step, input, target, options):
-        value = super().call(step, input.clone() if options.get("inplace") else input, target, options)
+        read = input.clone() if options.get("inplace") else Saves.apply(input)
+        value = super().call(step, read, target, options)
         if options.get("inplace"):
             torch.autograd.graph.increment_version(input)
         return value
@@ -396,6 +426,8 @@ def by_call(through):
             return
         function, inputs, outputs = as_function(run, step, step["body"])
         run.values.update(zip(outputs, through(run, step, function, inputs), strict=True))
+        for name in recorded(step["body"]) if step["op"] == "compile" else ():
+            run.record(name, run.values[name])
 
     return block
 
@@ -405,11 +437,11 @@ def checkpointed(run, step, function, inputs):
 
 
 def compiled(run, step, function, inputs):
-    if isinstance(run.losses, Native):
-        return function(*inputs)
-    torch._dynamo.reset()
     run.recording, recording = False, run.recording
     try:
+        if isinstance(run.losses, Native):
+            return function(*inputs)
+        torch._dynamo.reset()
         return torch.compile(function, backend=step["backend"])(*inputs)
     finally:
         run.recording = recording
@@ -418,11 +450,7 @@ def compiled(run, step, function, inputs):
 def in_module(run, step, function, inputs):
     """Through a module with hooks: forward's doubles the outputs, backward's looks or halves the gradients."""
 
-    class Block(torch.nn.Module):
-        def forward(self, *tensors):
-            return function(*tensors)
-
-    module = Block()
+    module = Criterion(function)
     if step.get("forward_hook"):
         module.register_forward_hook(lambda module, args, outputs: tuple(y * 2 for y in outputs))
     if step.get("backward_hook") == "look":
@@ -512,7 +540,8 @@ REFUSALS = [
     (r"grad_scale must be", lambda p: has(p, grad_scale=True) or has(p, grad_scale_tensor=True)),
 ]
 # Units in the last place of the coarsest type that are luck. In float64 the truth is native's own.
-UNITS = {torch.float64: 2.0**20, torch.float32: 24.0, torch.bfloat16: 3.0, torch.float16: 3.0}
+UNITS = {torch.float64: 2.0**20, torch.float32: 24.0, torch.bfloat16: 8.0, torch.float16: 8.0}
+ZERO = 0.05  # the size below which a result is the difference of larger ones
 DRAWN_AGAIN = 12  # a program under suspicion is run with other data: what is luck does not stay
 
 
@@ -566,14 +595,20 @@ def measured(ours, native, truth):
     return found
 
 
-def measure(ours, native, truth):
-    """Every result, by name."""
-    if ours.keys() != native.keys():
-        different = sorted(ours.keys() ^ native.keys())
+def flow_of(program):
+    """How much smaller than its values the gradients of a program are made by what flows back."""
+    flows = [abs(float(step.get("flow", 1.0))) for step in walk(program)]
+    return math.prod(min(1.0, flow) for flow in flows if math.isfinite(flow) and flow)
+
+
+def measure(ours, native, truth, floor):
+    """Every result, by name; what is zero but for roundings is taken for as large as the floor."""
+    different = [name for name in ours.keys() ^ native.keys() if (ours.get(name, native.get(name)) != 0).any()]
+    if different:
         return {name: Measured(math.inf, 0, 1, "is only there for one of ours and native") for name in different}
-    found = {name: measured(ours[name], native[name], truth[name]) for name in ours if name in truth}
-    # A result that is zero but for roundings is as exact as those that it is made of.
-    floor = min(1.0, 1e-3 * max([1.0, *(one.size for one in found.values())]))
+    found = {
+        name: measured(ours[name], native[name], truth[name]) for name in ours.keys() & native.keys() & truth.keys()
+    }
     for one in found.values():
         one.size = max(one.size, floor)
     return found
@@ -583,8 +618,11 @@ def rms(values):
     return math.sqrt(sum(value * value for value in values) / max(1, len(values)))
 
 
-def fault(draws, dtype):
-    """What is wrong with one result, given how it was measured with one or several draws of the data; or None."""
+def fault(draws, dtype, biased=False):
+    """What is wrong with one result, given how it was measured with one or several draws of the data; or None.
+
+    All elements of a gradient that are too large alike show a rounded factor, where factors are not half (autocast).
+    """
     odd = [one.odd for one in draws if one.odd]
     if len(odd) * 2 > len(draws):
         return odd[0]
@@ -597,14 +635,9 @@ def fault(draws, dtype):
         return f"is off by {error:.2g} of {size:.2g} (native: {native:.2g})"
     bias, native_bias = (sum(getattr(one, name) for one in calm) / len(calm) for name in ("bias", "native_bias"))
     spread = rms([one.bias - bias for one in calm]) / math.sqrt(len(calm))
-    if len(calm) > 3 and abs(bias) > max(info.eps / 16, 3 * abs(native_bias), 8 * spread) and dtype.itemsize == 2:
+    if biased and len(calm) > 3 and abs(bias) > max(info.eps / 16, 3 * abs(native_bias), 8 * spread):
         return f"has a bias of {bias:.2g} (native: {native_bias:.2g})"
     return None
-
-
-def suspicious(one, dtype):
-    """What is worth a few more draws."""
-    return fault([one], dtype) or (dtype.itemsize == 2 and abs(one.bias) > torch.finfo(dtype).eps / 8)
 
 
 def judge(program, ours=None):
@@ -625,8 +658,19 @@ def judge(program, ours=None):
     if isinstance(truth, Exception):
         return "without a truth", None
     dtype = grain(program)
-    first = measure(found, native, truth)
-    suspects = [name for name, one in first.items() if suspicious(one, dtype)]
+    floor, values = ZERO * flow_of(program), set(recorded(program))
+    first = measure(found, native, truth, floor)
+    # All the gradient's factors are float32 under autocast alone.
+    biased = {
+        name
+        for name in first
+        if has(program, "autocast") and name in truth and truth[name].numel() >= 8 and name not in values
+    }
+    suspects = [
+        name
+        for name, one in first.items()
+        if fault([one], dtype) or (name in biased and abs(one.bias) > torch.finfo(dtype).eps / 8)
+    ]
     if not suspects:
         return "judged", None
     draws = {name: [] for name in suspects}
@@ -634,12 +678,12 @@ def judge(program, ours=None):
         runs = [execute(program, *how, salt=salt) for how in ((ours,), (Native(),), (Native(), True))]
         if any(isinstance(run, Exception) for run in runs):
             continue
-        again = measure(*runs)
+        again = measure(*runs, floor)
         for name in suspects:
             if name in again:
                 draws[name].append(again[name])
     for name in suspects:
-        text = fault(draws[name], dtype)
+        text = fault(draws[name], dtype, name in biased)
         if text:
             kind = "wrong" if "off" in text else "bias" if "bias" in text else text.split(",")[0][:30]
             return "finding", Finding(kind, f"{name} {text}")

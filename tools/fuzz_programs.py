@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path += [str(ROOT / "tests"), str(ROOT)]  # last: PYTHONPATH may name another checkout
 
 import programs  # noqa: E402
 
