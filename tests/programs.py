@@ -37,6 +37,7 @@ LOSSES = {
     "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
     "binary_cross_entropy": "BCELoss",
 }
+OVERWRITING = {"cross_entropy", "binary_cross_entropy_with_logits"}  # those that take inplace
 HINTS = {"grad_in_forward", "grad_scale", "grad_scale_tensor", "inplace"}  # options that no result depends on
 TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8}
@@ -71,6 +72,7 @@ LAYERS = {
     "add": lambda x, y: x + y,
     "multiply": lambda x, y: x * y,
     "clone": lambda x: x.clone(),
+    "mask": lambda x: x.masked_fill((torch.arange(x.numel()) % 5 == 3).view(x.shape), -math.inf),
     "detach": lambda x: x.detach(),
     "stack": lambda *x: torch.stack(x),
     "concatenate": lambda *x, dim: torch.cat(x, dim),
@@ -209,6 +211,9 @@ class Ours:
             options["grad_scale"] = torch.tensor(float(options.pop("grad_scale_tensor")))
         if step["op"] in self.replaced:
             return self.replaced[step["op"]](input, target, **options)
+        if step.get("patched"):
+            with fusedloss.patch():
+                return getattr(F, step["op"])(input, target, **options)
         if step.get("module"):
             return getattr(fusedloss, LOSSES[step["op"]])(**options)(input, target)
         return getattr(fusedloss.functional, step["op"])(input, target, **options)
@@ -297,6 +302,8 @@ class Run:
         alias = x * 1.0
 
         def call(gradient):
+            if gradient is None:
+                return None
             # What is kept is compared when all is done: nobody may write to it meanwhile.
             self.kept.append((name, gradient.detach()))
             return None if scale is None else gradient * scale
@@ -439,8 +446,6 @@ def checkpointed(run, step, function, inputs):
 def compiled(run, step, function, inputs):
     run.recording, recording = False, run.recording
     try:
-        if isinstance(run.losses, Native):
-            return function(*inputs)
         torch._dynamo.reset()
         return torch.compile(function, backend=step["backend"])(*inputs)
     finally:
@@ -531,7 +536,7 @@ def conflicts(program):
 # The messages that ours may raise where native does not, and when.
 REFUSALS = [
     (r"modified by an inplace operation", conflicts),
-    (r"is being modified inplace|leaf Variable that requires grad|view .* inplace", lambda p: has(p, inplace=True)),
+    (r"modified inplace", lambda p: has(p, inplace=True) or has(p, "update")),
     (r"inplace=True cannot overwrite", lambda p: has(p, inplace=True)),
     (r"inplace=True writes the gradient over the input in forward", lambda p: has(p, inplace=True)),
     (r"(more than one element of the written-to|refer to a single memory)", lambda p: has(p, inplace=True)),
@@ -595,22 +600,29 @@ def measured(ours, native, truth):
     return found
 
 
-def flow_of(program):
-    """How much smaller than its values the gradients of a program are made by what flows back."""
-    flows = [abs(float(step.get("flow", 1.0))) for step in walk(program)]
-    return math.prod(min(1.0, flow) for flow in flows if math.isfinite(flow) and flow)
+def flows(program):
+    """How much larger or smaller than usual each result is made by what flows back, as far as flows are finite."""
+    found = {}
+    for step in walk(program):
+        size = max([found.get(name, 1.0) for name in reads(step)], default=1.0)
+        if step["op"] in ("grad", "backward"):
+            flow = abs(float(step.get("flow", 1.0)))
+            size *= flow if math.isfinite(flow) and flow else 1.0
+            found[""] = max(found.get("", 0.0), size)  # of the gradients that leaves and hooks have got
+        found.update(dict.fromkeys(writes(step), size))
+    return found
 
 
-def measure(ours, native, truth, floor):
-    """Every result, by name; what is zero but for roundings is taken for as large as the floor."""
+def measure(ours, native, truth, sizes):
+    """Every result, by name; what is zero but for roundings is taken for larger."""
     different = [name for name in ours.keys() ^ native.keys() if (ours.get(name, native.get(name)) != 0).any()]
     if different:
         return {name: Measured(math.inf, 0, 1, "is only there for one of ours and native") for name in different}
     found = {
         name: measured(ours[name], native[name], truth[name]) for name in ours.keys() & native.keys() & truth.keys()
     }
-    for one in found.values():
-        one.size = max(one.size, floor)
+    for name, one in found.items():
+        one.size = max(one.size, ZERO * sizes.get(name, sizes.get("", 1.0)))
     return found
 
 
@@ -658,8 +670,8 @@ def judge(program, ours=None):
     if isinstance(truth, Exception):
         return "without a truth", None
     dtype = grain(program)
-    floor, values = ZERO * flow_of(program), set(recorded(program))
-    first = measure(found, native, truth, floor)
+    sizes, values = flows(program), set(recorded(program))
+    first = measure(found, native, truth, sizes)
     # All the gradient's factors are float32 under autocast alone.
     biased = {
         name
@@ -678,7 +690,7 @@ def judge(program, ours=None):
         runs = [execute(program, *how, salt=salt) for how in ((ours,), (Native(),), (Native(), True))]
         if any(isinstance(run, Exception) for run in runs):
             continue
-        again = measure(*runs, floor)
+        again = measure(*runs, sizes)
         for name in suspects:
             if name in again:
                 draws[name].append(again[name])
@@ -692,7 +704,22 @@ def judge(program, ours=None):
 
 # --- the generator ----------------------------------------------------------------------------------------------------
 
-SHAPES = [[5], [4, 5], [3, 7], [6, 2], [2, 3, 4], [2, 4, 2, 2], [1, 6], [4, 1], [0, 3], [2, 3, 0], [16, 4]]
+SHAPES = [
+    [5],
+    [4, 5],
+    [3, 7],
+    [6, 2],
+    [2, 3, 4],
+    [2, 4, 2, 2],
+    [1, 6],
+    [4, 1],
+    [0, 3],
+    [2, 3, 0],
+    [16, 4],
+    [3, 40],
+    [2, 33],
+    [40, 3],
+]
 FLOWS = [1.0, 1.0, 1.0, 0.5, 1 / 3, -2.5, 1 / 7, 1024.0, 0.0, 1e-6, "inf", "nan"]
 HINTED = [0.5, 1 / 3, 1.0, -2.5, 1024.0, 65536.0, 1e-6, 1e-300]
 
@@ -739,7 +766,7 @@ class Generator:
         except Exception:
             return None
         value = self.trial.values[step["out"]]
-        if value.numel() > 256 or (value.is_floating_point() and largest(value) > 200):
+        if value.numel() > 256 or (op != "mask" and value.is_floating_point() and not largest(value) <= 200):
             del self.trial.values[step["out"]]
             return None
         (self.leaves if op in ("leaf", "indices") else self.steps).append(step)
@@ -828,7 +855,8 @@ class Generator:
         if target is None:
             return None
         self.hints(op, options, dtype, target)
-        return self.add(op, logits, target, options=options, **({"module": True} if self.odds(0.2) else {}))
+        how = {self.choice(["module", "module", "patched"]): True} if self.odds(0.3) else {}
+        return self.add(op, logits, target, options=options, **how)
 
     def class_options(self, op, logits, dtype, options):
         shape = list(self.value(logits).shape)
@@ -847,6 +875,8 @@ class Generator:
             if self.odds(0.15):
                 options["return_lse"] = True
         if soft:
+            if "weight" in options and self.odds(0.2):
+                self.leaves[-1]["grad"] = True
             return self.soft_target(logits, "softmax", ["simplex", "simplex", "normal"])
         ignored = {}
         if self.odds(0.4):
@@ -898,6 +928,30 @@ class Generator:
             options["grad_scale"] = self.choice(HINTED)
         elif self.odds(0.1):
             options["grad_scale_tensor"] = self.choice([*HINTED, 0.0, "inf", "nan"])
+
+    def heads(self):
+        """Losses of disjoint views of one tensor, each of which writes its gradient over its own."""
+        base = self.add("scale", self.pick(lambda x: x.dim() > 0 and x.requires_grad and x.shape[-1] > 1), by=1.0)
+        if base is None:
+            return []
+        dim = self.random.randrange(self.value(base).dim())
+        half = (self.value(base).shape[dim] + 1) // 2
+        rest = self.value(base).shape[dim] - half
+        views = [self.add("narrow", base, dim=dim, start=start, length=n) for start, n in ((0, half), (half, rest))]
+        ends = []
+        for view in filter(None, views):
+            dtype = str(self.value(view).dtype).removeprefix("torch.")
+            options = {"reduction": self.choice(["mean", "sum"])}
+            op = self.choice(["cross_entropy", "binary_cross_entropy_with_logits"])
+            describe = self.class_options if op == "cross_entropy" else self.element_options
+            if self.value(view).numel():
+                target = describe(op, view, dtype, options)
+                if target and self.writes_in_forward(options, target):
+                    options |= {"inplace": True, **({"grad_scale": 1.0} if dtype == "float16" else {})}
+                ends.append(target and self.add(op, view, target, options=options))
+        for name in filter(None, [base, *views]):
+            del self.trial.values[name]
+        return ends
 
     # --- functions of losses
 
@@ -1028,23 +1082,28 @@ class Generator:
         )
 
     def overwrite(self):
-        """Lets losses overwrite their input where no later step reads that memory."""
-        for i, step in enumerate(self.steps):
-            if step["op"] not in ("cross_entropy", "binary_cross_entropy_with_logits") or self.odds(0.4):
-                continue
+        """Lets losses overwrite their input, or a copy of it, where no later step reads that memory."""
+        for step in [step for step in self.steps if step["op"] in OVERWRITING]:
             input, target = step["args"]
-            place = footprint(self.value(input))
-            read = {
-                target,
-                *(name for later in self.steps[i + 1 :] for name in reads(later)),
-            } & self.trial.values.keys()
-            free = not any(footprint(self.value(name)) & place for name in read)
+            if input not in self.trial.values or self.odds(0.5):
+                continue
+            place = self.steps.index(step)
+            memory = footprint(self.value(input))
+            read = {target, *(name for later in self.steps[place + 1 :] for name in reads(later))}
+            free = not any(footprint(self.value(name)) & memory for name in read & self.trial.values.keys())
             options = step["options"]
-            if free and not self.value(input).is_leaf and self.writes_in_forward(options, target):
-                options["inplace"] = True
-                options.pop("grad_in_forward", None)
-                if self.value(input).dtype == torch.float16:
-                    options.setdefault("grad_scale", 1.0)
+            if not self.writes_in_forward(options, target):
+                continue
+            if self.odds(0.5):
+                copy = self.name()
+                self.steps.insert(place, {"op": "scale", "args": [input], "out": copy, "by": 1.0})
+                step["args"] = [copy, target]
+            elif not free or self.value(input).is_leaf:
+                continue
+            options["inplace"] = True
+            options.pop("grad_in_forward", None)
+            if self.value(input).dtype == torch.float16:
+                options.setdefault("grad_scale", 1.0)
 
     # --- the whole
 
@@ -1057,6 +1116,9 @@ class Generator:
             self.layer()
         ends = []
         for _ in range(self.choice([1, 1, 1, 2, 2, 3, 4])):
+            if self.odds(0.06):
+                ends += filter(None, self.heads())
+                continue
             y = self.loss()
             if y is None:
                 continue
@@ -1101,8 +1163,12 @@ class Generator:
         )
         # Where a checkpoint or a hook keeps a tensor, native does not notice either that it is written to.
         if blind:
+            for step in walk(self.steps):
+                step.get("options", {}).pop("inplace", None)
             return
+        before = len(self.steps)
         self.overwrite()
+        forward += len(self.steps) - before
         candidates = [name for name, x in self.trial.values.items() if x.is_floating_point()]
         if self.odds(0.1):
             self.steps.insert(forward, {"op": "update", "args": [self.choice(candidates)]})

@@ -23,7 +23,7 @@ import programs  # noqa: E402
 
 A_SEED = 10_000_000  # programs of one seed; they are numbered
 MINIMISED = 6  # findings of a kind that are minimised; the others are counted
-ONE_IS_COMPILED_IN = 1500  # compiling one takes as long as a hundred others
+ONE_IS_COMPILED_IN = 400  # compiling one takes as long as a hundred others
 
 
 def main():
