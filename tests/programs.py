@@ -173,29 +173,32 @@ class Criterion(torch.nn.Module):
 
 
 class Saves(torch.autograd.Function):
-    """Does nothing, and needs its input in backward, as any loss may."""
+    """Does nothing, and needs what it is given in backward, as any loss may."""
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.view_as(x)
+    def forward(ctx, input, target):
+        ctx.save_for_backward(input, target)
+        return input.view_as(input), target.view_as(target)
 
     @staticmethod
-    def backward(ctx, gradient):
-        return gradient + 0 * len(ctx.saved_tensors)
+    def backward(ctx, *gradients):
+        assert len(ctx.saved_tensors) == 2
+        return gradients
 
 
 class Overwriting(Native):
-    """Native's losses of a copy, which then count the input as overwritten where inplace=True would.
+    """Native's losses, which need their arguments, or else count the input as overwritten where inplace=True would.
 
     What conflicts with that natively may conflict with ours.
     """
 
     def call(self, step, input, target, options):
-        read = input.clone() if options.get("inplace") else Saves.apply(input)
-        value = super().call(step, read, target, options)
-        if options.get("inplace"):
-            torch.autograd.graph.increment_version(input)
+        weight = options.get("weight")
+        fixed = not target.requires_grad and (weight is None or not weight.requires_grad)
+        if not options.get("inplace") or not fixed:
+            return super().call(step, *Saves.apply(input, target), options)
+        value = super().call(step, input.clone(), target, options)
+        torch.autograd.graph.increment_version(input)
         return value
 
 
@@ -217,6 +220,13 @@ class Ours:
         if step.get("module"):
             return getattr(fusedloss, LOSSES[step["op"]])(**options)(input, target)
         return getattr(fusedloss.functional, step["op"])(input, target, **options)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that does nothing but be one, which results are of, too."""
+
+
+CLASSES = {"parameter": partial(torch.nn.Parameter, requires_grad=False), "tagged": lambda x: x.as_subclass(Tagged)}
 
 
 class Changed(Exception):
@@ -275,6 +285,8 @@ class Run:
         normal = partial(torch.randn, dtype=torch.float64)
         value = DRAWS[step.get("like", "normal")](self.drawn(step, normal)) * step.get("size", 1.0)
         value = value.to(TYPES[step["type"]]).to(self.type(step["type"]))
+        if step.get("class"):
+            value = CLASSES[step["class"]](value)
         if step.get("grad"):
             value.requires_grad_()
             self.leaves[step["out"]] = value
@@ -333,6 +345,12 @@ class Run:
         with torch.no_grad():
             x.detach().mul_(1.5)
 
+    def update_grad(self, step, x):
+        """Writes to the gradient that a leaf has got, as clipping does."""
+        if x.is_leaf and x.grad is not None:
+            with torch.no_grad():
+                x.grad.mul_(0.5)
+
     def finish(self):
         for name, leaf in self.leaves.items():
             if leaf.grad is not None:
@@ -355,7 +373,8 @@ DRAWS = {
     "positive": lambda x: x.exp(),
     "ones": torch.ones_like,
 }
-STEPS = {name: getattr(Run, name) for name in ("leaf", "indices", "cast", "hook", "grad", "backward", "update")}
+STEP_NAMES = ("leaf", "indices", "cast", "hook", "grad", "backward", "update", "update_grad")
+STEPS = {name: getattr(Run, name) for name in STEP_NAMES}
 
 
 class Watching(TorchDispatchMode):
@@ -546,7 +565,8 @@ REFUSALS = [
 ]
 # Units in the last place of the coarsest type that are luck. In float64 the truth is native's own.
 UNITS = {torch.float64: 2.0**20, torch.float32: 24.0, torch.bfloat16: 8.0, torch.float16: 8.0}
-ZERO = 0.05  # the size below which a result is the difference of larger ones
+# The size below which a result is taken for the difference of larger ones; half precision sees less of them.
+ZERO = {torch.float64: 1.0, torch.float32: 0.25, torch.bfloat16: 0.05, torch.float16: 0.05}
 DRAWN_AGAIN = 12  # a program under suspicion is run with other data: what is luck does not stay
 
 
@@ -578,9 +598,14 @@ def largest(x):
     return x.abs().max().item() if x.numel() else 0.0
 
 
+def kind(x):
+    return type(x).__name__, x.dtype, list(x.shape)
+
+
 def measured(ours, native, truth):
-    if (ours.dtype, ours.shape) != (native.dtype, native.shape):
-        return Measured(math.inf, 0, 1, f"is {ours.dtype} {list(ours.shape)}, not {native.dtype} {list(native.shape)}")
+    if kind(ours) != kind(native):
+        return Measured(math.inf, 0, 1, "is {}, {}, {}, native {}, {}, {}".format(*kind(ours), *kind(native)))
+    ours, native, truth = (x.as_subclass(torch.Tensor) for x in (ours, native, truth))
     ours, native = ours.double(), native.double()
     ours_finite, native_finite, true_finite = ours.isfinite(), native.isfinite(), truth.isfinite()
     odd = ""
@@ -613,7 +638,7 @@ def flows(program):
     return found
 
 
-def measure(ours, native, truth, sizes):
+def measure(ours, native, truth, least):
     """Every result, by name; what is zero but for roundings is taken for larger."""
     different = [name for name in ours.keys() ^ native.keys() if (ours.get(name, native.get(name)) != 0).any()]
     if different:
@@ -622,7 +647,7 @@ def measure(ours, native, truth, sizes):
         name: measured(ours[name], native[name], truth[name]) for name in ours.keys() & native.keys() & truth.keys()
     }
     for name, one in found.items():
-        one.size = max(one.size, ZERO * sizes.get(name, sizes.get("", 1.0)))
+        one.size = max(one.size, least.get(name, least.get("", 0.0)))
     return found
 
 
@@ -631,75 +656,80 @@ def rms(values):
 
 
 def fault(draws, dtype, biased=False):
-    """What is wrong with one result, given how it was measured with one or several draws of the data; or None.
+    """(kind, text) of what is wrong with a result that was measured with one or several draws of the data, or Nones.
 
     All elements of a gradient that are too large alike show a rounded factor, where factors are not half (autocast).
     """
     odd = [one.odd for one in draws if one.odd]
     if len(odd) * 2 > len(draws):
-        return odd[0]
+        return odd[0], odd[0]
     calm = [one for one in draws if not one.odd]
-    if not calm:
-        return None
     info = torch.finfo(dtype)
     error, native, size = (rms([getattr(one, name) for one in calm]) for name in ("error", "native", "size"))
     if error > 3 * native + UNITS[dtype] * info.eps * size + 8 * info.smallest_normal * info.eps:
-        return f"is off by {error:.2g} of {size:.2g} (native: {native:.2g})"
-    bias, native_bias = (sum(getattr(one, name) for one in calm) / len(calm) for name in ("bias", "native_bias"))
-    spread = rms([one.bias - bias for one in calm]) / math.sqrt(len(calm))
+        return "wrong", f"is off by {error:.2g} of {size:.2g} (native: {native:.2g})"
+    bias, native_bias = (
+        sum(getattr(one, name) for one in calm) / max(1, len(calm)) for name in ("bias", "native_bias")
+    )
+    spread = rms([one.bias - bias for one in calm]) / math.sqrt(max(1, len(calm)))
     if biased and len(calm) > 3 and abs(bias) > max(info.eps / 16, 3 * abs(native_bias), 8 * spread):
-        return f"has a bias of {bias:.2g} (native: {native_bias:.2g})"
-    return None
+        return "bias", f"has a bias of {bias:.2g} (native: {native_bias:.2g})"
+    return None, None
 
 
 def judge(program, ours=None):
     """(verdict, finding or None)."""
     ours = ours or Ours()
-    native = execute(program, Native())
-    found = execute(program, ours)
+    native, found = execute(program, Native()), execute(program, ours)
     if isinstance(native, Exception):
         return ("refused by both" if isinstance(found, Exception) else "refused by native"), None
     if isinstance(found, Exception):
-        message = str(found)
-        if any(re.search(pattern, message) and legal(program) for pattern, legal in REFUSALS):
-            return "documented refusal", None
-        head = message.strip().splitlines()[0] if message.strip() else ""
-        kind = f"raises {type(found).__name__}: {re.sub(r'[0-9]+', '#', head)[:60]}"
-        return "finding", Finding(kind, f"raises {type(found).__name__}: {head[:200]}")
+        return judge_refusal(program, found)
     truth = execute(program, Native(), wide=True)
     if isinstance(truth, Exception):
         return "without a truth", None
     dtype = grain(program)
-    sizes, values = flows(program), set(recorded(program))
-    first = measure(found, native, truth, sizes)
-    # All the gradient's factors are float32 under autocast alone.
-    biased = {
-        name
-        for name in first
-        if has(program, "autocast") and name in truth and truth[name].numel() >= 8 and name not in values
-    }
-    suspects = [
-        name
-        for name, one in first.items()
-        if fault([one], dtype) or (name in biased and abs(one.bias) > torch.finfo(dtype).eps / 8)
-    ]
-    if not suspects:
-        return "judged", None
+    least = {name: ZERO[dtype] * size for name, size in flows(program).items()}
+    first = measure(found, native, truth, least)
+    biased = {name for name in first if factors_are_float32(program, name, truth)}
+    suspects = {name for name, one in first.items() if suspicious(one, dtype, name in biased)}
+    draws = measure_again(program, ours, suspects, least) if suspects else {}
+    for name in sorted(draws):
+        kind, text = fault(draws[name], dtype, name in biased)
+        if kind:
+            return "finding", Finding(kind, f"{name} {text}")
+    return "judged", None
+
+
+def judge_refusal(program, error):
+    message = str(error)
+    if any(re.search(pattern, message) and legal(program) for pattern, legal in REFUSALS):
+        return "documented refusal", None
+    head = f"raises {type(error).__name__}: {(message.strip().splitlines() or [''])[0]}"
+    return "finding", Finding(re.sub("[0-9]+", "#", head)[:80], head[:240])
+
+
+def factors_are_float32(program, name, truth):
+    """Whether a result is a gradient through a loss under autocast, large enough to tell a bias from luck."""
+    return has(program, "autocast") and name in truth and truth[name].numel() >= 8 and name not in recorded(program)
+
+
+def suspicious(one, dtype, biased):
+    """Whether one draw is a reason to look at others."""
+    return fault([one], dtype)[0] or (biased and abs(one.bias) > torch.finfo(dtype).eps / 8)
+
+
+def measure_again(program, ours, suspects, least):
+    """The suspects' measures, with other data."""
     draws = {name: [] for name in suspects}
     for salt in range(1, DRAWN_AGAIN + 1):
         runs = [execute(program, *how, salt=salt) for how in ((ours,), (Native(),), (Native(), True))]
         if any(isinstance(run, Exception) for run in runs):
             continue
-        again = measure(*runs, sizes)
-        for name in suspects:
-            if name in again:
-                draws[name].append(again[name])
-    for name in suspects:
-        text = fault(draws[name], dtype, name in biased)
-        if text:
-            kind = "wrong" if "off" in text else "bias" if "bias" in text else text.split(",")[0][:30]
-            return "finding", Finding(kind, f"{name} {text}")
-    return "judged", None
+        again = measure(*runs, least)
+        for name in suspects & again.keys():
+            draws[name].append(again[name])
+    return draws
 
 
 # --- the generator ----------------------------------------------------------------------------------------------------
@@ -983,7 +1013,8 @@ class Generator:
 
     def flow(self, options):
         """A grad_output; often the one that the losses were told of."""
-        flow = self.choice(FLOWS)
+        # A second derivative of inf and nan is as it happens to be computed.
+        flow = self.choice(FLOWS[:-2] if options.get("create_graph") else FLOWS)
         hints = [step["options"]["grad_scale"] for step in self.steps if "grad_scale" in step.get("options", {})]
         if hints and self.odds(0.4):
             flow = self.choice(hints)
@@ -1015,7 +1046,11 @@ class Generator:
 
     def again(self, y, inputs):
         for _ in range(self.random.randint(1, 3)):
-            found = self.grad(y, inputs, **self.flow({}))
+            if self.odds(0.3):
+                self.later("backward", y, **self.flow({}))
+                self.later("update_grad", self.choice(inputs))
+                continue
+            found = self.grad(y, inputs, **self.flow({"create_graph": True} if self.odds(0.2) else {}))
             if self.odds(0.4):
                 self.later("update", self.choice(found))
         self.first(y, inputs)
@@ -1068,7 +1103,7 @@ class Generator:
             return 0
         place = self.choice(places)
         again = {**self.steps[place], "out": self.name(), "options": dict(self.steps[place]["options"])}
-        self.steps.insert(place + 1, {"op": self.choice(["no_grad", "inference"]), "body": [again]})
+        self.steps.insert(place, {"op": self.choice(["no_grad", "inference"]), "body": [again]})
         return 1
 
     def function_block(self):
@@ -1089,7 +1124,11 @@ class Generator:
                 continue
             place = self.steps.index(step)
             memory = footprint(self.value(input))
-            read = {target, *(name for later in self.steps[place + 1 :] for name in reads(later))}
+            later = self.steps[place + 1 :]
+            read = {
+                target,
+                *(name for step in later for name in (step["args"][:1] if step["op"] == "grad" else reads(step))),
+            }
             free = not any(footprint(self.value(name)) & memory for name in read & self.trial.values.keys())
             options = step["options"]
             if not self.writes_in_forward(options, target):
@@ -1109,7 +1148,10 @@ class Generator:
 
     def program(self):
         shape = self.choice(SHAPES)
-        self.leaf(shape, grad=True, **({"size": self.choice([0.1, 4.0])} if self.odds(0.2) else {}))
+        options = {"size": self.choice([0.1, 4.0])} if self.odds(0.2) else {}
+        if self.odds(0.2):
+            options["class"] = self.choice(["parameter", "tagged"])
+        self.leaf(shape, grad=True, **options)
         if self.odds(0.3):
             self.leaf(self.choice([shape, shape, self.choice(SHAPES)]), grad=self.odds(0.5))
         for _ in range(self.random.randint(0, 5)):
@@ -1322,6 +1364,8 @@ def ingredients(program):
         how = step.get(
             "how", step.get("backend", {True: "reentrant", False: "not reentrant"}.get(step.get("reentrant")))
         )
+        if step.get("class"):
+            found.add(f"leaf: {step['class']}")
         if op in ("leaf", "indices"):
             kinds[step["out"]] = step.get("like", "normal") if op == "leaf" else op
             found.add(f"{op}: {step.get('type', 'int64')}")
