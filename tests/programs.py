@@ -638,7 +638,7 @@ def flows(program):
     return found
 
 
-def measure(ours, native, truth, least):
+def measure(program, ours, native, truth):
     """Every result, by name; what is zero but for roundings is taken for larger."""
     different = [name for name in ours.keys() ^ native.keys() if (ours.get(name, native.get(name)) != 0).any()]
     if different:
@@ -646,8 +646,12 @@ def measure(ours, native, truth, least):
     found = {
         name: measured(ours[name], native[name], truth[name]) for name in ours.keys() & native.keys() & truth.keys()
     }
+    sizes, zero = flows(program), ZERO[grain(program)]
     for name, one in found.items():
-        one.size = max(one.size, least.get(name, least.get("", 0.0)))
+        one.size = max(one.size, zero * sizes.get(name, sizes.get("", 1.0)))
+    for step in walk(program):
+        if step["op"] == "total" and step["out"] in found:
+            found[step["out"]].size = max(found[name].size for name in [step["out"], *step["args"]] if name in found)
     return found
 
 
@@ -689,11 +693,10 @@ def judge(program, ours=None):
     if isinstance(truth, Exception):
         return "without a truth", None
     dtype = grain(program)
-    least = {name: ZERO[dtype] * size for name, size in flows(program).items()}
-    first = measure(found, native, truth, least)
+    first = measure(program, found, native, truth)
     biased = {name for name in first if factors_are_float32(program, name, truth)}
     suspects = {name for name, one in first.items() if suspicious(one, dtype, name in biased)}
-    draws = measure_again(program, ours, suspects, least) if suspects else {}
+    draws = measure_again(program, ours, suspects) if suspects else {}
     for name in sorted(draws):
         kind, text = fault(draws[name], dtype, name in biased)
         if kind:
@@ -719,14 +722,14 @@ def suspicious(one, dtype, biased):
     return fault([one], dtype)[0] or (biased and abs(one.bias) > torch.finfo(dtype).eps / 8)
 
 
-def measure_again(program, ours, suspects, least):
+def measure_again(program, ours, suspects):
     """The suspects' measures, with other data."""
     draws = {name: [] for name in suspects}
     for salt in range(1, DRAWN_AGAIN + 1):
         runs = [execute(program, *how, salt=salt) for how in ((ours,), (Native(),), (Native(), True))]
         if any(isinstance(run, Exception) for run in runs):
             continue
-        again = measure(*runs, least)
+        again = measure(program, *runs)
         for name in suspects & again.keys():
             draws[name].append(again[name])
     return draws
@@ -969,7 +972,10 @@ class Generator:
         rest = self.value(base).shape[dim] - half
         views = [self.add("narrow", base, dim=dim, start=start, length=n) for start, n in ((0, half), (half, rest))]
         ends = []
+        # Nothing else may read what is overwritten.
+        hidden = {name: self.trial.values.pop(name) for name in filter(None, [base, *views])}
         for view in filter(None, views):
+            self.trial.values[view] = hidden[view]
             dtype = str(self.value(view).dtype).removeprefix("torch.")
             options = {"reduction": self.choice(["mean", "sum"])}
             op = self.choice(["cross_entropy", "binary_cross_entropy_with_logits"])
@@ -979,8 +985,7 @@ class Generator:
                 if target and self.writes_in_forward(options, target):
                     options |= {"inplace": True, **({"grad_scale": 1.0} if dtype == "float16" else {})}
                 ends.append(target and self.add(op, view, target, options=options))
-        for name in filter(None, [base, *views]):
-            del self.trial.values[name]
+            del self.trial.values[view]
         return ends
 
     # --- functions of losses
