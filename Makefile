@@ -8,7 +8,7 @@ in-env = PATH="$$(dirname "$$(cat build/python-path)"):$$PATH"
 cpp-files = $(shell find csrc tests/cpp tests/kernels docs/tutorial -name '*.[ch]*' -not -name '*.pyc' -o -name '*.inl')
 cmake := $(shell command -v cmake 2> /dev/null)
 
-.PHONY: help demo test bench docs check-links lint format clean
+.PHONY: help demo test sanitize bench docs check-links lint format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ ifdef cmake
 else
 	@echo "Skipped the C++ tests: there is no cmake."
 endif
+
+sanitize: ## run C++ and Python tests in builds that look for errors of memory, undefined behaviour and data races
+	$(bootstrap) --no-build
+	$(in-env) python tools/sanitize.py
 
 bench: ## measure the losses beside native torch and torch.compile
 	$(bootstrap)

@@ -5,6 +5,7 @@ machine decides nothing. Build with --no-build-isolation: an isolated build woul
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,9 @@ def extension():
         options |= {"libraries": runtime, "library_dirs": [f"{cuda_home}/lib64"]}
         options["define_macros"] = [("FUSEDLOSS_WITH_CUDA", None)]
     write_build_info(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "")
-    options["extra_compile_args"] = {"cxx": CXX_FLAGS.split(), "nvcc": NVCC_FLAGS.split()}
+    # The environment's CXXFLAGS come last, and win: setuptools puts its own before ours, where it reads them at all.
+    cxx_flags = CXX_FLAGS.split() + shlex.split(os.environ.get("CXXFLAGS", ""))
+    options["extra_compile_args"] = {"cxx": cxx_flags, "nvcc": NVCC_FLAGS.split()}
     # Not CUDAExtension, which links libraries that a CPU build of torch does not have.
     return cpp_extension.CppExtension("fusedloss._C", sources, **options)
 

@@ -11,6 +11,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+import support  # noqa: E402
+
 import fusedloss  # noqa: E402
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -58,6 +60,13 @@ ONE_IN = 40
 def pytest_addoption(parser):
     help = f"the tests over devices that run Triton's interpreter: all, none, or a sample of one in {ONE_IN}"
     parser.addoption("--interpreted", choices=["all", "sample", "none"], default="sample", help=help)
+    parser.addoption("--sanitized", choices=["address", "thread"], help="what the build looks for: tools/sanitize.py")
+
+
+def pytest_configure(config):
+    if config.getoption("--sanitized"):
+        # Checks keep sums from becoming vectors; one after the other, their terms leave twice the error.
+        support.UNITS[torch.float32] *= 2
 
 
 def pytest_collection_modifyitems(config, items):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -59,6 +60,29 @@ def test_two_python_threads_at_once(two_threads, device):
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_many_python_threads_train_at_once(device):
+    """Each with a graph of its own over the same leaf, second derivatives and errors in between."""
+    cases = {name: (loss.ours, *loss.sample(8, 65, device=device)) for name, loss in LOSSES.items()}
+
+    def train(name):
+        function, data, target = cases[name]
+        input = data.requires_grad_()
+        (grad,) = torch.autograd.grad(function(input, target), input, create_graph=True)
+        with pytest.raises((RuntimeError, ValueError)):
+            function(input, target[:3])
+        return grad.detach(), *torch.autograd.grad(grad.square().sum(), input)
+
+    alone = {name: train(name) for name in cases if name != "nll"}  # whose second derivative is zero
+    start = threading.Barrier(8)
+
+    def work(_):
+        start.wait()
+        return [name for name in list(alone) * 10 if not all(map(torch.equal, train(name), alone[name]))]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [[]] * 8
 
 
 COUNT_WORKERS = """

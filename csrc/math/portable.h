@@ -232,7 +232,9 @@ FUSEDLOSS_FN Acc log(Acc x) {
   using F = Format<Acc>;
   using Int = typename F::Int;
   const bool denormal = x < std::numeric_limits<Acc>::min();
-  const Int bits = std::bit_cast<Int>(denormal ? x * F::two_to_mantissa : x) + (F::one - F::sqrt_half);
+  // Unsigned: what becomes of NaN and of negative numbers is chosen in the end, and here they wrap around.
+  using UInt = std::make_unsigned_t<Int>;
+  const Int bits = Int(std::bit_cast<UInt>(denormal ? x * F::two_to_mantissa : x) + UInt(F::one - F::sqrt_half));
   const Int exponent = (bits >> F::mantissa_bits) - F::bias - (denormal ? F::mantissa_bits : 0);
   const Acc f = std::bit_cast<Acc>((bits & ((Int(1) << F::mantissa_bits) - 1)) + F::sqrt_half) - Acc(1);
   // Exact for small integers, and vectorises where an instruction to convert 64-bit integers is missing.
