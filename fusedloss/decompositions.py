@@ -23,6 +23,7 @@ _AUTOGRAD_KEYS = [
     getattr(torch._C.DispatchKey, f"Autograd{kind}") for kind in ("Functionality", "Other", "NestedTensor")
 ]
 _HALF = (torch.float16, torch.bfloat16)
+_OF_TRAINING = {"upcast", "grad_in_forward", "grad_scale", "inplace"}  # no arguments of the losses themselves
 
 
 def table() -> dict:
@@ -94,29 +95,20 @@ def nll(log_probs, target, weight, reduction, ignore_index, upcast=False):
     return loss, reference.counts(indices, weight, ignore_index, log_probs)[1].sum()
 
 
-def bce_with_logits(
-    input,
-    target,
-    weight,
-    pos_weight,
-    reduction,
-    ignore_index,
-    upcast=False,
-    grad_in_forward=None,
-    grad_scale=None,
-    inplace=False,
-):
-    operands = _upcast(upcast, input, target, weight, pos_weight)
-    input, labels, weight, pos_weight = operands
-    options = {"pos_weight": pos_weight, "ignore_index": ignore_index}
-    loss = reference.binary_cross_entropy_with_logits(input, labels, weight, _REDUCTIONS[reduction], **options)
-    return loss, _counted(target, ignore_index)
+def _elementwise(name, loss):
+    """The decomposition of a loss of one element, which is given the operator's arguments by their names."""
+    operator = getattr(torch.ops.fusedloss, name).default
+    names = [argument.name for argument in operator._schema.arguments]
 
+    def decomposition(*arguments, **options):
+        values = {**dict(zip(names, arguments, strict=False)), **options}
+        upcast = values.get("upcast", False)
+        given = {name: value for name, value in values.items() if name not in _OF_TRAINING}
+        given |= {name: _upcast(upcast, x)[0] for name, x in given.items() if isinstance(x, torch.Tensor)}
+        (result,) = loss(**{**given, "reduction": _REDUCTIONS[given["reduction"]]})
+        return result, _counted(values["target"], values["ignore_index"])
 
-def bce(input, target, weight, reduction, ignore_index, upcast=False, grad_in_forward=None, grad_scale=None):
-    input, labels, weight = _upcast(upcast, input, target, weight)
-    loss = reference.binary_cross_entropy(input, labels, weight, _REDUCTIONS[reduction], ignore_index=ignore_index)
-    return loss, _counted(target, ignore_index)
+    return decomposition
 
 
 def _counted(target, ignore_index):
@@ -174,10 +166,9 @@ def _backward(name, loss):
 
 
 _DECOMPOSITIONS = {
+    **{name: _elementwise(name, loss) for name, loss in double_backward.LOSSES.items()},
     "cross_entropy": cross_entropy,
     "nll": nll,
-    "bce_with_logits": bce_with_logits,
-    "bce": bce,
     "rescale_grad": rescale_grad,
     **{f"{name}_backward": _backward(name, loss) for name, loss in double_backward.LOSSES.items()},
 }
