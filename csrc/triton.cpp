@@ -81,8 +81,8 @@ class ToPython {
 
   py::object operator()(const cuda::RescaleArgs& a) const {
     return object("device"_a = device_, "grad"_a = pointer(a.grad, a.dtype), "numel"_a = a.numel,
-                  "grad_output"_a = pointer(a.grad_output, a.grad_output_dtype),
-                  "scale"_a = float64(a.scale), "keep_zeros"_a = a.keep_zeros);
+                  "grad_output"_a = pointer(a.grad_output, a.grad_output_dtype), "scale"_a = float64(a.scale),
+                  "keep_zeros"_a = a.keep_zeros);
   }
 
  private:

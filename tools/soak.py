@@ -63,7 +63,8 @@ class Step:
         if draw.random() < 0.3:
             self.options["weight"] = torch.rand(self.shape[1] if by_class else self.shape, dtype=dtype)
         if self.options["reduction"] != "none" and self.name != "nll_loss" and draw.random() < 0.5:
-            self.options["grad_in_forward"] = draw.choice([True, False])
+            overflows = self.name == "binary_cross_entropy" and dtype == torch.float16
+            self.options["grad_in_forward"] = draw.choice(["auto" if overflows else True, False])
             self.options["grad_scale"] = draw.choice([None, 0.5])
         if self.loss is fusedloss.cross_entropy and draw.random() < 0.3:
             self.options |= draw.choice([{"label_smoothing": 0.1}, {"z_loss": 1e-3}, {"logit_softcap": 20.0}])
