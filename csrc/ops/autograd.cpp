@@ -48,6 +48,7 @@ std::optional<Tensor> to_optional(const Tensor& tensor) {
 }
 
 void remember_backend(AutogradContext* ctx) {
+  ctx->saved_data.reserve(8);  // the first of what is kept there: else the table grows three times
   ctx->saved_data["backend"] = static_cast<int64_t>(ops::current_backend());
 }
 
