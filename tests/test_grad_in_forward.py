@@ -389,6 +389,19 @@ def test_views_that_share_no_memory_each_hold_their_gradient(loss, views, device
 
 
 @each_inplace_loss
+def test_a_view_that_is_overwritten_keeps_its_place_in_the_graph(loss, device):
+    input = loss.sample(6, 8, device=device)[0]
+    target = loss.sample(6, 4, device=device)[1]
+    gradients = []
+    for inplace in (False, True):
+        _, output = leaf_and_output(input)
+        view = output[:, 2:6]
+        value = loss.ours(view, target, inplace=inplace)
+        gradients.append(torch.autograd.grad(value * 2, [view, output]))
+    torch.testing.assert_close(*gradients)
+
+
+@each_inplace_loss
 def test_views_that_overlap_are_refused(loss, device):
     input = loss.sample(6, 8, device=device)[0]
     target = loss.sample(6, 5, device=device)[1]

@@ -14,8 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import fusedloss
-
 
 class Watch(TorchDispatchMode):
     """A user's mode, which lets everything pass."""
@@ -242,15 +240,26 @@ def test_second_derivatives_of_an_input_that_is_changed_raise(loss, device):
         torch.autograd.grad(value, input, create_graph=True)
 
 
-def test_logits_of_inference_mode_beside_a_target_that_requires_grad(device):
+@each("cross_entropy_soft", "bce_with_logits", "bce")
+@pytest.mark.parametrize("of_inference", ["input", "target"])
+def test_tensors_of_inference_mode_beside_one_that_requires_grad(loss, of_inference, device):
+    """A teacher's probabilities; native saves some such tensors, and refuses others."""
+    pair = dict(zip(("input", "target"), loss.sample(4, 3, device=device), strict=True))
+    (leaf,) = (pair[name].requires_grad_() for name in pair if name != of_inference)
+    expected = torch.autograd.grad(loss.native(**pair), leaf)
     with torch.inference_mode():
-        logits = torch.randn(4, 3, device=device)
-    target = torch.rand(4, 3, device=device, requires_grad=True)
-    ours, native = (
-        torch.autograd.grad(function(logits, target), target)
-        for function in (fusedloss.cross_entropy, torch.nn.functional.cross_entropy)
-    )
-    torch.testing.assert_close(ours, native)
+        pair[of_inference] = pair[of_inference].clone()
+    torch.testing.assert_close(torch.autograd.grad(loss.ours(**pair), leaf), expected)
+
+
+@each("cross_entropy", "nll")
+def test_class_indices_and_weights_of_inference_mode(loss, device):
+    input, target = loss.sample(4, 3, device=device)
+    weight = torch.tensor([0.5, 2.0, 1.0], device=device)
+    expected = torch.autograd.grad(loss.native(input.requires_grad_(), target, weight), input)
+    with torch.inference_mode():
+        target, weight = target.clone(), weight.clone()
+    torch.testing.assert_close(torch.autograd.grad(loss.ours(input, target, weight), input), expected)
 
 
 # --- Infinity and NaN flow back ----------------------------------------------------------------------------

@@ -113,10 +113,8 @@ def hooked(step):
 
 
 def second_derivative(step):
-    if step.leaf.numel():
-        (grad,) = torch.autograd.grad(step().sum(), step.leaf, create_graph=True)
-        if grad.requires_grad:
-            grad.square().sum().backward()
+    (grad,) = torch.autograd.grad(step().sum() ** 2, step.leaf, create_graph=True)
+    grad.square().sum().backward()
 
 
 def retained(step):

@@ -75,6 +75,14 @@ void check_not_overwritten(const char* loss, const Tensor& input) {
 // Absent gradients are undefined tensors, not the operators' empty ones.
 Tensor masked(const Tensor& grad, bool wanted) { return wanted ? grad : Tensor(); }
 
+// Autograd keeps no tensor that was made in inference mode, such as a teacher's probabilities: a copy takes its place.
+void save(AutogradContext* ctx, variable_list tensors) {
+  for (Tensor& tensor : tensors) {
+    if (tensor.defined() && tensor.is_inference()) tensor = tensor.clone();
+  }
+  ctx->save_for_backward(std::move(tensors));
+}
+
 void save_options(AutogradContext* ctx, int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
                   double z_loss, double logit_softcap) {
   ctx->saved_data["reduction"] = reduction;
@@ -94,9 +102,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
                          return_lse, upcast, std::nullopt, std::nullopt, false, /*statistics=*/true);
     const auto& [loss, lse, row_max, row_log_sum, divisor] = *outputs;
     remember_backend(ctx);
-    // Autograd keeps no tensor that was made in inference mode, and native's cross entropy keeps no logits.
-    const Tensor kept = logits.is_inference() ? logits.clone() : logits;
-    ctx->save_for_backward({kept, target, to_tensor(weight), row_max, row_log_sum, divisor});
+    save(ctx, {logits, target, to_tensor(weight), row_max, row_log_sum, divisor});
     save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
     ctx->set_materialize_grads(false);
     return return_lse ? variable_list{loss, lse} : variable_list{loss};
@@ -141,8 +147,8 @@ struct CrossEntropyWithGrad : torch::autograd::Function<CrossEntropyWithGrad> {
     });
     remember_backend(ctx);
     const auto [grad, scale] = gradient.to_save(ctx);
-    ctx->save_for_backward(
-        {grad, scale, target, to_tensor(weight), gradient.overwrites() ? Tensor() : for_double_backward(ctx, logits)});
+    save(ctx,
+         {grad, scale, target, to_tensor(weight), gradient.overwrites() ? Tensor() : for_double_backward(ctx, logits)});
     save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
     return loss;
   }
@@ -191,7 +197,7 @@ struct Nll : torch::autograd::Function<Nll> {
     *outputs = FUSEDLOSS_OPERATOR(nll).call(log_probs, target, weight, reduction, ignore_index, upcast);
     const auto& [loss, divisor] = *outputs;
     remember_backend(ctx);
-    ctx->save_for_backward({log_probs, target, to_tensor(weight), divisor});
+    save(ctx, {log_probs, target, to_tensor(weight), divisor});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     return {loss};
@@ -225,7 +231,7 @@ struct ElementwiseWithGrad : torch::autograd::Function<ElementwiseWithGrad<Opera
     });
     remember_backend(ctx);
     const auto [grad, scale] = gradient.to_save(ctx);
-    ctx->save_for_backward({grad, scale, gradient.overwrites() ? Tensor() : input, target, to_tensor(weights)...});
+    save(ctx, {grad, scale, gradient.overwrites() ? Tensor() : input, target, to_tensor(weights)...});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     return loss;
@@ -271,7 +277,7 @@ struct Elementwise : torch::autograd::Function<Elementwise<Operators, Weights...
     *outputs = Operators::forward(input, target, weights..., reduction, ignore_index, upcast);
     const auto& [loss, divisor] = *outputs;
     remember_backend(ctx);
-    ctx->save_for_backward({input, target, divisor, to_tensor(weights)...});
+    save(ctx, {input, target, divisor, to_tensor(weights)...});
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     return {loss};

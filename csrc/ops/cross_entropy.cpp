@@ -117,8 +117,8 @@ Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTens
   constexpr double kLargestLse = 0x1p16;
   largest = largest + 2 * std::abs(z_loss) * kLargestLse;
   if (!mean) return largest;
-  if (!indices)
-    return largest / (static_cast<double>(logits.numel()) / static_cast<double>(logits.size(class_dim(logits))));
+  const int64_t positions = logits.numel() / logits.size(class_dim(logits));
+  if (!indices) return largest / static_cast<double>(positions);
   const Tensor counts = target.ne(ignore_index.expect_int()).flatten();
   if (!weights.defined()) return largest / counts.sum();
   const Tensor classes = target.flatten().to(at::kLong).clamp(0, weights.numel() - 1);

@@ -73,6 +73,9 @@ std::pair<Tensor, Tensor> GradientInForward::to_save(AutogradContext* ctx) {
   if (overwrites_) {
     grad_ = input_.variable_data();
     ctx->saved_data["claim"] = ops::claim(input_, grad_);
+    // A view's place in the graph is the one that it had: its new version would have it looked for behind its base.
+    auto* view = torch::autograd::impl::get_view_autograd_meta(input_);
+    if (view && view->has_bw_view()) view->set_attr_version(static_cast<uint32_t>(input_._version()));
   }
   if (has_hooks()) ctx->saved_data["hooks"] = true;
   return {grad_, scale_.value_or(Tensor())};
