@@ -32,6 +32,30 @@ class _Operator:
         return _run(getattr(self._operators(input), self._name).default, _LOSSES[self._name], input, *arguments)
 
 
+class _Guard(torch.autograd.Function):
+    """Raises in backward where what follows would be wrong, without a word.
+
+    What is written to a DTensor passes its shard's version counter by, which autograd looks at. And a second derivative
+    through the gradient that flows back is lost between a DTensor and its shard, as torch wraps the one in the other.
+    """
+
+    @staticmethod
+    def forward(ctx, output, input, loss):
+        ctx.input, ctx.loss, ctx.version = input, loss, input._version
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.input._version != ctx.version:
+            raise RuntimeError(f"{ctx.loss}: backward needs the input, which has been modified by an inplace operation")
+        if torch.is_grad_enabled() and any(placement.is_shard() for placement in ctx.input.placements):
+            raise NotImplementedError(
+                f"{ctx.loss}: second derivatives of an input that is in parts are not supported, "
+                f"got the placements {ctx.input.placements}"
+            )
+        return grad, None, None
+
+
 def is_dtensor(value) -> bool:
     # Nothing else has placements, and importing DTensor to ask takes longer than importing fusedloss.
     return hasattr(value, "placements")
@@ -63,7 +87,10 @@ def _run(operator, loss, input, *arguments):
         # The sum in float32 or wider, and the divisor, which is not returned where forward writes the gradient.
         values |= {"reduction": _SUM, "upcast": True, "grad_in_forward": False, "grad_scale": None, "statistics": True}
     local = {name: _local(value, layouts.get(name)) for name, value in values.items() if name in names}
-    outputs = operator(**local)
+    outputs = list(operator(**local))
+    if not torch.compiler.is_compiling():  # a compiler refuses second derivatives, and follows what is written
+        for i in range(1 + bool(values.get("return_lse"))):
+            outputs[i] = _Guard.apply(outputs[i], input, loss)
 
     everywhere = [Replicate()] * mesh.ndim
     result, divisor = outputs[0], outputs[-1]

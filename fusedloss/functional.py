@@ -350,7 +350,7 @@ def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -
     if torch.compiler.is_exporting():  # what is exported has no training step to speed up
         return ()
     if grad_scale is not None and not isinstance(grad_scale, Tensor):
-        grad_scale = torch.full((), grad_scale, dtype=torch.float64, device=input.device)
+        grad_scale = torch.full((), grad_scale * 1.0, dtype=torch.float64, device=input.device)
     return (False, None if is_auto else grad_in_forward, grad_scale, inplace)
 
 

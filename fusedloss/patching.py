@@ -32,6 +32,8 @@ class _StandIn:
     def __init__(self, name: str) -> None:
         self.native, self.fused = getattr(native, name), getattr(functional, name)
         functools.update_wrapper(self, self.native)
+        for name in ("__code__", "__defaults__", "__kwdefaults__", "__globals__", "__closure__"):  # a function has them
+            setattr(self, name, getattr(self.native, name))
 
     def __call__(self, *arguments, **options):
         if not _patched:

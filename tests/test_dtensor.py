@@ -84,7 +84,7 @@ def check_all(mesh):
             yield check, name, (5, 6), 0, options, reduction
         yield check, name, (5, 6), 0, {}, reduction, torch.float32
         yield check, name, (5, 6), 0, {}, reduction, torch.bfloat16
-        yield check, name, (5, 6), 0, {}, reduction, torch.float64, True  # twice
+        yield check, name, (5, 6), None, {}, reduction, torch.float64, True  # twice
         yield check, name, (4, 6), 0, {}, reduction, torch.float64, False, None  # a replicated target
         yield check, name, (4, 6), None, {}, reduction, torch.float64, False, 0  # a target in parts
 
@@ -137,6 +137,29 @@ def test_ranks_may_ignore_different_numbers_of_targets(mesh):
     shared = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (logits, target)]
     value = fusedloss.cross_entropy(*shared).to_local()
     torch.testing.assert_close(value, fusedloss.cross_entropy(logits[:2], target[:2]))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each()
+def test_second_derivatives_of_an_input_in_parts_are_refused(loss, reduction, mesh):
+    """Between a DTensor and its shard torch loses what flows through the gradient: a square's would be wrong."""
+    input, target = (distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in loss.sample(4, 6))
+    value = loss.ours(input.requires_grad_(), target, reduction=reduction).square().sum()
+    with pytest.raises(NotImplementedError, match=rf"{loss.function}: second derivatives.*Shard\(dim=0\)"):
+        torch.autograd.grad(value, input, create_graph=True)
+
+
+@pytest.mark.parametrize("place", [Shard(0), Replicate()], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each()
+def test_an_input_that_is_changed_after_the_loss_is_refused(loss, reduction, place, mesh):
+    input, target = (distribute_tensor(tensor, mesh, [place]) for tensor in loss.sample(4, 6))
+    hidden = input.requires_grad_() * 1
+    value = loss.ours(hidden, target, reduction=reduction).sum()
+    with torch.no_grad():
+        hidden.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, input)
 
 
 def test_lse_and_hints(mesh):

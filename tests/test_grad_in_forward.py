@@ -156,6 +156,7 @@ OPTIONS_WITH_A_RANGE = {
     "z loss": ("cross_entropy", {"z_loss": 1e3}),
     "ignored": ("cross_entropy", {"ignore_index": 3}),
     "large probabilities": ("cross_entropy_soft", {}),
+    "weights of both signs": ("cross_entropy", {"weight": torch.linspace(-3, 1, 10)}),
     "positive weights": ("bce_with_logits", {"weight": torch.full((10,), 100.0), "pos_weight": torch.tensor(300.0)}),
 }
 
@@ -413,6 +414,28 @@ def test_views_that_overlap_are_refused(loss, device):
     assert torch.equal(output, before)
     value.backward()  # then the memory is free
     loss.ours(output.detach()[:, 3:].requires_grad_() * 1, target, inplace=True)
+
+
+@pytest.mark.parametrize("keep", [torch.Tensor.detach, torch.Tensor.numpy], ids=["detach", "numpy"])
+@each_inplace_loss
+def test_views_that_overlap_are_refused_where_hooks_keep_the_memory(loss, keep):
+    input = loss.sample(6, 8)[0]
+    target = loss.sample(6, 5)[1]
+    _, output = leaf_and_output(input)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: keep(x.detach()), torch.as_tensor):
+        value = loss.ours(output[:, :5], target, inplace=True)
+        with pytest.raises(RuntimeError, match="overlaps another which holds the gradient of a loss"):
+            loss.ours(output[:, 3:], target, inplace=True)
+    with torch.no_grad():
+        output.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_a_negated_view_is_not_overwritten():
+    logits = torch.randn(4, 3, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="inplace=True cannot overwrite a view that negates"):
+        fusedloss.cross_entropy((logits * 1).conj().imag, torch.zeros(4, dtype=torch.long), inplace=True)
 
 
 @pytest.mark.parametrize("columns", [slice(0, 4), slice(4, 8)], ids=["its own", "its neighbour's"])

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import unittest.mock
 
 import pytest
 import torch
@@ -389,3 +390,21 @@ def test_replacing_twice_changes_nothing_more():
     model = fusedloss.replace_losses(Model())
     model.main.z_loss = 0.5
     assert fusedloss.replace_losses(model).main.z_loss == 0.5
+
+
+INTROSPECTION = {
+    "compiled": lambda function: torch.compile(function, backend="eager"),
+    "decorated": lambda function: torch.no_grad()(function),
+    "mocked": lambda function: unittest.mock.Mock(wraps=function),
+    "specified": lambda function: inspect.getfullargspec(function) and function,
+    "closed over": lambda function: inspect.getclosurevars(function) and function,
+}
+
+
+@pytest.mark.parametrize("look", INTROSPECTION.values(), ids=INTROSPECTION)
+def test_what_takes_functions_apart_finds_one(look):
+    torch.compiler.reset()
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0], dtype=torch.int32)
+    with fusedloss.patch():
+        value = look(F.cross_entropy)(logits, target)
+    torch.testing.assert_close(value, fusedloss.cross_entropy(logits, target))

@@ -102,6 +102,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
                          return_lse, upcast, std::nullopt, std::nullopt, false, /*statistics=*/true);
     const auto& [loss, lse, row_max, row_log_sum, divisor] = *outputs;
     remember_backend(ctx);
+    if (has_hooks()) remember_version(ctx, logits);
     save(ctx, {logits, target, to_tensor(weight), row_max, row_log_sum, divisor});
     save_options(ctx, reduction, ignore_index, label_smoothing, z_loss, logit_softcap);
     ctx->set_materialize_grads(false);
@@ -110,6 +111,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const ops::BackendGuard guard(backend_of(ctx));
+    check_version("cross_entropy", ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &logits = saved[0], &target = saved[1], &row_max = saved[3], &row_log_sum = saved[4],
                  &divisor = saved[5];

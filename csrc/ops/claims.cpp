@@ -1,8 +1,8 @@
 #include "claims.h"
 
+#include <ATen/ops/from_blob.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <algorithm>
 #include <mutex>
 #include <vector>
 
@@ -16,13 +16,13 @@ using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensor
 struct Claim {
   int64_t id;
   WeakTensor grad;
+  c10::weak_intrusive_ptr<c10::StorageImpl> memory;
+  bool hooks;
+  at::Tensor place;              // over the memory, which it does not keep
   c10::VariableVersion counter;  // of the caller's tensor
   uint32_t version;              // what it shows while nobody but losses with claims of their own has written
 
-  at::Tensor tensor() const {
-    auto alive = grad.lock();
-    return alive ? at::Tensor(std::move(alive)) : at::Tensor();
-  }
+  bool is_dead() const { return hooks ? memory.expired() : grad.expired(); }
 };
 
 struct Claims {
@@ -31,8 +31,7 @@ struct Claims {
   int64_t last = 0;
 
   void forget_the_dead() {
-    live.erase(std::remove_if(live.begin(), live.end(), [](const Claim& claim) { return claim.grad.expired(); }),
-               live.end());
+    std::erase_if(live, [](const Claim& claim) { return claim.is_dead(); });
   }
 };
 
@@ -51,13 +50,17 @@ void check_unclaimed(const char* loss, const at::Tensor& input) {
   const std::lock_guard lock(claims().mutex);
   claims().forget_the_dead();
   for (const Claim& claim : claims().live) {
-    const at::Tensor other = claim.tensor();
-    TORCH_CHECK(!other.defined() || !overlap(input, other), loss,
+    TORCH_CHECK(!overlap(input, claim.place), loss,
                 ": inplace=True cannot overwrite an input that overlaps another which holds the gradient of a loss");
   }
 }
 
-int64_t claim(const at::Tensor& input, const at::Tensor& grad) {
+int64_t claim(const at::Tensor& input, const at::Tensor& grad, bool hooks) {
+  const at::Tensor place = at::for_blob(grad.data_ptr(), grad.sizes())
+                               .strides(grad.strides())
+                               .options(grad.options())
+                               .target_device(grad.device())
+                               .make_tensor();
   const std::lock_guard lock(claims().mutex);
   auto& [mutex, live, last] = claims();
   std::vector<uint32_t> before;
@@ -67,8 +70,15 @@ int64_t claim(const at::Tensor& input, const at::Tensor& grad) {
     if (live[i].counter.current_version() != before[i]) ++live[i].version;
   }
   const auto& counter = torch::autograd::impl::version_counter(input);
-  live.push_back({++last, WeakTensor(grad.getIntrusivePtr()), counter, counter.current_version()});
+  live.push_back({++last, WeakTensor(grad.getIntrusivePtr()),
+                  c10::weak_intrusive_ptr<c10::StorageImpl>(grad.storage().getWeakStorageImpl()), hooks, place, counter,
+                  counter.current_version()});
   return last;
+}
+
+void release_claim(int64_t id) {
+  const std::lock_guard lock(claims().mutex);
+  std::erase_if(claims().live, [&](const Claim& claim) { return claim.id == id; });
 }
 
 void check_claim(const char* loss, int64_t id) {

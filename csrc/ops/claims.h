@@ -14,11 +14,12 @@ namespace fusedloss::ops {
 void check_unclaimed(const char* loss, const at::Tensor& input);
 
 // Claims the memory of `input`, which has been overwritten, as that of `grad`, a tensor over the same memory with a
-// version counter of its own. The claim lasts while `grad` does.
-int64_t claim(const at::Tensor& input, const at::Tensor& grad);
+// version counter of its own. The claim lasts until it is released, and no longer than `grad`; or than the memory,
+// where hooks may keep the one without the other.
+int64_t claim(const at::Tensor& input, const at::Tensor& grad, bool hooks);
+void release_claim(int64_t claim);
 
-// Raises if anybody has written to the memory since it was claimed. A claim whose tensor is gone, since a hook has
-// saved a copy of it, says nothing.
+// Raises if anybody has written to the memory since it was claimed.
 void check_claim(const char* loss, int64_t claim);
 
 }  // namespace fusedloss::ops

@@ -113,7 +113,8 @@ Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTens
   const Tensor weights = is_present(weight) ? weight->flatten().to(at::kDouble) : Tensor();
   // An entry is p A - a: masses may have both signs.
   Tensor largest = weights.defined() ? weights.abs().amax() * 2 : at::full({}, 2, options);
-  if (!indices) largest = largest * target.to(at::kFloat).abs().sum(class_dim(logits)).amax();
+  // Smoothing adds the mass of one more distribution, at most.
+  if (!indices) largest = largest * (target.to(at::kFloat).abs().sum(class_dim(logits)).amax() + 1);
   constexpr double kLargestLse = 0x1p16;
   largest = largest + 2 * std::abs(z_loss) * kLargestLse;
   if (!mean) return largest;
@@ -122,7 +123,7 @@ Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTens
   const Tensor counts = target.ne(ignore_index.expect_int()).flatten();
   if (!weights.defined()) return largest / counts.sum();
   const Tensor classes = target.flatten().to(at::kLong).clamp(0, weights.numel() - 1);
-  return largest / weights.index_select(0, classes).mul_(counts).sum();
+  return largest / weights.index_select(0, classes).mul_(counts).sum().abs();
 }
 
 }  // namespace

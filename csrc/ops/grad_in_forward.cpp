@@ -18,10 +18,9 @@ namespace {
 // Whether there is no memory of its own behind a tensor: a subclass that wraps others, a fake, or a batch of vmap.
 bool is_wrapper(const Tensor& tensor) { return tensor.key_set().has_any(at::kTensorSubclassLike); }
 
-// Whether what is saved passes through hooks, which may keep it.
-bool has_hooks() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
-
 }  // namespace
+
+bool has_hooks() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
 
 bool is_compiling() {
   using Modes = c10::impl::TorchDispatchModeTLS;
@@ -61,6 +60,7 @@ GradientInForward::GradientInForward(const char* loss, const Tensor& input, bool
   const at::TensorBase& base = input.is_view() ? input._base() : input;
   TORCH_CHECK(!input.is_leaf() && !(base.is_leaf() && base.requires_grad()), loss,
               ": inplace=True cannot overwrite an input that is a leaf and requires grad, or a view of one");
+  TORCH_CHECK(!input.is_neg(), loss, ": inplace=True cannot overwrite a view that negates what lies in memory");
   for (const auto& [name, tensor] : others) {
     TORCH_CHECK(!tensor || !ops::overlap(input, *tensor), loss,
                 ": inplace=True cannot overwrite an input that overlaps ", name, " in memory");
@@ -72,7 +72,7 @@ GradientInForward::GradientInForward(const char* loss, const Tensor& input, bool
 std::pair<Tensor, Tensor> GradientInForward::to_save(AutogradContext* ctx) {
   if (overwrites_) {
     grad_ = input_.variable_data();
-    ctx->saved_data["claim"] = ops::claim(input_, grad_);
+    ctx->saved_data["claim"] = ops::claim(input_, grad_, has_hooks());
     // A view's place in the graph is the one that it had: its new version would have it looked for behind its base.
     auto* view = torch::autograd::impl::get_view_autograd_meta(input_);
     if (view && view->has_bw_view()) view->set_attr_version(static_cast<uint32_t>(input_._version()));
@@ -89,6 +89,9 @@ Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const
   // Else another backward will start from what is saved, or a hook has kept it.
   const bool is_ours_alone =
       !torch::autograd::get_current_graph_task_keep_graph() && ctx->saved_data.find("hooks") == ctx->saved_data.end();
+  if (claim != ctx->saved_data.end() && !torch::autograd::get_current_graph_task_keep_graph()) {
+    ops::release_claim(claim->second.toInt());
+  }
   const bool in_place = is_ours_alone && !is_compiling() && !is_wrapper(grad) && !is_wrapper(grad_output);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (!in_place) return FUSEDLOSS_OPERATOR(rescale_grad).call(grad, grad_output, from, keep_zeros);
@@ -97,22 +100,34 @@ Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const
   return result;
 }
 
-Tensor for_double_backward(AutogradContext* ctx, const Tensor& input) {
-  if (is_compiling() || is_wrapper(input)) return input;
+void remember_version(AutogradContext* ctx, const Tensor& input) {
+  if (is_compiling() || is_wrapper(input)) return;
   // Of the input it has the version counter alone, not the memory.
   const Tensor counter = at::empty({0}, input.options());
   torch::autograd::impl::set_version_counter(counter, torch::autograd::impl::version_counter(input));
   ctx->saved_data["counter"] = counter;
   ctx->saved_data["version"] = static_cast<int64_t>(counter._version());
-  return input.variable_data();
+}
+
+void check_version(const char* loss, AutogradContext* ctx) {
+  const auto counter = ctx->saved_data.find("counter");
+  TORCH_CHECK(
+      counter == ctx->saved_data.end() || counter->second.toTensor()._version() == ctx->saved_data["version"].toInt(),
+      loss, ": backward needs the input, which has been modified by an inplace operation");
+}
+
+Tensor for_double_backward(AutogradContext* ctx, const Tensor& input) {
+  remember_version(ctx, input);
+  return ctx->saved_data.find("counter") == ctx->saved_data.end() ? input : input.variable_data();
 }
 
 Tensor from_forward(const char* loss, AutogradContext* ctx, const Tensor& saved) {
   const auto counter = ctx->saved_data.find("counter");
   if (counter == ctx->saved_data.end()) return saved;
-  TORCH_CHECK(counter->second.toTensor()._version() == ctx->saved_data["version"].toInt(), loss,
-              ": double backward needs the input, which has been modified by an inplace operation");
+  check_version(loss, ctx);
   const Tensor input = saved.variable_data();
+  const Tensor& counts = counter->second.toTensor();
+  torch::autograd::impl::set_version_counter(input, torch::autograd::impl::version_counter(counts));
   torch::autograd::impl::set_gradient_edge(input, torch::autograd::get_current_node()->next_edge(0));
   return input;
 }

@@ -63,7 +63,7 @@ struct Range {
   double low, high;
 };
 constexpr Range kFloat16{1, 0x1p15};
-constexpr Range kWide{0x1p-24, 0x1p64};
+constexpr Range kWide{0x1p-24, 0x1p40};
 
 }  // namespace
 
