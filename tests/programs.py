@@ -561,6 +561,8 @@ REFUSALS = [
     (r"(more than one element of the written-to|refer to a single memory)", lambda p: has(p, inplace=True)),
     (r"that inplace=True has overwritten", lambda p: has(p, inplace=True) and has(p, create_graph=True)),
     (r"grad_in_forward=True needs reduction", lambda p: has(p, grad_in_forward=True)),
+    # The compiler's own: which buffers a graph gives away depends on what its operators save.
+    (r"compiled with non-empty donated buffers", lambda p: has(p, "compile")),
     (r"grad_scale must be", lambda p: has(p, grad_scale=True) or has(p, grad_scale_tensor=True)),
 ]
 # Units in the last place of the coarsest type that are luck. In float64 the truth is native's own.
