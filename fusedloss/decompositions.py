@@ -18,7 +18,6 @@ from torch.export import exported_program
 from fusedloss import double_backward, reference
 from fusedloss.backend import NAMESPACES
 
-_REDUCTIONS = ("none", "mean", "sum")
 _AUTOGRAD_KEYS = [
     getattr(torch._C.DispatchKey, f"Autograd{kind}") for kind in ("Functionality", "Other", "NestedTensor")
 ]
@@ -77,7 +76,13 @@ def cross_entropy(
     input, probabilities, class_weight = _upcast(upcast, logits, target, weight)
     options = {"z_loss": z_loss, "logit_softcap": logit_softcap or None, "return_lse": True}
     loss, lse = reference.cross_entropy(
-        input, probabilities, class_weight, ignore_index, _REDUCTIONS[reduction], label_smoothing, **options
+        input,
+        probabilities,
+        class_weight,
+        ignore_index,
+        double_backward.REDUCTIONS[reduction],
+        label_smoothing,
+        **options,
     )
     if not statistics:
         return loss, lse if return_lse else None, None, None, None
@@ -90,7 +95,7 @@ def cross_entropy(
 
 def nll(log_probs, target, weight, reduction, ignore_index, upcast=False):
     input, class_weight = _upcast(upcast, log_probs, weight)
-    loss = reference.nll_loss(input, target, class_weight, ignore_index, _REDUCTIONS[reduction])
+    loss = reference.nll_loss(input, target, class_weight, ignore_index, double_backward.REDUCTIONS[reduction])
     indices = target.long().reshape(log_probs.select(0 if log_probs.dim() == 1 else 1, 0).shape)
     return loss, reference.counts(indices, weight, ignore_index, log_probs)[1].sum()
 
@@ -105,7 +110,7 @@ def _elementwise(name, loss):
         upcast = values.get("upcast", False)
         given = {name: value for name, value in values.items() if name not in _OF_TRAINING}
         given |= {name: _upcast(upcast, x)[0] for name, x in given.items() if isinstance(x, torch.Tensor)}
-        (result,) = loss(**{**given, "reduction": _REDUCTIONS[given["reduction"]]})
+        (result,) = loss(**{**given, "reduction": double_backward.REDUCTIONS[given["reduction"]]})
         return result, _counted(values["target"], values["ignore_index"])
 
     return decomposition
@@ -150,7 +155,11 @@ def _backward(name, loss):
         upcast = values["grad_loss"].dtype == torch.float32
 
         def outputs(*primals):
-            given = {**values, **dict(zip(wanted, primals, strict=True)), "reduction": _REDUCTIONS[values["reduction"]]}
+            given = {
+                **values,
+                **dict(zip(wanted, primals, strict=True)),
+                "reduction": double_backward.REDUCTIONS[values["reduction"]],
+            }
             given = {name: _upcast(upcast, given[name])[0] if name in tensors else given[name] for name in of_the_loss}
             return loss(**given)
 

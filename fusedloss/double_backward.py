@@ -14,7 +14,7 @@ import torch
 from fusedloss import reference
 from fusedloss.backend import NAMESPACES
 
-_REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = ("none", "mean", "sum")
 
 
 # Each takes the arguments of its operator that are the loss's own, and returns its differentiable outputs.
@@ -93,7 +93,7 @@ def _first_derivatives(loss, values, of_the_loss, wanted):
     # A float32 loss of half precision is autocast's, where native casts every operand first.
     upcast = values["grad_loss"].dtype == torch.float32
     arguments = {name: _to_float32(values[name]) if upcast else values[name] for name in of_the_loss}
-    arguments["reduction"] = _REDUCTIONS[arguments["reduction"]]
+    arguments["reduction"] = REDUCTIONS[arguments["reduction"]]
     flows = [values.get(name) for name in FLOWS]
     return differentiate(loss(**arguments), [values[name] for name in wanted], flows, create_graph=True)
 

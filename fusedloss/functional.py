@@ -22,7 +22,7 @@ from fusedloss.arguments import as_finite, as_float, as_int, check_bool, check_t
 from fusedloss.backend import operators
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_NAMES = ("none", "mean", "sum")
+_NAMES = tuple(_REDUCTIONS)
 
 
 def cross_entropy(
