@@ -1,0 +1,257 @@
+"""What the hot loops of the CUDA kernels cost in machine code, beside what a table in the repository allows.
+
+Two numbers of each loop: the instructions that a thread executes for one logit (or element), and the loads of 16 bytes
+that it has in flight before it waits for one. They need no GPU, and they are no measurement: the time that follows from
+them is a prediction. How a loop is found and what counts is in sass.py.
+
+KERNELS says what is looked at, kernel_budget.json what has been found. Registers are dealt out, and instructions
+ordered, by the compiler: the numbers are of one version of nvcc, and another's are printed but not judged.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sass
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = Path(__file__).with_suffix(".json")
+README = ROOT / "csrc/kernels/cuda/README.md"
+
+
+# --- What a GPU has time for ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    multiprocessors: int
+    lanes: int  # of a multiprocessor: threads whose instruction it starts in a cycle
+    hertz: float
+    bytes_per_second: float  # of a copy
+
+    def instructions_per_byte(self) -> float:
+        """Of threads, in the time in which a byte moves. Real code starts 65 to 85 % of them."""
+        return self.multiprocessors * self.lanes * self.hertz / self.bytes_per_second
+
+
+GPUS = {"H100": Gpu(132, 4 * 32, 1.85e9, 3.0e12), "H200": Gpu(132, 4 * 32, 1.85e9, 4.3e12)}
+
+
+# --- What is looked at ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hot:
+    """A hot loop.
+
+    stream: copy, read, write or fill, a loop over packets (sass.Code.streams). Or a loop over more than those: `row`
+    and `item` go round all of them and leave them out, `element` takes single elements.
+    """
+
+    stream: str
+    logits: int = 0  # of an iteration; 0: as many as are in the packets that it moves
+    work: str = ""  # of row and element: what its path has the most of
+    through: str = ""  # of a loop over packets: an instruction on its path
+
+
+@dataclass(frozen=True)
+class Kernel:
+    kernel: str
+    dtype: str
+    code: str  # its demangled name, up to the arguments
+    file: str
+    bytes: int  # of a logit that are read and written
+    loops: tuple[Hot, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}, {self.dtype}"
+
+
+READ, WRITE, COPY, FILL = Hot("read"), Hot("write"), Hot("copy"), Hot("fill")
+# A long row's target is looked at before its packets are copied; here in int64.
+COPY_UNLESS_IGNORED = Hot("copy", through=r"LDG\.E\.64")
+# Each entry of a lane is read from shared memory, takes part in the maximum, has its exponentials and is written back.
+# The target's is read once more.
+ENTRIES = r"(LDS|STS)(\.U16)?$|FMNMX|MUFU\.EX2"
+IMAGE_CLASSES = 19  # which share what is done once for a position
+FORWARD, STEP, BACKWARD = (f"(fusedloss::Pass){number}" for number in range(3))
+
+
+def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
+    width = 16 // size
+    ce, rows, tiles, columns, bce = (
+        f"cross_entropy_{dtype}",
+        f"cross_entropy_rows<{t}, false, ",
+        f"cross_entropy_tiles<{t}, false, ",
+        f"cross_entropy_columns<{t}, false, ",
+        f"elementwise<fusedloss::math::BceWithLogits, {t}, ",
+    )
+    row, short_row = Hot("row", 32, ENTRIES), Hot("row", 16, ENTRIES)
+    item = Hot("item", IMAGE_CLASSES * width)
+    element = Hot("element", 1, "LDG|STG")
+    read, read_write = size, 2 * size
+    found = [
+        ("rows, forward", f"{rows}{FORWARD}, false>", ce, read, [READ]),
+        ("rows, forward with gradient", f"{rows}{STEP}, false>", ce, read_write, [READ, WRITE]),
+        ("rows, backward", f"{rows}{BACKWARD}, false>", ce, read_write, [WRITE]),
+        ("tiles, 32 a lane, forward", f"{tiles}{FORWARD}, 32>", ce, read, [COPY_UNLESS_IGNORED, row]),
+        (
+            "tiles, 32 a lane, forward with gradient",
+            f"{tiles}{STEP}, 32>",
+            ce,
+            read_write,
+            [COPY_UNLESS_IGNORED, row, WRITE],
+        ),
+        ("tiles, 16 a lane, forward", f"{tiles}{FORWARD}, 16>", ce, read, [COPY, short_row]),
+        ("tiles, 16 a lane, forward with gradient", f"{tiles}{STEP}, 16>", ce, read_write, [COPY, short_row, WRITE]),
+        (f"columns, {IMAGE_CLASSES} classes, forward", f"{columns}{FORWARD}, {width}>", ce, read, [READ, item]),
+        (
+            f"columns, {IMAGE_CLASSES} classes, forward with gradient",
+            f"{columns}{STEP}, {width}>",
+            ce,
+            read_write,
+            [COPY, READ, WRITE, item],
+        ),
+        ("BCE with logits, forward with gradient", f"{bce}true, {STEP}>", "bce_with_logits", 3 * size, [WRITE]),
+        (
+            "BCE with logits, general, forward with gradient",
+            f"{bce}false, {STEP}>",
+            "bce_with_logits",
+            3 * size,
+            [element],
+        ),
+        ("nll, backward", f"nll_backward<{t}>", "nll", size, [FILL]),
+        ("rescaled gradient", f"rescale_gradient<{t}>", "rescale", read_write, [WRITE]),
+    ]
+    return [Kernel(name, dtype, code, file, moved, tuple(loops)) for name, code, file, moved, loops in found]
+
+
+KERNELS = {k.name: k for k in [*kernels("bfloat16", "__nv_bfloat16", 2), *kernels("float32", "float", 4)]}
+
+
+# --- Counting ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    instructions: float  # of a thread, for a logit
+    in_flight: int | None  # loads of 16 bytes
+
+
+Costs = dict[str, dict[str, Cost]]  # by kernel and loop
+
+
+def cost_of(hot: Hot, code: sass.Code, dtype_bytes: int) -> Cost:
+    if hot.stream in ("row", "item"):
+        inside = code.streams["copy" if hot.stream == "row" else "read"]
+        path = code.around_path(code.around(inside), hot.work)
+    elif hot.stream == "element":
+        path = code.around_path(code.elements, hot.work)
+    elif hot.stream in code.streams:
+        path = code.fast_path(code.streams[hot.stream], hot.through)
+    else:
+        raise sass.Unreadable(f"no loop that would {hot.stream} packets")
+    logits = hot.logits or sass.packets(path) * 16 // dtype_bytes
+    return Cost(round(code.cost(path) / logits, 2), sass.in_flight(path))
+
+
+def measure(cuobjdump: str, objects: Path, names: Callable[[list[str]], dict[str, str]]) -> tuple[Costs, list[str]]:
+    """What the objects in a folder cost, and what could not be found in them. `names`: demangles."""
+    costs: Costs = {}
+    missing: list[str] = []
+    for file in dict.fromkeys(kernel.file for kernel in KERNELS.values()):
+        if not (objects / f"{file}.o").exists():
+            missing.append(f"{file}.o in {objects}")
+            continue
+        functions = sass.disassemble(cuobjdump, objects / f"{file}.o")
+        shown = names(list(functions))
+        for kernel in (kernel for kernel in KERNELS.values() if kernel.file == file):
+            code = next((code for name, code in functions.items() if kernel.code in shown[name]), None)
+            if code is None:
+                missing.append(f"{kernel.name}: no kernel {kernel.code} in {file}.o")
+                continue
+            try:
+                control_flow = sass.Code(code)
+                size = 2 if kernel.dtype == "bfloat16" else 4
+                costs[kernel.name] = {hot.stream: cost_of(hot, control_flow, size) for hot in kernel.loops}
+            except sass.Unreadable as problem:
+                missing.append(f"{kernel.name}: {problem}")
+    return {name: costs[name] for name in KERNELS if name in costs}, missing
+
+
+# --- The table -----------------------------------------------------------------------------------------------------
+
+
+def load(path: Path = TABLE) -> tuple[str, Costs]:
+    """The version of nvcc that the table is of, and its numbers."""
+    table = json.loads(path.read_text())
+    return table["nvcc"], {
+        name: {loop: Cost(**cost) for loop, cost in loops.items()} for name, loops in table["kernels"].items()
+    }
+
+
+def save(nvcc: str, costs: Costs, path: Path = TABLE) -> None:
+    table = {"nvcc": nvcc, "kernels": {k: {loop: vars(c) for loop, c in loops.items()} for k, loops in costs.items()}}
+    text = json.dumps(table, indent=2)
+    path.write_text(re.sub(r"\{\s+(\"instructions\": [^\n]+)\s+([^\n]+)\s+\}", r"{\1 \2}", text) + "\n")
+
+
+def compare(found: Costs, allowed: Costs) -> tuple[list[str], list[str]]:
+    """What is worse than allowed, and what is better."""
+    worse: list[str] = []
+    better: list[str] = []
+    for kernel in dict.fromkeys([*allowed, *found]):
+        loops = dict.fromkeys([*allowed.get(kernel, {}), *found.get(kernel, {})])
+        for loop in loops:
+            now, before = found.get(kernel, {}).get(loop), allowed.get(kernel, {}).get(loop)
+            what = f"{kernel}: {loop}:"
+            if now is None:
+                worse.append(f"{what} is in the table, and was not found")
+            elif before is None:
+                worse.append(f"{what} is not in the table")
+            else:
+                if now.instructions != before.instructions:
+                    change = f"{what} {now.instructions} instructions a logit, the table has {before.instructions}"
+                    (worse if now.instructions > before.instructions else better).append(change)
+                if now.in_flight != before.in_flight:
+                    change = f"{what} {now.in_flight} loads in flight, the table has {before.in_flight}"
+                    # Without a number nothing waits: the best there is.
+                    is_less = before.in_flight is None or (now.in_flight or math.inf) < before.in_flight
+                    (worse if is_less else better).append(change)
+    return worse, better
+
+
+# --- The documents -------------------------------------------------------------------------------------------------
+
+
+def markdown(costs: Costs) -> str:
+    """The README's rows."""
+    lines = [
+        f"| kernel | dtype | instructions a logit | sum | copy leaves time for: {' / '.join(GPUS)} | in flight |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, loops in costs.items():
+        kernel = KERNELS[name]
+        each = ", ".join(f"{loop} {cost.instructions:.1f}" for loop, cost in loops.items())
+        total = sum(cost.instructions for cost in loops.values())
+        room = " / ".join(f"{gpu.instructions_per_byte() * kernel.bytes:.1f}" for gpu in GPUS.values())
+        flights = [f"{loop} {cost.in_flight}" for loop, cost in loops.items() if cost.in_flight]
+        lines.append(
+            f"| {kernel.kernel} | {kernel.dtype} | {each} | {total:.1f} | {room} | {', '.join(flights) or '-'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def is_current(readme: str, costs: Costs) -> bool:
+    return between(readme, markdown(costs)) == readme
+
+
+def between(readme: str, rows: str) -> str:
+    """The README with other rows between its marks."""
+    begin, end = "<!-- kernel budget -->\n", "<!-- /kernel budget -->\n"
+    before, _, rest = readme.partition(begin)
+    return f"{before}{begin}{rows}{end}{rest.partition(end)[2]}"
