@@ -1,10 +1,15 @@
 // The Python module fusedloss._C. Importing it registers the operators (csrc/register.cpp); all it exports itself is
-// what this build was made of, and where Python leaves the Triton kernels. Operators are never called through pybind11:
-// torch.compile could not see them.
+// what this build was made of, where Python leaves the Triton kernels, and what its tests ask the CUDA launcher.
+// Operators are never called through pybind11: torch.compile could not see them.
 
 #include <fusedloss_build_info.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+
+#include "ops/class_borders.h"
 #include "triton.h"
 
 namespace {
@@ -32,9 +37,27 @@ py::dict build_info() {
                   "cuda"_a = FUSEDLOSS_CUDA_ARCHS);
 }
 
+template <class Enum, std::size_t kCount>
+Enum named(const std::array<const char*, kCount>& names, const std::string& name) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found == names.end()) throw py::value_error("there is no " + name);
+  return static_cast<Enum>(found - names.begin());
+}
+
+std::vector<std::int64_t> cuda_class_borders(const std::string& dtype, const std::string& pass, bool columns,
+                                             bool general, std::int64_t positions, std::int64_t most) {
+  using namespace fusedloss;
+  constexpr std::array kDtypes{"float32", "float64", "bfloat16", "float16"};
+  constexpr std::array kPasses{"forward", "forward_with_gradient", "backward"};
+  return ops::cuda_class_borders(
+      {named<Dtype>(kDtypes, dtype), named<Pass>(kPasses, pass), columns, general, positions}, most);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("install_triton", &fusedloss::install_triton);
+  m.def("cuda_class_borders", &cuda_class_borders, py::kw_only(), py::arg("dtype"), py::arg("pass_"),
+        py::arg("columns"), py::arg("general"), py::arg("positions"), py::arg("most"));
 }

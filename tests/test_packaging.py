@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from conftest import missing_cuda
 
 import fusedloss
 
@@ -47,6 +48,18 @@ def test_a_cuda_switch_that_cannot_be_obeyed_stops_the_build(wish, monkeypatch):
         pytest.skip("the default place of the CUDA toolkit cannot be hidden")
     assert built.returncode != 0
     assert "FUSEDLOSS_CUDA" in built.stderr
+
+
+def test_what_the_cuda_launcher_is_asked_names_what_is_missing():
+    problem = {"dtype": "bfloat16", "pass_": "forward", "columns": False, "general": False, "positions": 2}
+    for name, wrong in {"dtype": "int8", "pass_": "backwards"}.items():
+        with pytest.raises(ValueError, match=f"there is no {wrong}"):
+            fusedloss._C.cuda_class_borders(**problem | {name: wrong}, most=9)
+    if missing_cuda() is None:
+        assert 1025 in fusedloss._C.cuda_class_borders(**problem, most=2000)  # the first number of classes of long rows
+    else:
+        with pytest.raises(RuntimeError, match=r"cudaGetDeviceCount|without CUDA kernels"):
+            fusedloss._C.cuda_class_borders(**problem, most=9)
 
 
 def test_build_info():

@@ -10,6 +10,9 @@ bool runs_on_cuda(const at::Tensor& tensor) { return !tensor.is_cpu(); }
 
 const cuda::Kernels& cuda_kernels() { return cuda::kKernels; }
 void cuda_rescale(const cuda::RescaleArgs& args, void* stream) { cuda::rescale(args, stream); }
+std::vector<int64_t> cuda_class_borders(const cuda::ClassProblem& problem, int64_t most) {
+  return cuda::class_borders(problem, most);
+}
 
 #else
 
@@ -17,6 +20,10 @@ const cuda::Kernels& cuda_kernels() {
   TORCH_CHECK_NOT_IMPLEMENTED(false, "fusedloss is built without CUDA kernels; build it with FUSEDLOSS_CUDA=1");
 }
 void cuda_rescale(const cuda::RescaleArgs&, void*) { cuda_kernels(); }
+std::vector<int64_t> cuda_class_borders(const cuda::ClassProblem&, int64_t) {
+  cuda_kernels();
+  return {};
+}
 
 #endif
 

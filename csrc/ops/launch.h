@@ -15,6 +15,7 @@
 #include "../kernels/cuda/cuda.h"
 #include "backend.h"
 #include "checks.h"
+#include "class_borders.h"
 #include "losses.h"
 
 namespace fusedloss::ops {

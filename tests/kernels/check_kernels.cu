@@ -1,10 +1,24 @@
 // The CUDA kernels against the CPU kernels and against the formulas written out in double precision, on raw pointers.
 // Every loss, element type, traversal and pass, at sizes at which some packet, slice, tile, ticket or tail is ragged.
 //
-// As a program it runs all of the cases and exits with their verdict, or with 77 where there is no device. An emulator
-// of CUDA calls the functions with C linkage instead, some of the cases each time.
+//     check_kernels [--small] [dtype...]
+//
+// runs the cases of these element types, or of all; --small those few and small ones that a checker of every access has
+// time for. It exits with 0 where all are right, 1 where one is not, 2 where it does not understand, and 77 where there
+// is no device. An emulator of CUDA calls the functions with C linkage instead, some of the cases each time.
 
+#include <set>
+#include <string_view>
+
+#include "kernels/cuda/device.h"
 #include "measure.h"
+
+#if defined(__CUDA_EMU__)
+extern "C" const char* emu_report();  // of the emulator: what it has found since the last call
+inline void forget_report() { emu_report(); }
+#else
+inline void forget_report() {}
+#endif
 
 namespace {
 
@@ -107,7 +121,7 @@ void small_cross_entropy(const CpuReference& cpu, Dtype dtype) {
                  (wide                      ? 2
                   : dtype == Dtype::float32 ? 4
                                             : 8) *
-                     1030},
+                     1060},
        .layout = Layout::columns,
        .dtype = dtype},
   };
@@ -278,6 +292,147 @@ void check_rescaling(Dtype dtype, bool full) {
   }
 }
 
+// --- The launcher's borders ---
+
+// With two multiprocessors a few rows are many: each takes its place in a grid that has no block for each of them.
+struct Pretence {
+  const char* name;
+  fusedloss::cuda::Device device;
+};
+
+std::vector<Pretence> pretences() {
+  const fusedloss::cuda::Device small{.multiprocessors = 2,
+                                      .dynamic_shared = (227 << 10) - fusedloss::cuda::kStaticSharedBytes,
+                                      .shared_per_multiprocessor = 228 << 10,
+                                      .largest_cluster = fusedloss::cuda::kLargestCluster};
+  fusedloss::cuda::Device narrow = small, crowded = small;
+  narrow.dynamic_shared = (99 << 10) - fusedloss::cuda::kStaticSharedBytes;
+  narrow.shared_per_multiprocessor = 100 << 10;
+  narrow.largest_cluster = 1;
+  crowded.largest_cluster = 2;
+  return {{"as compute capability 9.0", small},
+          {"99 KB of shared memory, no clusters", narrow},
+          {"no place for more than two blocks of a cluster", crowded}};
+}
+
+// Each border, one class less and one more, for any of the passes.
+std::set<std::int64_t> counts_at_borders(fusedloss::cuda::ClassProblem problem, std::int64_t most) {
+  std::set<std::int64_t> counts;
+  for (const Pass pass : {Pass::forward, Pass::forward_with_gradient, Pass::backward}) {
+    problem.pass = pass;
+    for (const std::int64_t border : fusedloss::cuda::class_borders(problem, most)) {
+      // A border is the first of its kind: the last of the other is one below.
+      counts.insert({border - 1, border, border + 1});
+    }
+  }
+  return counts;
+}
+
+struct Traversed {
+  bool columns;
+  bool general;
+  std::int64_t positions;
+};
+
+void check_borders(const CpuReference& cpu, Dtype dtype, const Pretence& pretence, std::int64_t most,
+                   const std::vector<Traversed>& traversals) {
+  // The real one's limit stands: a narrow device cannot pretend to be a wide one.
+  if (pretence.device.dynamic_shared > fusedloss::cuda::current_device().dynamic_shared) return;
+  const fusedloss::cuda::PretendedDevice pretended(pretence.device);
+  int turn = 0, counted = 0;
+  for (const auto& [columns, general, positions] : traversals) {
+    if (dtype == Dtype::float64 && !general) continue;  // it has the general kernels alone
+    const auto counts =
+        counts_at_borders({.dtype = dtype, .columns = columns, .general = general, .positions = positions}, most);
+    for (const std::int64_t classes : counts) {
+      const ClassOptions& options = general ? kGeneral[turn++ % 4] : kPlain[turn++ % std::size(kPlain)];
+      const Layout layout = columns ? Layout::columns : Layout::rows;
+      check_cross_entropy(cpu, {.shape = {1, classes, positions}, .layout = layout, .dtype = dtype}, options);
+    }
+    counted += int(counts.size());
+  }
+  std::printf("%s, %s: %d numbers of classes at the launcher's borders\n", name_of(dtype), pretence.name, counted);
+}
+
+void check_borders(const CpuReference& cpu, Dtype dtype, bool full) {
+  const auto devices = pretences();
+  const std::int64_t packets = 16 / bytes_of(dtype) * 8 * devices[0].device.multiprocessors;  // positions
+  const std::vector<Traversed> all{{false, false, 1}, {false, false, 2}, {false, true, 2},
+                                   {true, false, 9},  {true, true, 9},   {true, false, packets}};
+  // Beyond the last border of each, rows are read twice.
+  const std::int64_t most = full ? 1'000'000 * 2 / bytes_of(dtype) : 1'100;
+  check_borders(cpu, dtype, devices[0], most, {{false, false, 2}});
+  check_borders(cpu, dtype, devices[0], full ? most / 8 : most, all);
+  check_borders(cpu, dtype, devices[1], full ? most / 8 : most, all);
+  check_borders(cpu, dtype, devices[2], full ? most / 4 : most, {{false, false, 2}});
+}
+
+// Shared memory, static and dynamic together, at 48 KB: the most without opting in.
+void check_straddling(const CpuReference& cpu, Dtype dtype) {
+  const fusedloss::cuda::PretendedDevice pretended(pretences()[0].device);
+  const std::int64_t packets = 16 / bytes_of(dtype) * 8 * 2;  // positions
+  for (const std::int64_t classes : {24, 48, 95, 96}) {
+    check_cross_entropy(cpu, {.shape = {1, classes, packets}, .layout = Layout::columns, .dtype = dtype}, kPlain[3]);
+  }
+  switch (dtype) {
+    case Dtype::float32:
+      check_cross_entropy(cpu, {.shape = {1, 12100, 3}, .dtype = dtype}, kPlain[0]);
+      return check_cross_entropy(cpu, {.shape = {1, 760, 9}, .dtype = dtype}, kPlain[3]);
+    case Dtype::float64: {
+      const fusedloss::cuda::PretendedDevice narrow(pretences()[1].device);
+      return check_cross_entropy(cpu, {.shape = {1, 784, 9}, .dtype = dtype}, kPlain[0]);
+    }
+    default:
+      for (const std::int64_t classes : {24300, 49000}) {
+        check_cross_entropy(cpu, {.shape = {1, classes, 3}, .dtype = dtype}, kPlain[0]);
+      }
+  }
+}
+
+// --- Launches that fail, or follow others ---
+
+fusedloss::cuda::PlannedLaunch planned_step(const ClassShape& shape, Dtype dtype) {
+  void* const somewhere = reinterpret_cast<void*>(std::uintptr_t(1) << 20);  // a plan reads nothing
+  CrossEntropyArgs args;
+  args.shape = shape;
+  args.logits = args.grad_logits = {somewhere, dtype, 0, shape.inner, 1};
+  args.target = {{somewhere, Dtype::int64, 1}, -100};
+  args.total = {Reduction::sum, somewhere, dtype, nullptr};
+  return fusedloss::cuda::kKernels.cross_entropy.plan(args, Pass::forward_with_gradient).back();
+}
+
+void check_launches(const CpuReference& cpu, Dtype dtype) {
+  ++cases();
+  // A small launch does not lower the limit of shared memory under the feet of a large one, of another thread.
+  const ClassShape large{1, 60, 21}, small{1, 1, 21};
+  const fusedloss::cuda::PlannedLaunch planned = planned_step(large, dtype);
+  EXPECT(planned.kernel == planned_step(small, dtype).kernel, "the two shapes are of one kernel");
+  for (const ClassShape& shape : {large, small}) {
+    check_cross_entropy(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype}, kPlain[1]);
+    cudaFuncAttributes attributes{};
+    require(cudaFuncGetAttributes(&attributes, planned.kernel), "cudaFuncGetAttributes");
+    EXPECT(attributes.maxDynamicSharedSizeBytes >= int(fusedloss::cuda::current_device().dynamic_shared),
+           "after %ld classes a launch may ask for %d bytes", long(shape.classes),
+           attributes.maxDynamicSharedSizeBytes);
+  }
+  // What fails is said by an exception alone: an error left in the runtime would be found by the next to ask.
+  alignas(16) static char zeros[4096];
+  void* arguments[] = {zeros, zeros, zeros};
+  const auto fails = [&](const fusedloss::cuda::Launch& shape, std::string_view reason) {
+    std::string said;
+    try {
+      fusedloss::cuda::launch("a launch", planned.kernel, shape, nullptr, arguments);
+    } catch (const std::runtime_error& error) {
+      said = error.what();
+    }
+    EXPECT(said.find("a launch") != said.npos && said.find(reason) != said.npos, "it said: %s", said.c_str());
+    EXPECT(cudaGetLastError() == cudaSuccess, "an error is left behind");
+    forget_report();
+  };
+  fails({.threads = 2048}, "");
+  fails({.shared_bytes = 1 << 20}, "1048576 bytes of shared memory");
+}
+
 }  // namespace
 
 // part: which loss; returns the number of failed checks so far.
@@ -291,6 +446,11 @@ extern "C" std::int64_t fusedloss_check(const CpuReference* cpu, std::int64_t dt
       case 1: check_nll(*cpu, type, full != 0); break;
       case 2: check_elements(*cpu, type, full != 0); break;
       case 3: check_rescaling(type, full != 0); break;
+      case 4: check_launches(*cpu, type); break;
+      case 5:
+        check_straddling(*cpu, type);
+        check_borders(*cpu, type, full != 0);
+        break;
     }
   } catch (const std::exception& error) {
     // An error of a kernel stays with the device: nothing after it would tell anything.
@@ -309,14 +469,30 @@ extern "C" void fusedloss_measure(std::int64_t what, std::int64_t pass, std::int
 }
 
 #if !defined(__CUDA_EMU__)
-int main() {
+int main(int count, char** words) {
+  bool full = true;
+  std::vector<std::int64_t> dtypes;
+  for (int i = 1; i < count; ++i) {
+    const std::string_view word = words[i];
+    const auto found =
+        std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](Dtype d) { return name_of(d) == word; });
+    if (word == "--small") {
+      full = false;
+    } else if (found != std::end(kDtypes)) {
+      dtypes.push_back(found - std::begin(kDtypes));
+    } else {
+      std::fprintf(stderr, "check_kernels [--small] [float32] [float64] [bfloat16] [float16], not: %s\n", words[i]);
+      return 2;
+    }
+  }
+  if (dtypes.empty()) dtypes = {0, 1, 2, 3};
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("kernels: no device\n");
     return 77;
   }
-  for (std::int64_t dtype = 0; dtype < 4; ++dtype) {
-    for (std::int64_t part = 0; part < 4; ++part) fusedloss_check(fusedloss_cpu_reference(), dtype, part, 1);
+  for (const std::int64_t dtype : dtypes) {
+    for (std::int64_t part = 0; part < 6; ++part) fusedloss_check(fusedloss_cpu_reference(), dtype, part, full);
     std::printf("%s: done\n", name_of(kDtypes[dtype]));
   }
   std::printf("kernels: %d cases, %d failed checks\n", cases(), failures());

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 SIZES = [4, 8, 2, 2]
-CROSS_ENTROPY, NLL, ELEMENTS, RESCALE = range(4)  # the parts of check_kernels.cu
+CROSS_ENTROPY, NLL, ELEMENTS, RESCALE, LAUNCHES, BORDERS = range(6)  # the parts of check_kernels.cu
 FORWARD, FORWARD_WITH_GRADIENT, BACKWARD = range(3)
 PASSES = ["forward", "forward_with_gradient", "backward"]
 
@@ -122,7 +122,7 @@ def worker(emulator, args):
     if args.check:
         orders += [("reverse", 0)] + [("random", seed) for seed in range(args.seeds)]
     for dtype in args.dtypes:
-        for part in (RESCALE, NLL, ELEMENTS, CROSS_ENTROPY):
+        for part in (LAUNCHES, RESCALE, NLL, ELEMENTS, CROSS_ENTROPY, BORDERS):
             cases += work.run(args.check, orders, dtype, part)
     print(cases, work.launches, work.failures, flush=True)
 
@@ -140,7 +140,7 @@ def byte_cases():
     yield "rows, one block", rows, (4224, 6144), 160, True
     yield "rows, slices", rows, (28800, 30400), 2, False
     yield "columns", columns, (19, 27), 64, False
-    yield "columns, packets", columns, (5, 7), 8192, False
+    yield "columns, packets", columns, (5, 7), 8448, False
 
 
 def check_bytes(emulator):

@@ -31,7 +31,7 @@ void launch(const Args& args, Pass pass, void* workspace, void* stream) {
 
 template <class Args, cuda::Loss<Args> cuda::Kernels::* kLoss>
 cuda::Loss<Args> watched() {
-  return {(cuda::kKernels.*kLoss).workspace_bytes, launch<Args, kLoss>};
+  return {(cuda::kKernels.*kLoss).workspace_bytes, launch<Args, kLoss>, (cuda::kKernels.*kLoss).plan};
 }
 
 }  // namespace
@@ -51,6 +51,10 @@ const cuda::Kernels& cuda_kernels() {
 void cuda_rescale(const cuda::RescaleArgs& args, void* stream) {
   cuda::rescale(args, stream);
   raise_what_was_found();
+}
+
+std::vector<int64_t> cuda_class_borders(const cuda::ClassProblem& problem, int64_t most) {
+  return cuda::class_borders(problem, most);
 }
 
 void* current_stream(at::Device) { return nullptr; }

@@ -4,30 +4,39 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
+
+#include "cuda.h"
 
 namespace fusedloss::cuda {
 
 class Arena {
  public:
-  Arena() = default;
-  explicit Arena(void* base) : base_(static_cast<char*>(base)), is_measured_(false) {}
+  // Measures. What would be launched goes into `plan`, if it is given.
+  explicit Arena(std::vector<PlannedLaunch>* plan = nullptr) : base_(kAlignment), is_measured_(true), plan_(plan) {}
+  explicit Arena(void* base) : base_(reinterpret_cast<std::uintptr_t>(base)), is_measured_(false) {}
 
-  // Null while nothing is but measured.
+  // While it only measures, addresses where nothing is; never null, so that a plan cannot depend on that.
   template <class Value>
   Value* take(std::int64_t count) {
-    constexpr std::size_t kAlignment = 16;
     used_ = (used_ + kAlignment - 1) / kAlignment * kAlignment;
-    void* place = base_ ? base_ + used_ : nullptr;
+    const std::uintptr_t place = base_ + used_;
     used_ += static_cast<std::size_t>(count) * sizeof(Value);
-    return static_cast<Value*>(place);
+    return reinterpret_cast<Value*>(place);
   }
 
   bool is_measured() const { return is_measured_; }
   std::size_t used() const { return used_; }
 
+  void note(const PlannedLaunch& launch) {
+    if (plan_) plan_->push_back(launch);
+  }
+
  private:
-  char* base_ = nullptr;
-  bool is_measured_ = true;
+  static constexpr std::size_t kAlignment = 16;
+  std::uintptr_t base_;
+  bool is_measured_;
+  std::vector<PlannedLaunch>* plan_ = nullptr;
   std::size_t used_ = 0;
 };
 

@@ -21,14 +21,9 @@ __global__ void __launch_bounds__(256)
   finish(grid, total, blockIdx.x, sums);
 }
 
-// How many blocks of so many threads and so much shared memory a multiprocessor holds, if a thread has 64 registers.
-inline std::int64_t resident_blocks(const Device& device, int threads, std::size_t shared_bytes) {
-  constexpr int kThreads = 1024;
-  constexpr std::size_t kReserved = 2048;  // by the system, and static
-  const std::int64_t by_threads = kThreads / threads;
-  const auto by_memory = static_cast<std::int64_t>(device.shared_per_multiprocessor / (shared_bytes + kReserved));
-  return std::max<std::int64_t>(1, std::min(by_threads, by_memory));
-}
+// A traversal's kernels differ in what is compiled into them, not in what they are called with.
+template <class Plan>
+using CrossEntropyKernel = void (*)(CrossEntropyArgs, Plan, Run);
 
 template <class T>
 class CrossEntropyLauncher {
@@ -71,37 +66,31 @@ class CrossEntropyLauncher {
     const std::int64_t positions = args_.shape.positions();
     const bool needs_divisor = pass_ == Pass::forward_with_gradient && args_.total.reduction == Reduction::mean;
     if (needs_divisor && !args_.has_probabilities && positions > kCountedInline) {
-      constexpr int kThreads = 256;
-      const std::int64_t blocks =
-          std::min<std::int64_t>(ceil_div(positions, 8 * kThreads), 4 * device_.multiprocessors);
+      Launch shape{.threads = 256};
+      shape.blocks = blocks_for(ceil_div(positions, 8 * shape.threads), address_of(cross_entropy_divisor<Acc>), shape);
       double* divisor = arena_.take<double>(1);
-      const GridSums grid = grid_sums(arena_, blocks, stream_);
-      start("cross_entropy_divisor", cross_entropy_divisor<Acc>, {.blocks = blocks, .threads = kThreads}, args_, grid,
+      const GridSums grid = grid_sums(arena_, shape.blocks, stream_);
+      start(arena_, stream_, "cross_entropy_divisor", cross_entropy_divisor<Acc>, shape, 0, args_, grid,
             Total{.reduction = Reduction::mean, .divisor = divisor});
       run.divisor = divisor;
     }
     return run;
   }
 
-  template <class... Parameters>
-  void start(const char* name, void (*kernel)(Parameters...), const Launch& shape, const Parameters&... arguments) {
-    if (!arena_.is_measured()) launch(name, kernel, shape, stream_, arguments...);
-  }
-
-  // The pass and whether entries need more than their logit become constants of the kernel here.
-  template <class F>
-  void with_variant(F body) {
-    const auto with_pass = [&]<bool kGeneral>() {
+  // The kernel for this pass, and for whether entries need more than their logit: kernel<kGeneral, kPass>().
+  template <class Plan, class F>
+  CrossEntropyKernel<Plan> variant(F kernel) const {
+    const auto of_pass = [&]<bool kGeneral>() -> CrossEntropyKernel<Plan> {
       switch (pass_) {
-        case Pass::forward: return body.template operator()<kGeneral, Pass::forward>();
-        case Pass::forward_with_gradient: return body.template operator()<kGeneral, Pass::forward_with_gradient>();
-        case Pass::backward: return body.template operator()<kGeneral, Pass::backward>();
+        case Pass::forward: return kernel.template operator()<kGeneral, Pass::forward>();
+        case Pass::forward_with_gradient: return kernel.template operator()<kGeneral, Pass::forward_with_gradient>();
+        default: return kernel.template operator()<kGeneral, Pass::backward>();
       }
     };
     if constexpr (!kOnlyGeneral) {
-      if (!is_general()) return with_pass.template operator()<false>();
+      if (!is_general()) return of_pass.template operator()<false>();
     }
-    with_pass.template operator()<true>();
+    return of_pass.template operator()<true>();
   }
 
   // --- Traversals ---
@@ -110,29 +99,26 @@ class CrossEntropyLauncher {
 
   // Two tiles of a thousand float64 classes are more than some devices' blocks hold.
   bool fits_tiles() const {
-    return args_.shape.classes <= kTileClasses && tile_bytes(plan_tiles<T>(args_)) <= device_.shared_per_block;
+    return args_.shape.classes <= kTileClasses && tile_bytes(plan_tiles<T>(args_)) <= device_.dynamic_shared;
   }
 
   void tiles() {
     const TilePlan plan = plan_tiles<T>(args_);
-    Launch shape{.threads = kTileThreads, .shared_bytes = tile_bytes(plan)};
-    shape.blocks =
-        std::min(plan.tiles, device_.multiprocessors * resident_blocks(device_, shape.threads, shape.shared_bytes));
-    const Run run = prepare(shape.blocks);
-    with_variant([&]<bool kGeneral, Pass kPass>() {
-      if constexpr (!kGeneral) {  // the general code holds no entries in registers
-        if (args_.shape.classes > 16 * plan.lanes) {
-          return start("cross_entropy_tiles", cross_entropy_tiles<T, kGeneral, kPass, 32>, shape, args_, plan, run);
-        }
-      }
-      start("cross_entropy_tiles", cross_entropy_tiles<T, kGeneral, kPass, 16>, shape, args_, plan, run);
+    const auto kernel = variant<TilePlan>([&]<bool kGeneral, Pass kPass>() {
+      constexpr int kMost = kGeneral ? 16 : 32;  // the general code holds no entries in registers
+      return args_.shape.classes > 16 * plan.lanes ? cross_entropy_tiles<T, kGeneral, kPass, kMost>
+                                                   : cross_entropy_tiles<T, kGeneral, kPass, 16>;
     });
+    Launch shape{.threads = kTileThreads, .shared_bytes = tile_bytes(plan)};
+    shape.blocks = blocks_for(plan.tiles, address_of(kernel), shape);
+    const Run run = prepare(shape.blocks);
+    start(arena_, stream_, "cross_entropy_tiles", kernel, shape, 2 * plan.lanes + plan.skips, args_, plan, run);
   }
 
   void columns() {
     const std::int64_t positions = args_.shape.positions(), classes = args_.shape.classes;
     ColumnPlan plan;
-    plan.packets = !is_general() && kWidth > 1 && positions >= kWidth * kFewestPackets &&
+    plan.packets = !is_general() && kWidth > 1 && positions >= kWidth * kFewestPackets * device_.multiprocessors &&
                    args_.shape.inner % kWidth == 0 && has_packets(args_.logits) &&
                    (!args_.grad_logits.data || has_packets(args_.grad_logits));
     const int width = plan.packets ? kWidth : 1;
@@ -140,93 +126,96 @@ class CrossEntropyLauncher {
     Launch shape{.threads = kColumnThreads};
     const auto kept = [&] { return static_cast<std::size_t>(classes) * shape.threads * width * sizeof(T); };
     if (pass_ == Pass::forward_with_gradient) {
-      const std::size_t share = std::min(device_.shared_per_block, device_.shared_per_multiprocessor / 2) - 4096;
+      const std::size_t share =
+          std::min(device_.dynamic_shared, device_.shared_per_multiprocessor / 2 - kStaticSharedBytes);
       while (shape.threads > kWarp && kept() > share / 2) shape.threads /= 2;
       plan.keeps = kept() <= share;
       if (plan.keeps) shape.shared_bytes = kept();
       if (!plan.keeps) shape.threads = kColumnThreads;
     }
-    const std::int64_t most = device_.multiprocessors * resident_blocks(device_, shape.threads, shape.shared_bytes);
-    shape.blocks = std::max<std::int64_t>(1, std::min(ceil_div(plan.items, shape.threads), most));
-    const Run run = prepare(shape.blocks);
-    with_variant([&]<bool kGeneral, Pass kPass>() {
-      if constexpr (kWidth > 1 && !kGeneral) {
-        if (plan.packets) {
-          return start("cross_entropy_columns", cross_entropy_columns<T, kGeneral, kPass, kWidth>, shape, args_, plan,
-                       run);
-        }
-      }
-      start("cross_entropy_columns", cross_entropy_columns<T, kGeneral, kPass, 1>, shape, args_, plan, run);
+    const auto kernel = variant<ColumnPlan>([&]<bool kGeneral, Pass kPass>() {
+      constexpr int kPacket = kGeneral ? 1 : kWidth;
+      return plan.packets ? cross_entropy_columns<T, kGeneral, kPass, kPacket>
+                          : cross_entropy_columns<T, kGeneral, kPass, 1>;
     });
+    shape.blocks = blocks_for(ceil_div(plan.items, shape.threads), address_of(kernel), shape);
+    const Run run = prepare(shape.blocks);
+    start(arena_, stream_, "cross_entropy_columns", kernel, shape, plan.keeps, args_, plan, run);
   }
 
-  // Fewer would leave most of the device idle.
-  static constexpr std::int64_t kFewestPackets = 1024;
+  // For each multiprocessor: fewer would leave most of the device idle.
+  static constexpr std::int64_t kFewestPackets = 8;
 
   static bool has_packets(const ClassTensor& tensor) {
     return tensor.inner_stride == 1 && tensor.class_stride % kWidth == 0 && tensor.outer_stride % kWidth == 0 &&
            is_aligned(static_cast<const T*>(tensor.data));
   }
 
-  void rows() {
-    RowPlan plan;
-    Launch shape;
+  CrossEntropyKernel<RowPlan> row_kernel(bool cluster) const {
+    return variant<RowPlan>([&]<bool kGeneral, Pass kPass>() {
+      constexpr bool kCluster = kPass == Pass::forward_with_gradient;  // no other pass has such a kernel
+      return cluster ? cross_entropy_rows<T, kGeneral, kPass, kCluster> : cross_entropy_rows<T, kGeneral, kPass, false>;
+    });
+  }
+
+  // How many slices a row has. A gradient in forward wants the slices of a cluster's blocks small enough for others to
+  // fit beside them, and as few as that takes; other passes cut rows only where there are fewer than multiprocessors.
+  int preferred_slices(std::int64_t row_bytes) const {
     const std::int64_t positions = args_.shape.positions();
+    int slices = 1;
+    if (pass_ == Pass::forward_with_gradient) {
+      const bool clusters = device_.largest_cluster > 1 && is_compiled_for_clusters(address_of(row_kernel(true)));
+      const auto is_large = [&](std::int64_t bytes) {
+        return bytes > kPreferredShare || (slices * positions < device_.multiprocessors && bytes > 2 * kSmallestSlice);
+      };
+      while (clusters && slices < kLargestCluster && is_large(row_bytes / slices)) slices *= 2;
+    } else if (positions < device_.multiprocessors && !(pass_ == Pass::backward && args_.has_probabilities)) {
+      const std::int64_t most = std::max<std::int64_t>(1, row_bytes / kSmallestSlice);
+      slices = static_cast<int>(std::min(ceil_div(2 * device_.multiprocessors, positions), most));
+    }
+    return slices;
+  }
+
+  void rows() {
+    const std::int64_t positions = args_.shape.positions();
+    const bool keeps = pass_ == Pass::forward_with_gradient;
     // An overhang at both ends costs a packet more.
     const std::int64_t packets = ceil_div(args_.shape.classes + kWidth - 1, kWidth) + 1;
-    const std::int64_t row_bytes = packets * kPacketBytes;
-    const std::int64_t most_slices = std::max<std::int64_t>(1, row_bytes / kSmallestSlice);
-    if (pass_ == Pass::forward_with_gradient) {
-      const auto share = static_cast<std::int64_t>(device_.shared_per_block) - 4096;
-      const int most = device_.clusters && is_compiled_for_clusters() ? kMaxCluster : 1;
-      const auto grows = [&](std::int64_t bytes) {
-        return bytes > kPreferredShare ||
-               (plan.slices * positions < device_.multiprocessors && bytes > 2 * kSmallestSlice);
-      };
-      while (plan.slices < most && grows(row_bytes / plan.slices)) plan.slices *= 2;
-      if (ceil_div(packets, plan.slices) * kPacketBytes > share) return forward_then_backward();
-      shape.cluster = plan.slices;
-    } else if (positions < device_.multiprocessors && !(pass_ == Pass::backward && args_.has_probabilities)) {
-      plan.slices = static_cast<int>(std::min(ceil_div(2 * device_.multiprocessors, positions), most_slices));
-    }
-    plan.slice_packets = ceil_div(packets, plan.slices);
-    const std::int64_t slice_bytes = plan.slice_packets * kPacketBytes;
-    for (const RowGeometry& geometry : kRowGeometry) {
-      shape.threads = geometry.threads;
-      if (slice_bytes <= geometry.bytes) break;
-    }
-    if (pass_ == Pass::forward_with_gradient) shape.shared_bytes = slice_bytes;
 
-    const std::int64_t resident =
-        device_.multiprocessors * resident_blocks(device_, shape.threads, shape.shared_bytes) / plan.slices;
+    RowPlan plan{.slices = preferred_slices(packets * kPacketBytes)};
+    CrossEntropyKernel<RowPlan> kernel;
+    Launch shape;
+    for (;; plan.slices /= 2) {
+      plan.slice_packets = ceil_div(packets, plan.slices);
+      const std::int64_t slice_bytes = plan.slice_packets * kPacketBytes;
+      for (const RowGeometry& geometry : kRowGeometry) {
+        shape.threads = geometry.threads;
+        if (slice_bytes <= geometry.bytes) break;
+      }
+      if (keeps) {
+        if (slice_bytes > static_cast<std::int64_t>(device_.dynamic_shared)) return forward_then_backward();
+        shape.shared_bytes = slice_bytes;
+        shape.cluster = plan.slices;
+      }
+      kernel = row_kernel(shape.cluster > 1);
+      // A part of a device may have no place for so many blocks side by side.
+      if (shape.cluster == 1 || resident_blocks(address_of(kernel), shape) > 0) break;
+    }
+
     const bool meets = pass_ == Pass::forward && plan.slices > 1;
-    // Rows whose slices meet through memory are all of them on their way at once: there are few.
-    const std::int64_t at_once = meets ? positions : std::clamp<std::int64_t>(resident, 1, positions);
+    // There are few rows whose slices meet through memory, and all of them are on their way at once.
+    const std::int64_t at_once =
+        meets ? positions
+              : std::clamp<std::int64_t>(resident_blocks(address_of(kernel), shape) / plan.slices, 1, positions);
     shape.blocks = at_once * plan.slices;
     const Run run = prepare(at_once);
     if (meets) {
       plan.tickets = zero_tickets(arena_, positions, stream_);
       plan.parts = arena_.take<RowSums<Acc, true>>(positions * plan.slices);
     }
-    with_variant([&]<bool kGeneral, Pass kPass>() {
-      if constexpr (kPass == Pass::forward_with_gradient) {
-        if (shape.cluster > 1) {
-          return start("cross_entropy_rows", cross_entropy_rows<T, kGeneral, kPass, true>, shape, args_, plan, run);
-        }
-      }
-      start("cross_entropy_rows", cross_entropy_rows<T, kGeneral, kPass, false>, shape, args_, plan, run);
-    });
-  }
-
-  // Code of an older architecture that the driver has translated for this device knows no clusters.
-  static bool is_compiled_for_clusters() {
-    static const bool is = [] {
-      cudaFuncAttributes attributes{};
-      const auto kernel = cross_entropy_rows<T, true, Pass::forward_with_gradient, true>;
-      check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-      return attributes.ptxVersion >= 90;
-    }();
-    return is;
+    // Of slices that meet through memory a warp adds up 32 at a time.
+    const std::int64_t way = keeps ? plan.slices : (plan.slices > 1) + (plan.slices > kWarp);
+    start(arena_, stream_, "cross_entropy_rows", kernel, shape, way, args_, plan, run);
   }
 
   // Rows that no shared memory holds are read twice. Statistics and divisor go through the workspace.

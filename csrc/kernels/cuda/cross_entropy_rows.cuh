@@ -15,7 +15,6 @@ namespace fusedloss::cuda {
 
 inline constexpr int kRowThreads = 1024;  // the most
 inline constexpr int kMaxWarps = kRowThreads / kWarp;
-inline constexpr int kMaxCluster = 8;
 
 // Threads of a block, by the bytes of a row's slice: the first row whose limit is not below them.
 struct RowGeometry {
@@ -159,9 +158,9 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     __shared__ Row exchanged[2];
     if (threadIdx.x == 0) exchanged[turn_] = row;
     cluster_sync();
-    const int rank = threadIdx.x % kMaxCluster;
+    const int rank = threadIdx.x % kLargestCluster;
     row = rank < cluster_size() ? read_from_block(&exchanged[turn_], rank) : Row{};
-    merge_lanes(row, kMaxCluster);
+    merge_lanes(row, kLargestCluster);
     return row;
   }
 

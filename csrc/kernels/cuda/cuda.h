@@ -6,16 +6,34 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <vector>
 
 #include "../class_loss.h"
 #include "../elementwise.h"
 
 namespace fusedloss::cuda {
 
+// The shape of a launch.
+struct Launch {
+  std::int64_t blocks = 1;
+  int threads = 128;
+  std::size_t shared_bytes = 0;  // dynamic
+  int cluster = 1;               // blocks in a cluster; 1 needs no device that has them
+};
+
+struct PlannedLaunch {
+  const char* name;
+  const void* kernel;
+  Launch shape;
+  std::int64_t way = 0;  // which of its ways the kernel takes: lanes or slices of a row, what is kept
+};
+
 template <class Args>
 struct Loss {
   std::size_t (*workspace_bytes)(const Args& args, Pass pass);
   void (*launch)(const Args& args, Pass pass, void* workspace, void* stream);
+  std::vector<PlannedLaunch> (*plan)(const Args& args, Pass pass);  // what launch would start; nothing is read
 };
 
 struct Kernels {
@@ -40,5 +58,18 @@ struct RescaleArgs {
 };
 
 void rescale(const RescaleArgs& args, void* stream);
+
+// A cross entropy of any number of classes.
+struct ClassProblem {
+  Dtype dtype = Dtype::float32;
+  Pass pass = Pass::forward;
+  bool columns = false;  // positions lie side by side; else classes do
+  bool general = false;  // with label smoothing
+  std::int64_t positions = 1;
+};
+
+// The numbers of classes, up to `most`, from which on another kernel is launched, or the same in another way, or with
+// more shared memory than without opting in. Tests are made of these: what goes wrong, goes wrong at a border.
+std::vector<std::int64_t> class_borders(const ClassProblem& problem, std::int64_t most);
 
 }  // namespace fusedloss::cuda

@@ -248,6 +248,15 @@ inline bool is_one_number(const ElementwiseArgs& args) {
   return one || !args.flow.grad_loss.data;
 }
 
+template <class Loss, class T, bool kPlain>
+auto elementwise_kernel(Pass pass) {
+  switch (pass) {
+    case Pass::forward: return elementwise<Loss, T, kPlain, Pass::forward>;
+    case Pass::forward_with_gradient: return elementwise<Loss, T, kPlain, Pass::forward_with_gradient>;
+    default: return elementwise<Loss, T, kPlain, Pass::backward>;
+  }
+}
+
 template <class Loss, class T>
 void launch_elementwise_of(const ElementwiseArgs& args, Pass pass, Arena& arena, void* stream) {
   using Acc = Accumulate<T>;
@@ -260,36 +269,25 @@ void launch_elementwise_of(const ElementwiseArgs& args, Pass pass, Arena& arena,
                      in_one_piece(args.loss) && in_one_piece(args.grad_input) && !args.weight.data &&
                      !args.pos_weight.data && !args.grad_target.data &&
                      (pass == Pass::forward || args.grad_input.data) && (pass != Pass::backward || is_one_number(args));
-  const std::int64_t items = numel / (plain ? kPacketOf<T> : 1) + 1;
-  const std::int64_t blocks =
-      std::min<std::int64_t>(ceil_div(items, kElementwiseThreads), 8 * current_device().multiprocessors);
+  const auto blocks_of = [](auto kernel, std::int64_t items) {
+    return blocks_for(ceil_div(items, kElementwiseThreads), address_of(kernel), {.threads = kElementwiseThreads});
+  };
   ElementwiseRun run;
-  if (totals) run.grid = grid_sums(arena, blocks, stream);
   run.divisor = static_cast<double>(numel);
   if (pass == Pass::forward_with_gradient && args.total.reduction == Reduction::mean && args.has_ignore_index &&
       numel > kElementsCountedInline) {
     double* divisor = arena.take<double>(1);
-    const GridSums grid = grid_sums(arena, blocks, stream);
-    if (!arena.is_measured()) {
-      launch("elementwise_divisor", elementwise_divisor<Acc>, {.blocks = blocks, .threads = kElementwiseThreads},
-             stream, args, grid, Total{.reduction = Reduction::mean, .divisor = divisor});
-    }
+    const Launch shape{.blocks = blocks_of(elementwise_divisor<Acc>, numel), .threads = kElementwiseThreads};
+    const GridSums grid = grid_sums(arena, shape.blocks, stream);
+    start(arena, stream, "elementwise_divisor", elementwise_divisor<Acc>, shape, 0, args, grid,
+          Total{.reduction = Reduction::mean, .divisor = divisor});
     run.counted = divisor;
   }
-  if (arena.is_measured()) return;
-  const Launch shape{.blocks = blocks, .threads = kElementwiseThreads};
-  const auto start = [&]<bool kPlain>() {
-    switch (pass) {
-      case Pass::forward:
-        return launch("elementwise", elementwise<Loss, T, kPlain, Pass::forward>, shape, stream, args, run);
-      case Pass::forward_with_gradient:
-        return launch("elementwise", elementwise<Loss, T, kPlain, Pass::forward_with_gradient>, shape, stream, args,
-                      run);
-      case Pass::backward:
-        return launch("elementwise", elementwise<Loss, T, kPlain, Pass::backward>, shape, stream, args, run);
-    }
-  };
-  plain ? start.template operator()<true>() : start.template operator()<false>();
+  const auto kernel = plain ? elementwise_kernel<Loss, T, true>(pass) : elementwise_kernel<Loss, T, false>(pass);
+  const Launch shape{.blocks = blocks_of(kernel, numel / (plain ? kPacketOf<T> : 1) + 1),
+                     .threads = kElementwiseThreads};
+  if (totals) run.grid = grid_sums(arena, shape.blocks, stream);
+  start(arena, stream, "elementwise", kernel, shape, plain, args, run);
 }
 
 template <class Loss>

@@ -36,7 +36,15 @@ void launch(const Args& args, Pass pass, void* workspace, void* stream) {
 }
 
 template <class Args, void (*kRun)(const Args&, Pass, Arena&, void*)>
-constexpr Loss<Args> kLoss{workspace_bytes<Args, kRun>, launch<Args, kRun>};
+std::vector<PlannedLaunch> plan(const Args& args, Pass pass) {
+  std::vector<PlannedLaunch> launches;
+  Arena arena(&launches);
+  kRun(args, pass, arena, nullptr);
+  return launches;
+}
+
+template <class Args, void (*kRun)(const Args&, Pass, Arena&, void*)>
+constexpr Loss<Args> kLoss{workspace_bytes<Args, kRun>, launch<Args, kRun>, plan<Args, kRun>};
 
 }  // namespace
 

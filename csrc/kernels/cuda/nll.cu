@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void backward(const NllArgs& args, void* stream) {
+void backward(const NllArgs& args, Arena& arena, void* stream) {
   constexpr std::int64_t kEntries = 16384;  // of a block's turn
   const std::int64_t positions = args.shape.positions(), classes = args.shape.classes;
   if (positions == 0 || classes == 0) return;
@@ -99,26 +99,23 @@ void backward(const NllArgs& args, void* stream) {
   layout.rows = args.grad_log_probs.class_stride == 1;
   layout.stream = layout.rows && args.shape.outer == 1 && args.grad_log_probs.inner_stride == classes;
   const std::int64_t turns = ceil_div(positions, layout.positions_per_block);
-  const std::int64_t blocks = std::min<std::int64_t>(turns, 8 * current_device().multiprocessors);
   with_floating(args.grad_log_probs.dtype, [&]<class T>() {
-    launch("nll_backward", nll_backward<T>, {.blocks = blocks, .threads = kThreads}, stream, args, layout);
+    Launch shape{.threads = kThreads};
+    shape.blocks = blocks_for(turns, address_of(nll_backward<T>), shape);
+    start(arena, stream, "nll_backward", nll_backward<T>, shape, layout.stream, args, layout);
   });
 }
 
 }  // namespace
 
 void launch_nll(const NllArgs& args, Pass pass, Arena& arena, void* stream) {
-  if (pass == Pass::backward) {
-    if (!arena.is_measured()) backward(args, stream);
-    return;
-  }
-  GridSums grid;
-  const std::int64_t blocks =
-      std::clamp<std::int64_t>(ceil_div(args.shape.positions(), kThreads), 1, 4 * current_device().multiprocessors);
-  if (args.total.loss || args.total.divisor) grid = grid_sums(arena, blocks, stream);
-  if (arena.is_measured()) return;
+  if (pass == Pass::backward) return backward(args, arena, stream);
   with_floating(args.log_probs.dtype, [&]<class T>() {
-    launch("nll_forward", nll_forward<T>, {.blocks = blocks, .threads = kThreads}, stream, args, grid);
+    Launch shape{.threads = kThreads};
+    shape.blocks = blocks_for(ceil_div(args.shape.positions(), kThreads), address_of(nll_forward<T>), shape);
+    GridSums grid;
+    if (args.total.loss || args.total.divisor) grid = grid_sums(arena, shape.blocks, stream);
+    start(arena, stream, "nll_forward", nll_forward<T>, shape, 0, args, grid);
   });
 }
 

@@ -33,10 +33,10 @@ __global__ void __launch_bounds__(kThreads) rescale_gradient(const __grid_consta
 void rescale(const RescaleArgs& args, void* stream) {
   if (args.numel == 0) return;
   with_floating(args.dtype, [&]<class T>() {
-    const Device& device = current_device();
     const std::int64_t packets = ceil_div(args.numel, kPacketOf<T>) + 1;
-    const std::int64_t blocks = std::min<std::int64_t>(ceil_div(packets, kThreads), 8 * device.multiprocessors);
-    launch("rescale_gradient", rescale_gradient<T>, {.blocks = blocks, .threads = kThreads}, stream, args);
+    Launch shape{.threads = kThreads};
+    shape.blocks = blocks_for(ceil_div(packets, kThreads), address_of(rescale_gradient<T>), shape);
+    launch("rescale_gradient", rescale_gradient<T>, shape, stream, args);
   });
 }
 

@@ -1,4 +1,4 @@
-// What the blocks of a launch need to add up their sums.
+// What a launch needs of its workspace, and the launch itself where it is not only measured.
 
 #pragma once
 
@@ -7,6 +7,17 @@
 #include "reduce.cuh"
 
 namespace fusedloss::cuda {
+
+// way: see PlannedLaunch.
+template <class... Parameters>
+void start(Arena& arena, void* stream, const char* name, void (*kernel)(Parameters...), const Launch& shape,
+           std::int64_t way, const std::type_identity_t<Parameters>&... arguments) {
+  if (arena.is_measured()) {
+    arena.note({name, address_of(kernel), shape, way});
+  } else {
+    launch(name, kernel, shape, stream, arguments...);
+  }
+}
 
 // Tickets, set to zero on the stream.
 inline unsigned* zero_tickets(Arena& arena, std::int64_t count, void* stream) {
