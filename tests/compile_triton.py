@@ -152,8 +152,10 @@ EVERYTHING = {"weighted": True, "label_smoothing": 0.1, "z_loss": 0.1, "logit_so
 SEPARATE = {"grad_in_forward": False}
 CALLS = {  # by what is particular about them
     "few classes": cross_entropy(8192, 10),
+    "few classes, totals of many programs": cross_entropy(600_000, 10),
     "rows that begin anywhere": cross_entropy(2048, 91),
     **{f"{classes} classes": cross_entropy(512, classes) for classes in (1000, 4000, 8192, 16000, 32000)},
+    "few rows": cross_entropy(64, 32000),
     "swept rows": cross_entropy(512, 128256),
     "swept rows that begin anywhere": cross_entropy(512, 50257),
     "sliced rows": cross_entropy(1, 128256),
@@ -173,6 +175,7 @@ CALLS = {  # by what is particular about them
     "bce with logits, weights and labels": binary(
         LOGITS, 512, 1000, target_type=torch.uint8, weighted=("weight", "pos_weight"), ignore_index=2
     ),
+    "bce with logits, few labels": binary(LOGITS, 4, 40, ignore_index=2),
     "bce with logits, backward": binary(LOGITS, 512, 1000, **SEPARATE),
     "bce": binary(PROBABILITIES, 512, 1000),
     "bce, unreduced": binary(PROBABILITIES, 512, 1000, reduction="none"),
@@ -216,11 +219,11 @@ LOOK_ALIKES = {  # calls for which everything has been compiled
     "another number of rows": cross_entropy(301, 1000),
 }
 WIDE = {  # calls whose kernels (all but these) load and store 16 bytes at once
-    "swept rows": {"_total"},
-    "swept rows that begin anywhere": {"_total"},
-    "images": {"_count_kernel", "_total"},
-    "backward": {"_total"},
-    "bce with logits": {"_total"},
+    "swept rows": {"_sum_runs"},
+    "swept rows that begin anywhere": {"_sum_runs"},
+    "images": {"_count_kernel", "_sum_runs"},
+    "backward": {"_sum_runs"},
+    "bce with logits": {"_sum_runs"},
 }
 
 

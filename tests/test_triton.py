@@ -1,30 +1,34 @@
-"""What only the Triton kernels have: tiles of several shapes, alignment, slices; their compilation; being absent.
+"""What only the Triton kernels have: tiles of several shapes, alignment, slices, sums over a grid; their compilation;
+being absent.
 
 Everything else about them is in the tests over devices. Without a GPU the kernels are interpreted, and compiled for one
 that is not there.
 """
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import HAS_TRITON
-from support import compare, each, each_bce_loss, each_class_loss, short
+from support import LOSSES, compare, each, each_bce_loss, each_class_loss, short
 
 import fusedloss
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 if HAS_TRITON:
-    from fusedloss.triton import class_loss, cross_entropy, elementwise, launch
+    from fusedloss.triton import class_loss, cross_entropy, elementwise, launch, nll, reduce, rescale
     from fusedloss.triton.cross_entropy import Geometry
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ANY = float("inf")
+each_weighted = pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 each_width = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 
 
@@ -104,6 +108,125 @@ def test_slices_of_rows(loss, layout, options, small_tiles, monkeypatch):
 @each_class_loss
 def test_images(loss, layout, width, small_tiles):
     check(loss, (2, 7, 1, width), torch.bfloat16, layout)
+
+
+# --- Sums over a grid --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(name, programs) of the kernels that are started."""
+    started = []
+
+    def start(function, programs, *arguments, **options):
+        started.append((function.fn.__name__, programs))
+        launch.start(function, programs, *arguments, **options)
+
+    for module in (class_loss, cross_entropy, elementwise, nll, reduce, rescale):
+        monkeypatch.setattr(module, "start", start)
+    return started
+
+
+def total_of(losses, divisors, is_mean):
+    """(loss, divisor), both float64, of the parts that so many programs have left."""
+    total = SimpleNamespace(is_mean=is_mean)
+    total.loss, total.divisor = torch.empty(2, 1, dtype=torch.float64, device=DEVICE)
+    parts = reduce.Parts(total, len(losses), torch.device(DEVICE))
+    parts.parts.copy_(torch.cat([losses, divisors]))
+    parts.add_up()
+    return total.loss.item(), total.divisor.item()
+
+
+# (parts that a program adds up, parts, programs of each launch)
+SUMS = [
+    (None, 2, [1]),
+    (None, 4096, [1]),
+    (None, 4097, [2, 1]),
+    (None, 9001, [3, 1]),
+    (7, 7, [1]),
+    (7, 8, [2, 1]),
+    (7, 48, [7, 1]),
+    (7, 49, [7, 1]),
+    (7, 50, [8, 2, 1]),
+]
+
+
+@pytest.mark.parametrize("is_mean", [False, True], ids=["sum", "mean"])
+@pytest.mark.parametrize(("run", "count", "programs"), SUMS)
+def test_parts_are_added_up_run_by_run(run, count, programs, is_mean, launches, monkeypatch):
+    if run:
+        monkeypatch.setattr(reduce, "RUN", run)
+    losses = torch.rand(count, dtype=torch.float64) + 0.5
+    divisors = torch.randint(1, 2000, (count,), dtype=torch.float64)
+    loss, divisor = total_of(losses, divisors, is_mean)
+    assert launches == [("_sum_runs", many) for many in programs]
+    assert divisor == divisors.sum().item()  # whole numbers: exact
+    expected = math.fsum(losses.tolist()) / (divisor if is_mean else 1)
+    assert abs(loss - expected) <= 4 * math.ulp(expected)
+    assert total_of(losses, divisors, is_mean) == (loss, divisor)
+
+
+@pytest.fixture
+def small_programs(monkeypatch):
+    """Programs of 8 positions, of up to 8 classes, or of 8 elements."""
+    monkeypatch.setattr(cross_entropy, "_geometry", lambda share: lambda entries, wide: (8, 1, 8, 1, False))
+    monkeypatch.setattr(nll, "_BLOCK", 8)
+    monkeypatch.setattr(elementwise, "BLOCK", 8)
+
+
+@pytest.mark.parametrize(("parts", "programs"), [(3, [1]), (4, [2, 1]), (9, [3, 1]), (10, [4, 2, 1])])
+@each()
+def test_totals_of_as_many_programs(loss, parts, programs, small_programs, launches, monkeypatch):
+    """Values and gradients with a part of one position in the last run."""
+    monkeypatch.setattr(reduce, "RUN", 3)
+    count = 8 * parts - 7
+    input, target = loss.sample(*((count, 1) if loss.target == "element" else (count, 5)), device=DEVICE)
+    compare(loss, input, target)
+    sums = [many for name, many in launches if name == "_sum_runs"]
+    assert sums
+    assert sums == programs * (len(sums) // len(programs))
+    outputs = [loss.ours(input, target) for _ in range(2)]
+    assert outputs[0].equal(outputs[1])
+
+
+def test_weights_of_more_classes_than_a_program_adds_up(launches, monkeypatch):
+    """Backward of a smoothed loss wants the sum of all weights."""
+    monkeypatch.setattr(reduce, "RUN", 3)
+    input, target = LOSSES["cross_entropy"].sample(4, 10, device=DEVICE)
+    weight = torch.rand(10, device=DEVICE) + 0.5
+    compare(LOSSES["cross_entropy"], input, target, weight=weight, label_smoothing=0.1)
+    sums = [many for name, many in launches if name == "_sum_runs"]
+    assert sums == [4, 2, 1]
+
+
+@pytest.mark.parametrize(("rows", "counted_before"), [(256, False), (257, True)])
+@each_weighted
+def test_the_rows_of_a_divisor_that_every_program_counts(rows, counted_before, weighted, launches):
+    loss = LOSSES["cross_entropy"]
+    input, target = loss.sample(rows, 5, device=DEVICE)
+    target[::3] = -100
+    target[-1] = 2  # the last one counts
+    weight = torch.rand(5, device=DEVICE) + 0.5 if weighted else None
+    compare(loss, input, target, weight=weight)
+    assert ("_count_kernel" in [name for name, _ in launches]) == counted_before
+
+
+@pytest.mark.parametrize(("count", "counted_before"), [(4096, False), (4097, True)])
+@each_bce_loss
+def test_the_elements_of_a_divisor_that_every_program_counts(loss, count, counted_before, launches):
+    input, target = loss.sample(count, device=DEVICE)
+    target = target.round()
+    target[-1] = 1  # the last one counts
+    compare(loss, input, target, ignore_index=0)
+    assert ("_count_kernel" in [name for name, _ in launches]) == counted_before
+
+
+@each()
+def test_a_small_training_step_is_two_launches(loss, launches):
+    """Where one program has all of it; there is nothing to add up."""
+    input, target = loss.sample(32, 10, device=DEVICE)
+    loss.ours(input.requires_grad_(), target).backward()
+    assert len(launches) == 2, launches
 
 
 @each_class_loss

@@ -13,8 +13,9 @@ from fusedloss.triton import math
 from fusedloss.triton.launch import ceil_div, index_type, kernel, start, workspace
 from fusedloss.triton.reduce import sum_of_parts
 
-# Up to this many positions every program counts the mean's divisor for itself, which is less than another launch.
-COUNTED_INLINE = 4096
+# Up to this many positions every program counts the mean's divisor for itself, in one block, which takes less time than
+# another launch. With more, the counting is most of the work: rows may have a program each, which reads all targets.
+COUNTED_INLINE = 256
 _COUNT_BLOCK = 1024
 _COUNT_PROGRAMS = 256
 
@@ -227,7 +228,7 @@ def _count_kernel(
 def mean_divisor(counted, counted_parts, target, weight, target_stride, positions, ignore_index, classes):
     """What a launch before has counted; without one, it is counted here."""
     if counted is None:
-        return _count(target, weight, target_stride, 0, 1, positions, ignore_index, classes, 1024)
+        return _count(target, weight, target_stride, 0, 1, positions, ignore_index, classes, 256)
     else:
         return sum_of_parts(counted, counted_parts, 1024)
 

@@ -39,7 +39,7 @@ from fusedloss.triton.launch import (
     start,
     workspace,
 )
-from fusedloss.triton.reduce import Parts, finish, sum_of_parts
+from fusedloss.triton.reduce import Parts, add_up, finish
 
 
 @dataclass(frozen=True)
@@ -508,22 +508,18 @@ def _mass(
     tile: tl.constexpr,
     o: tl.constexpr,
 ):
-    """The mass on all classes, which backward has to know before it writes: of each row of probabilities, (positions,),
-    or, without any, the sum of the weights."""
-    if probabilities is None:
-        tl.store(row_mass, sum_of_parts(weight, classes, 1024))
-    else:
-        position, live = positions_of(tl.program_id(0), positions, tile)
-        smoothing = _smoothing(label_smoothing, classes, o)
-        q_view = view_of(probabilities, position, inner, classes, q_outer, q_class, q_inner, tile)
-        count: tl.constexpr = tile.positions
-        lanes: tl.constexpr = tile.lanes
-        sums = tl.zeros((count, lanes), tl.float64)
-        for first in range(0, classes.to(tl.int32) + tile.shift, tile.chunk * tile.lanes):
-            entry = entries(first, tile)
-            exists = is_class(q_view, entry, tile) & live[:, None, None]
-            sums += tl.sum(_masses(q_view, weight, entry, exists, smoothing, tile, o).to(tl.float64), 1)
-        tl.store(row_mass + position, tl.sum(sums, 1), mask=live)
+    """The mass on all classes of each row of probabilities, which backward has to know before it writes."""
+    position, live = positions_of(tl.program_id(0), positions, tile)
+    smoothing = _smoothing(label_smoothing, classes, o)
+    q_view = view_of(probabilities, position, inner, classes, q_outer, q_class, q_inner, tile)
+    count: tl.constexpr = tile.positions
+    lanes: tl.constexpr = tile.lanes
+    sums = tl.zeros((count, lanes), tl.float64)
+    for first in range(0, classes.to(tl.int32) + tile.shift, tile.chunk * tile.lanes):
+        entry = entries(first, tile)
+        exists = is_class(q_view, entry, tile) & live[:, None, None]
+        sums += tl.sum(_masses(q_view, weight, entry, exists, smoothing, tile, o).to(tl.float64), 1)
+    tl.store(row_mass + position, tl.sum(sums, 1), mask=live)
 
 
 @kernel
@@ -798,18 +794,23 @@ def _start_slices(args, tile, options, slices):
 
 def _start_backward(args, tile, options):
     shape, target = args.shape, args.target.index
+    if shape.classes == 0:  # there is no gradient
+        return
     row_mass = getattr(args, "row_mass", None)
-    if row_mass is None and options.dense and (args.has_probabilities or args.weight is not None):
-        row_mass = workspace(args.device, shape.positions if args.has_probabilities else 1)
+    if row_mass is None and args.has_probabilities:
+        row_mass = workspace(args.device, shape.positions)
         start(
             _mass,
-            tile.blocks(shape) if args.has_probabilities else 1,
+            tile.blocks(shape),
             *(args.probabilities.data, args.weight, row_mass),
             *(shape.positions, shape.classes, shape.inner, *_numbers(args.probabilities), args.label_smoothing),
             tile=tile,
             o=options,
             warps=tile.warps,
         )
+    elif row_mass is None and options.dense and args.weight is not None:
+        row_mass = workspace(args.device, 1)
+        add_up(args.weight, shape.classes, SimpleNamespace(loss=row_mass, divisor=None, is_mean=False), args.device)
     flow = args.flow
     start(
         _backward,

@@ -9,8 +9,8 @@ from fusedloss.triton import math
 from fusedloss.triton.launch import accumulate_type, ceil_div, index_type, kernel, start, workspace
 from fusedloss.triton.reduce import Parts, finish, sum_of_parts
 
-# Up to this many elements every program counts for itself those that are not ignored.
-COUNTED_INLINE = 16384
+# Up to this many elements every program counts for itself those that are not ignored; more take longer than a launch.
+COUNTED_INLINE = 4096
 BLOCK = 2048
 _COUNT_PROGRAMS = 256
 

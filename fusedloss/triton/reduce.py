@@ -1,4 +1,7 @@
-"""Sums over the programs of a grid, in a fixed order: every program leaves its part, one more program adds them up.
+"""Sums over the programs of a grid, in a fixed order: every program leaves its part, and another launch adds them up.
+
+There each program adds up a run of parts. Where there are several runs their sums are parts again, and are added up in
+the same way.
 
 No floating-point atomics: a result is bitwise the same from run to run. Parts are float64, as on the other backends.
 """
@@ -7,9 +10,12 @@ import triton
 import triton.language as tl
 
 from fusedloss.triton import math
-from fusedloss.triton.launch import kernel, start, workspace
+from fusedloss.triton.launch import ceil_div, kernel, start, workspace
 
 _BLOCK = 1024
+# The parts that a program adds up, in one block after the other: four take about as long as another launch, which fewer
+# parts do without. One program for all would have hundreds of blocks in a large batch, and take longer than the loss.
+RUN = 4096
 
 
 @triton.jit
@@ -41,8 +47,32 @@ def sum_of_parts(parts, count, BLOCK: tl.constexpr):
 
 
 @kernel
-def _total(parts, loss, divisor, count: tl.int64, IS_MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    _write(loss, divisor, sum_of_parts(parts, count, BLOCK), sum_of_parts(parts + count, count, BLOCK), IS_MEAN)
+def _sum_runs(
+    parts,
+    sums,
+    total_loss,
+    total_divisor,
+    count: tl.int64,
+    IS_MEAN: tl.constexpr,
+    ALONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    begin = tl.program_id(0).to(tl.int64) * RUN
+    in_run = tl.minimum(count - begin, RUN)
+    loss_sum = sum_of_parts(parts + begin, in_run, BLOCK)
+    divisor_sum = math.number(0.0, tl.float64)
+    if IS_MEAN or total_divisor is not None:
+        divisor_sum = sum_of_parts(parts + count + begin, in_run, BLOCK)
+    finish(sums, total_loss, total_divisor, loss_sum, divisor_sum, IS_MEAN, ALONE)
+
+
+def add_up(parts, count, total, device):
+    """Writes the total of so many parts: of the loss and, where it is wanted, of the divisor behind them."""
+    sums = Parts(total, ceil_div(count, RUN), device)
+    constants = {"IS_MEAN": total.is_mean, "ALONE": sums.alone, "BLOCK": _BLOCK, "RUN": RUN}
+    start(_sum_runs, sums.programs, parts, *sums.pointers, count, **constants)
+    sums.add_up()
 
 
 class Parts:
@@ -50,7 +80,7 @@ class Parts:
 
     def __init__(self, total, programs, device):
         wanted = total.loss is not None or total.divisor is not None
-        self.total, self.programs = total, programs
+        self.total, self.programs, self.device = total, programs, device
         self.alone = wanted and programs == 1
         self.parts = workspace(device, 2 * programs) if wanted and programs != 1 else None
 
@@ -60,4 +90,4 @@ class Parts:
 
     def add_up(self):
         if self.parts is not None:
-            start(_total, 1, *self.pointers, self.programs, IS_MEAN=self.total.is_mean, BLOCK=_BLOCK)
+            add_up(self.parts, self.programs, self.total, self.device)
