@@ -81,7 +81,10 @@ def touch_memory() -> None:
 
 def slug(device: str) -> str:
     """The name of a folder, such as amd-epyc-2-cores or nvidia-h200."""
-    model = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} {os.cpu_count()} cores"
+    return slug_of(torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} {os.cpu_count()} cores")
+
+
+def slug_of(model: str) -> str:
     return "-".join(re.findall(r"[a-z0-9.]+", re.sub(r"\((r|tm)\)", " ", model.lower())))
 
 

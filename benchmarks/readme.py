@@ -86,6 +86,8 @@ def written(text: str, block: Callable[[Path], str] = block) -> str:
     return before + BEGIN + "\n".join(blocks) + END + after
 
 
+TABLES = {"README.md": block, "benchmarks/README.md": defeats}
+
 if __name__ == "__main__":
-    for readme, part in ((ROOT / "README.md", block), (ROOT / "benchmarks" / "README.md", defeats)):
-        readme.write_text(written(readme.read_text(), part))
+    for name, part in TABLES.items():
+        (ROOT / name).write_text(written((ROOT / name).read_text(), part))

@@ -2,16 +2,18 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 
-from benchmarks.cases import CPU_GROUPS, CUDA_GROUPS, GOAL
+import torch
+
+from benchmarks.cases import CPU_GROUPS, CUDA_GROUPS, GOAL, Case
 from benchmarks.contestants import PEERS
 from benchmarks.goals import GOALS, judge
-from benchmarks.measure import GRAPHED, MEASURES, Result
+from benchmarks.measure import GRAPHED, MEASURES, Entry, Result, Times
 
 RIVALS = ("native", "compiled")
 LEGEND = """\
@@ -300,11 +302,11 @@ def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.0%}"
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown with aligned columns: the first to the left, the others to the right."""
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str] = ()) -> str:
+    """Markdown with aligned columns: the first and those of words to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    signs = "<" + ">" * len(widths[1:])
+    signs = ["<" if title in (titles[0], *words) else ">" for title in titles]
+    rule = ["-" * (width - (sign == ">")) + ":" * (sign == ">") for width, sign in zip(widths, signs, strict=True)]
     lines = [
         " | ".join(f"{cell:{sign}{width}}" for cell, sign, width in zip(line, signs, widths, strict=True))
         for line in [titles, rule, *rows]
@@ -338,3 +340,20 @@ def as_json(facts: dict, results: dict[int | None, list[Result]], left_out: dict
         "results": [{"name": str(r.case), **asdict(r)} for some in results.values() for r in some],
     }
     return json.dumps(data, indent=1, default=str)
+
+
+def restored(data: dict) -> Result:
+    """One of the results that as_json has written."""
+
+    def times(data):
+        return Times(**data | {"quartiles": tuple(data["quartiles"])})
+
+    def entry(data):
+        return Entry(**data | {"times": {measure: times(taken) for measure, taken in data["times"].items()}})
+
+    case = dict(data["case"])
+    case |= {name: tuple(case[name]) for name in ("shape", "options")}
+    case["dtype"] = getattr(torch, case["dtype"].removeprefix("torch."))
+    entries = {name: entry(one) for name, one in data["entries"].items()}
+    fields = {name: value for name, value in data.items() if name != "name"}
+    return Result(**fields | {"case": Case(**case), "copy": times(data["copy"]), "entries": entries})
