@@ -40,7 +40,7 @@ run_build() {
   "${dry[@]}" nvcc -std=c++20 -O2 --expt-relaxed-constexpr "-gencode=arch=compute_${arch/./},code=sm_${arch/./}" -Icsrc \
     -Xcompiler -fopenmp -o build/check_kernels tests/kernels/check_kernels.cu tests/kernels/cpu_reference.cpp \
     build/temp*"$tag"/csrc/kernels/c*/*.o || return
-  "${dry[@]}" "$python" tools/kernel_resources.py "$log" || true
+  "${dry[@]}" "$python" tools/kernel_resources.py "$log" || echo 'built; kernel_resources refuses the machine code'
 }
 
 run_kernels() { each checked float32 float64 bfloat16 float16; }
