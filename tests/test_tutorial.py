@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from documents import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
 TUTORIAL = ROOT / "docs/tutorial"
+needs_cmake = pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake")
 
 
 def run(*command, cwd):
@@ -28,13 +30,32 @@ def test_the_miniature(tmp_path):
     assert "passed" in run(sys.executable, "-m", "pytest", "--rootdir", folder, "test_tinyloss.py", cwd=folder)
 
 
-@pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake")
+@needs_cmake
 def test_the_program_in_cpp():
     """In build/, so that the next run compiles only what has changed."""
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     run("cmake", "-G", "Ninja", "-S", TUTORIAL / "cpp", "-B", "build/train", prefix, cwd=ROOT)
     run("cmake", "--build", "build/train", cwd=ROOT)
     assert "% right" in run("build/train/train", cwd=ROOT)
+
+
+A_TORCH_WITH_CUDA = """
+set(CAFFE2_USE_CUDA ON)
+include("{prefix}/Caffe2/public/cuda.cmake" OPTIONAL)
+if(DEFINED CUDA_FOUND OR NOT CAFFE2_USE_CUDA)
+  message(FATAL_ERROR "torch has looked for a CUDA toolkit")
+endif()
+"""
+
+
+@needs_cmake
+@pytest.mark.parametrize("project", [ROOT, TUTORIAL / "cpp"], ids=["the library", "the program"])
+def test_a_torch_with_cuda_does_not_ask_cmake_for_a_toolkit(project, tmp_path):
+    """The part of torch's own files that looks for one, which a torch without CUDA brings too."""
+    (tmp_path / "TorchConfig.cmake").write_text(A_TORCH_WITH_CUDA.format(prefix=torch.utils.cmake_prefix_path))
+    (tmp_path / "TorchConfigVersion.cmake").write_text("set(PACKAGE_VERSION_COMPATIBLE TRUE)\n")
+    options = [f"-DTorch_DIR={tmp_path}", "-DFUSEDLOSS_TORCH=ON"]
+    run("cmake", "-G", "Ninja", "-S", project, "-B", tmp_path / "build", *options, cwd=ROOT)
 
 
 @pytest.mark.parametrize("script", sorted(TUTORIAL.glob("figures/*.py")), ids=lambda path: path.name)
