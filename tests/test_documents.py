@@ -4,8 +4,11 @@ import re
 import subprocess
 import sys
 
-import documents
 import pytest
+
+pytest.importorskip("sybil", reason="no document is checked: sybil, which reads them, is not installed")
+
+import documents
 from documents import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,6 +74,7 @@ def test_the_checks_of_documents(text, holds, tmp_path):
 
 def test_the_demo(tmp_path):
     """A few steps of each training: exits with an error if native and fused curves part."""
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the demo's data, is not installed")
     picture = tmp_path / "curves.png"
     command = [sys.executable, "-m", "examples.demo", "--quick", "--threads", "1", "--output", str(picture)]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
