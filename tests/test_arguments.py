@@ -3,6 +3,7 @@
 import enum
 import fractions
 import math
+import re
 
 import numpy as np
 import pytest
@@ -65,9 +66,10 @@ def same_outcome(loss, **options):
 
 
 def each_value(values):
-    return pytest.mark.parametrize(
-        "value", values, ids=lambda value: f"{type(value).__name__} {value}".replace("\n", "")
-    )
+    def name(value):  # without an address: the workers of pytest-xdist do not start if their tests' names differ
+        return re.sub(r"\n| <.* at 0x\w+>", "", f"{type(value).__name__} {value}")
+
+    return pytest.mark.parametrize("value", values, ids=name)
 
 
 @each_value(INTEGERS)
@@ -214,7 +216,9 @@ def test_torchscript_traces_native_operators(loss, tmp_path):
     """Loaded where nobody has imported fusedloss, the graph must run."""
     input, target = loss.sample(4, 3)
     graph = torch.jit.trace(loss.ours, (input, target))
-    assert "fusedloss" not in str(graph.inlined_graph)
+    kinds = {node.kind() for node in graph.inlined_graph.nodes()}  # its text names files, in a folder called anything
+    assert [kind for kind in kinds if "aten::" in kind]
+    assert [kind for kind in kinds if "fusedloss" in kind] == []
     other = loss.sample(6, 3)
     graph.save(str(tmp_path / "graph.pt"))
     graph = torch.jit.load(tmp_path / "graph.pt")

@@ -20,3 +20,8 @@ def test_every_test_over_devices_also_runs_in_triton(request):
 
 def interpreted(request):
     return request.config.getoption("--interpreted")
+
+
+def test_no_test_has_an_address_in_its_name(request):
+    """It would differ between the workers of pytest-xdist, and none of them would start."""
+    assert [item.nodeid for item in request.session.items if " at 0x" in item.nodeid] == []
