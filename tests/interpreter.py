@@ -1,8 +1,9 @@
 """Triton's interpreter, fit for these tests.
 
-Kernels are interpreted with NumPy where there is no GPU (TRITON_INTERPRET=1). Three things are mended here: conversions
-to bfloat16, which the interpreter truncates where a GPU rounds to the nearest; device_assert, which it passes over; and
-NumPy's warnings of infinities and NaN, which are right answers here.
+Kernels are interpreted with NumPy where there is no GPU (TRITON_INTERPRET=1). Four things are mended here: conversions
+to bfloat16, which the interpreter truncates where a GPU rounds to the nearest; device_assert, which it passes over;
+NumPy's warnings of infinities and NaN, which are right answers here; and bounds of loops, arrays of one element that
+Triton 3.6 takes for integers, and NumPy since 2.4 does not.
 """
 
 import dataclasses
@@ -42,7 +43,16 @@ def _quietly(call):
     return quiet
 
 
+_patch_tensors = interpreter._patch_lang_tensor
+
+
+def _patch_tensors_and_bounds(tensor, scope):
+    _patch_tensors(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 def mend():
+    interpreter._patch_lang_tensor = _patch_tensors_and_bounds
     interpreter._convert_float = _convert
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
