@@ -14,6 +14,7 @@ _LOSSES = {
     "bce": "binary_cross_entropy",
 }
 _NONE, _MEAN, _SUM = 0, 1, 2
+_FIRST_DERIVATIVES_ONLY = torch.__version__.startswith("2.11.")  # torch's own, between a DTensor and its shard
 
 
 class Sharded:
@@ -48,6 +49,8 @@ class _Guard(torch.autograd.Function):
     def backward(ctx, grad):
         if ctx.input._version != ctx.version:
             raise RuntimeError(f"{ctx.loss}: backward needs the input, which has been modified by an inplace operation")
+        if torch.is_grad_enabled() and _FIRST_DERIVATIVES_ONLY:
+            raise NotImplementedError(f"{ctx.loss}: second derivatives of DTensors need torch 2.12 or newer")
         if torch.is_grad_enabled() and any(placement.is_shard() for placement in ctx.input.placements):
             raise NotImplementedError(
                 f"{ctx.loss}: second derivatives of an input that is in parts are not supported, "
@@ -69,7 +72,7 @@ def _run(operator, loss, input, *arguments):
     _check(loss, {"input" if name == names[0] else name: value for name, value in values.items()})
     values["inplace"] = False
     device = input.device.type
-    values["upcast"] = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    values["upcast"] = _has_autocast(device) and torch.is_autocast_enabled(device)
     values = {name: value for name, value in values.items() if name in names}
 
     # Checked as a whole, so that all ranks raise where one does; and so is known what comes out.
@@ -104,6 +107,11 @@ def _run(operator, loss, input, *arguments):
     if values.get("return_lse"):
         outputs[1] = _shared(outputs[1], mesh, _beside(input, whole[1], placements), whole[1])
     return outputs
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler does not know this function
+def _has_autocast(device):
+    return torch.amp.is_autocast_available(device)
 
 
 @torch.compiler.assume_constant_result
