@@ -188,10 +188,17 @@ def test_rescaling_a_gradient(scale, keep_zeros, device):
 
 @each_call
 def test_backward_operator(name, arguments, device):
+    weight = arguments[2]
     arguments = list(backward_arguments(name, moved(arguments, device)))
     opcheck(operator(f"{name}_backward"), tuple(arguments))
     arguments[0] = arguments[0].requires_grad_()
-    opcheck(operator(f"{name}_backward"), tuple(arguments))
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    # Its derivative is native's, which before torch 2.13 takes no symbolic sizes here: of a mean over probabilities, and
+    # with a weight that broadcasts.
+    probabilities = name == "cross_entropy" and arguments[3].is_floating_point()
+    if torch.__version__ < "2.13" and (probabilities or (name == "bce" and weight is not None)):
+        checks[-1] = "test_aot_dispatch_static"
+    opcheck(operator(f"{name}_backward"), tuple(arguments), test_utils=checks)
 
 
 @each_call
