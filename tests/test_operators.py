@@ -193,8 +193,8 @@ def test_backward_operator(name, arguments, device):
     opcheck(operator(f"{name}_backward"), tuple(arguments))
     arguments[0] = arguments[0].requires_grad_()
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    # Its derivative is native's, which before torch 2.13 takes no symbolic sizes here: of a mean over probabilities, and
-    # with a weight that broadcasts.
+    # Its derivative is native's, which before torch 2.13 takes no symbolic sizes here: of a mean over probabilities,
+    # and with a weight that broadcasts.
     probabilities = name == "cross_entropy" and arguments[3].is_floating_point()
     if torch.__version__ < "2.13" and (probabilities or (name == "bce" and weight is not None)):
         checks[-1] = "test_aot_dispatch_static"

@@ -17,8 +17,8 @@ BUILD = ROOT / "build" / "emulated"
 EMULATOR = Path(os.environ.get("FUSEDLOSS_CUDA_EMU", ROOT.parent / "shared" / "cuda_emu")).resolve()
 
 # What is about the CPU or about neither, or would wait for a compiler.
-LEFT_OUT = ["benchmarks", "compile", "cuda", "documents", "layering", "packaging", "threads"]
-LEFT_OUT += ["backend", "triton", "triton_math", "what_is_there"]
+LEFT_OUT = ["benchmarks", "compile", "cuda", "documents", "kernel_resources", "layering", "on_gpu", "packaging"]
+LEFT_OUT += ["backend", "threads", "triton", "triton_math", "what_is_there"]
 # An invalid target or value is an assertion of the device here, not the CPU's exception.
 ASSERTED = [
     "a class too many",
