@@ -148,7 +148,9 @@ def broken(draw, loss):
         target = target.to(draw(st.sampled_from(BAD_DTYPES)))
     elif what == "value" and target.numel():
         target = target.contiguous()
-        target.view(-1)[-1] = draw(st.sampled_from([-1, 2, 70, 2**31 - 1]))
+        # Of probabilities as large as the last, what remains where they cancel out would be their rounding.
+        values = [-1, 2, 70, 2**31 - 1]
+        target.view(-1)[-1] = draw(st.sampled_from(values[:-1] if target.is_floating_point() else values))
     else:
         options = options | draw(st.sampled_from(BAD_OPTIONS))
     return input, target, options
@@ -194,6 +196,9 @@ def test_broken_calls(loss, device):
             return
         if loss.target == "index" and target.dim() == 0 and input.dim() > 1:
             assert isinstance(ours, type)  # likewise: native compares the batch sizes, 0 for the target
+            return
+        if native is ValueError and target.is_floating_point() and target.dim() == 1 and torch.__version__ < "2.13":
+            assert isinstance(ours, type)  # likewise: that native compares the sizes of (C) logits before the types
             return
         if ours is NotImplementedError and not input.numel():
             return  # native meets the dtype in its loop over elements, and so accepts any where there are none

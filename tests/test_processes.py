@@ -4,6 +4,7 @@ import multiprocessing
 
 import pytest
 import torch
+from conftest import HAS_GPU
 from support import LOSSES, differentiate
 
 
@@ -22,8 +23,12 @@ def expected():
     torch.set_num_threads(1)
 
 
+# Where there is a GPU, autograd has a thread for it, and refuses to run in a fork.
+METHODS = ["spawn"] if HAS_GPU else ["fork", "spawn"]
+
+
 # As for native losses, a forked child that wants several threads waits for ever for those of its parent.
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_children(method, expected):
     context = multiprocessing.get_context(method)
     with context.Pool(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -41,6 +46,7 @@ class Losses(torch.utils.data.Dataset):
 
 
 def test_workers_of_a_data_loader(expected):
-    loader = torch.utils.data.DataLoader(Losses(), batch_size=None, num_workers=2, timeout=120)
+    options = {"batch_size": None, "num_workers": 2, "timeout": 120, "multiprocessing_context": METHODS[0]}
+    loader = torch.utils.data.DataLoader(Losses(), **options)
     for child in loader:
         assert [torch.as_tensor(part).tolist() for part in child] == expected
