@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import zlib
 
 import pytest
@@ -63,7 +64,15 @@ def pytest_addoption(parser):
     parser.addoption("--sanitized", choices=["address", "thread"], help="what the build looks for: tools/sanitize.py")
 
 
+def interrupt(*_):
+    """Whoever ends a run that takes too long learns what has failed until then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come twice: for the process, and for its group
+    raise KeyboardInterrupt
+
+
 def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGTERM, interrupt)
     if config.getoption("--sanitized"):
         # Checks keep sums from becoming vectors; one after the other, their terms leave twice the error.
         support.UNITS[torch.float32] *= 2
@@ -80,6 +89,25 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
     items[:] = [item for item in items if not left_out(item)]
+
+
+failed = []  # in this process, of the test that runs
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        failed.append(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish():
+    """An error of a kernel stays with its process, and whatever follows there fails; pytest-xdist starts another."""
+    if failed and HAS_GPU and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    failed.clear()
 
 
 @pytest.fixture(autouse=True)
