@@ -360,7 +360,7 @@ void check_borders(const CpuReference& cpu, Dtype dtype, bool full) {
   const std::vector<Traversed> all{{false, false, 1}, {false, false, 2}, {false, true, 2},
                                    {true, false, 9},  {true, true, 9},   {true, false, packets}};
   // Beyond the last border of each, rows are read twice.
-  const std::int64_t most = full ? 1'000'000 * 2 / bytes_of(dtype) : 1'100;
+  const std::int64_t most = full ? 1'000'000 * 2 / bytes_of(dtype) : 150;
   check_borders(cpu, dtype, devices[0], most, {{false, false, 2}});
   check_borders(cpu, dtype, devices[0], full ? most / 8 : most, all);
   check_borders(cpu, dtype, devices[1], full ? most / 8 : most, all);
@@ -448,7 +448,7 @@ extern "C" std::int64_t fusedloss_check(const CpuReference* cpu, std::int64_t dt
       case 3: check_rescaling(type, full != 0); break;
       case 4: check_launches(*cpu, type); break;
       case 5:
-        check_straddling(*cpu, type);
+        if (full != 0) check_straddling(*cpu, type);
         check_borders(*cpu, type, full != 0);
         break;
     }

@@ -44,27 +44,39 @@ struct Facts {
   bool clusters;  // the code is compiled for them
 };
 
-// Both by device, of which each has a copy of the kernels.
-std::mutex facts_mutex;
-std::map<std::pair<int, const void*>, Facts> facts_of_kernels;
-std::map<std::tuple<int, const void*, int, std::size_t, int>, std::int64_t> blocks_of_shapes;
+// Answers of the runtime, each asked for once. Not while the lock is held: the runtime may wait for the device, which
+// may wait for a launch of another thread, which would wait for the lock. Two threads may ask the same.
+template <class Key, class Answer>
+class Answers {
+ public:
+  template <class Ask>
+  Answer of(const Key& key, Ask ask) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (const auto found = answers_.find(key); found != answers_.end()) return found->second;
+    }
+    const Answer answer = ask();
+    const std::lock_guard lock(mutex_);
+    return answers_.try_emplace(key, answer).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, Answer> answers_;
+};
 
 // Lets the kernel have all the dynamic shared memory that there is beside its static: once, and before anything else is
 // asked or launched. A limit that each launch set for itself would be lowered under the feet of another thread's.
-const Facts& facts_of(int device, const void* kernel) {
-  const auto [found, is_new] = facts_of_kernels.try_emplace({device, kernel});
-  if (!is_new) return found->second;
-  try {
+Facts facts_of(int device, const void* kernel) {
+  // By device, each of which has a copy of the kernels. Never destroyed: a thread may launch while the process ends.
+  static auto& facts = *new Answers<std::pair<int, const void*>, Facts>;
+  return facts.of({device, kernel}, [&]() -> Facts {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
     const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - int(attributes.sharedSizeBytes);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
-    found->second.clusters = attributes.ptxVersion >= 90;
-  } catch (...) {
-    facts_of_kernels.erase(found);
-    throw;
-  }
-  return found->second;
+    return {.clusters = attributes.ptxVersion >= 90};
+  });
 }
 
 // What the runtime takes for a shape; refers to itself.
@@ -97,48 +109,48 @@ std::int64_t ask_for_blocks(const void* kernel, const Launch& shape) {
   Launch one = shape;
   one.blocks = shape.cluster;
   const Configuration configuration(one, nullptr);
-  check(cudaOccupancyMaxActiveClusters(&count, kernel, &configuration.config), "cudaOccupancyMaxActiveClusters");
+  const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, kernel, &configuration.config);
+  if (status == cudaErrorInvalidClusterSize) {  // a part of a device may refuse one instead of having no room for it
+    cudaGetLastError();
+    return 0;
+  }
+  check(status, "cudaOccupancyMaxActiveClusters");
   return std::int64_t(count) * shape.cluster;
 }
 
-}  // namespace
-
-const Device& current_device() {
-  if (pretended) return *pretended;
-  static const std::vector<Device> devices = [] {
+const Device& real_device() {
+  static const std::vector<Device>& devices = *new std::vector<Device>([] {
     int count = 0;
     check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
     std::vector<Device> all;
     for (int device = 0; device < count; ++device) all.push_back(describe(device));
     return all;
-  }();
+  }());
   return devices[current_index()];
 }
+
+}  // namespace
+
+const Device& current_device() { return pretended ? *pretended : real_device(); }
 
 PretendedDevice::PretendedDevice(const Device& device) : device_(device), before_(pretended) { pretended = &device_; }
 PretendedDevice::~PretendedDevice() { pretended = before_; }
 
-bool is_compiled_for_clusters(const void* kernel) {
-  const std::lock_guard lock(facts_mutex);
-  return facts_of(current_index(), kernel).clusters;
-}
+bool is_compiled_for_clusters(const void* kernel) { return facts_of(current_index(), kernel).clusters; }
 
 std::int64_t resident_blocks(const void* kernel, const Launch& shape) {
-  if (shape.cluster > current_device().largest_cluster) return 0;
-  const int device = current_index();
-  const std::lock_guard lock(facts_mutex);
-  facts_of(device, kernel);
-  const auto [found, is_new] =
-      blocks_of_shapes.try_emplace({device, kernel, shape.threads, shape.shared_bytes, shape.cluster});
-  if (is_new) {
-    try {
-      found->second = ask_for_blocks(kernel, shape);
-    } catch (...) {
-      blocks_of_shapes.erase(found);
-      throw;
-    }
-  }
-  return shape.cluster > 1 ? found->second : found->second * current_device().multiprocessors;
+  using Key = std::tuple<int, const void*, int, std::size_t, int>;
+  static auto& blocks_of_shapes = *new Answers<Key, std::int64_t>;
+  const Device& device = current_device();
+  if (shape.cluster > device.largest_cluster) return 0;
+  const int index = current_index();
+  facts_of(index, kernel);
+  const std::int64_t blocks = blocks_of_shapes.of({index, kernel, shape.threads, shape.shared_bytes, shape.cluster},
+                                                  [&] { return ask_for_blocks(kernel, shape); });
+  if (shape.cluster == 1) return blocks * device.multiprocessors;
+  if (!pretended || blocks == 0) return blocks;
+  const std::int64_t clusters = blocks / shape.cluster * device.multiprocessors / real_device().multiprocessors;
+  return std::max<std::int64_t>(clusters, 1) * shape.cluster;
 }
 
 void launch(const char* name, const void* kernel, const Launch& shape, void* stream, void** arguments) {
@@ -148,7 +160,6 @@ void launch(const char* name, const void* kernel, const Launch& shape, void* str
                                " bytes of shared memory, of which a block here can have " +
                                std::to_string(current_device().dynamic_shared));
     }
-    const std::lock_guard lock(facts_mutex);
     facts_of(current_index(), kernel);
   }
   const Configuration configuration(shape, stream);
