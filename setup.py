@@ -51,7 +51,8 @@ def decide_cuda():
 
 def write_build_info(cuda_archs):
     """A header for csrc/module.cpp alone: as compiler flags, a new commit would recompile every file."""
-    revision = subprocess.getoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
+    git = f'git -C "{ROOT}" rev-parse --short HEAD'
+    revision = os.environ.get("FUSEDLOSS_REVISION") or subprocess.getoutput(git)  # a copy of the tree has no history
     facts = {
         "VERSION": (ROOT / "fusedloss/version.txt").read_text().strip(),
         "GIT_REVISION": revision if revision.isalnum() else "unknown",
@@ -80,7 +81,7 @@ def extension():
             stale.unlink()
         # One CUDA runtime in the process: torch's where it has one, else our own.
         runtime = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
-        options |= {"libraries": runtime, "library_dirs": [f"{cuda_home}/lib64"]}
+        options |= {"libraries": runtime, "library_dirs": [f"{cuda_home}/{lib}" for lib in ("lib64", "lib")]}
         options["define_macros"] = [("FUSEDLOSS_WITH_CUDA", None)]
     write_build_info(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "")
     # The environment's CXXFLAGS come last, and win: setuptools puts its own before ours, where it reads them at all.

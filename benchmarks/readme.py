@@ -39,7 +39,7 @@ def block(folder: Path) -> str:
     return (
         f"{name}{threads}, torch {facts['torch']}, fusedloss at {facts['fusedloss']['git_revision']}, "
         f"{facts['date'].partition(' ')[0]};\neverything is in [results.md]({place}/results.md).\n"
-        f"{busy(facts)}\n"
+        f"{busy(facts) if 'gpu' not in facts else ''}\n"
         f"![How many times faster a step is]({place}/speedup.svg)\n\n"
         f"![The bandwidth of a step, by number of classes]({place}/bandwidth.svg)\n\n{table(titles, rows)}"
     )

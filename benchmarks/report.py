@@ -39,8 +39,10 @@ BUSY = 0.5  # of load, before a run: the machine has other work
 
 def save(folder: Path, facts: dict, results: dict, left_out: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(document(facts, results, left_out))
-    (folder / "results.json").write_text(as_json(facts, results, left_out))
+    texts = {"results.md": document(facts, results, left_out), "results.json": as_json(facts, results, left_out)}
+    for name, text in texts.items():  # whole, whenever the run is ended
+        (folder / f"{name}.new").write_text(text)
+        (folder / f"{name}.new").replace(folder / name)
 
 
 def document(facts: dict, results: dict[int | None, list[Result]], left_out: dict[str, str]) -> str:

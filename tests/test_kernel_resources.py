@@ -143,7 +143,7 @@ def test_what_the_rules_do_not_know_is_no_number(code):
 
 def test_what_has_not_changed_passes(capsys):
     assert compare(LOOP) == ([], [])
-    assert kernel_resources.verdict(costs_of(LOOP), "13.0.99", "13.0.88", costs_of(LOOP))
+    assert kernel_resources.verdict(costs_of(LOOP), "13.0.88", "13.0.88", costs_of(LOOP))
     assert capsys.readouterr().out == ""
 
 
@@ -186,9 +186,23 @@ def test_a_kernel_or_a_loop_that_is_gone_or_new_is_refused():
     assert kernel_budget.compare(costs_of(LOOP), {})[0] == ["a kernel: read: is not in the table"]
 
 
-def test_another_compiler_is_not_judged(capsys):
+def test_one_more_loop_over_packets_is_refused_however_cheap():
+    """It might be one more pass over the memory, and the numbers are those of one loop."""
+    once, twice = ({"a kernel": {"read": Cost(instructions, 2, loops)}} for instructions, loops in ((9, 1), (3, 2)))
+    assert kernel_budget.compare(twice, once) == (["a kernel: read: 2 loops over packets, the table has 1"], [])
+    assert kernel_budget.compare(once, twice)[0] == ["a kernel: read: 1 loops over packets, the table has 2"]
+
+
+def test_the_streaming_loops_of_a_purpose_are_counted():
+    again = LOOP.replace("loop", "again").replace("ragged", "uneven").replace("sums", "total")
+    assert code_of(LOOP).purposes == {"read": 1}
+    assert code_of(LOOP.replace("        EXIT\n", "") + again).purposes == {"read": 2}
+
+
+@pytest.mark.parametrize("nvcc", ["13.1.80", "13.0.89"])
+def test_another_compiler_is_not_judged(nvcc, capsys):
     worse = costs_of(LOOP.replace("IADD3", "NOP\n IADD3"))
-    assert kernel_resources.verdict(worse, "13.1.80", "13.0.88", costs_of(LOOP))
+    assert kernel_resources.verdict(worse, nvcc, "13.0.88", costs_of(LOOP))
     assert "nothing is judged" in capsys.readouterr().out
 
 

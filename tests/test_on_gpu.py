@@ -74,7 +74,7 @@ def test_the_plan_has_limits(monkeypatch):
     assert "8 files" in on_gpu_dry_run.plan()
     longer = [row | {"limit": "300"} for row in rows]
     monkeypatch.setattr(on_gpu_dry_run, "stages", lambda: longer)
-    with pytest.raises(AssertionError, match="more than 590 seconds"):
+    with pytest.raises(AssertionError, match="more than 550 seconds"):
         on_gpu_dry_run.plan()
     monkeypatch.setattr(on_gpu_dry_run, "stages", lambda: [row | {"log": f"{row['stage']}.log"} for row in rows])
     with pytest.raises(AssertionError, match="more than 8 files"):

@@ -27,8 +27,10 @@ bash tools/on_gpu.sh second      # hardware counters, more tests, other projects
 
 A stage that fails, or is stopped at its limit, does not keep the next from running; a table of verdicts comes last.
 Logs and numbers are in `build/on_gpu/first` and `build/on_gpu/second`, or where `$OUT` says: at most eight small files,
-to be copied to where they are recorded. Wheels of other projects' kernels take part if they lie in `.whl`. Without a
-GPU, `bash tools/on_gpu.sh --dry-run` shows that files, filters and limits fit.
+to be copied to where they are recorded. Wheels of other projects' kernels take part if they lie in `.whl`. Stages may
+be named: what has been built is still there for `bash tools/on_gpu.sh facts ncu peers`. In a copy without the history,
+`FUSEDLOSS_REVISION` says which revision it is of. Without a GPU, `bash tools/on_gpu.sh --dry-run` shows that files,
+filters and limits fit.
 
 ```sh
 python tools/record_gpu.py build/on_gpu/first build/on_gpu/second

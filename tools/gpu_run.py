@@ -46,7 +46,10 @@ def read_folder(folder: Path) -> dict[str, dict]:
         try:
             found = reader(text) if text else {}
         except (ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"{folder}: {file or 'the log'} of {name}: {type(error).__name__}: {error}") from error
+            if stage["verdict"] != "passed":  # it was ended while it wrote
+                found = {}
+            else:
+                raise Damaged(f"{folder}: {file or 'the log'} of {name}: {type(error).__name__}: {error}") from error
         if name in READERS and not found and stage["verdict"] == "passed":
             raise Damaged(f"{folder}: {name} has passed, and {file or 'no log'} says nothing of it")
         stages[name] = stage | {key: int(stage[key]) for key in ("status", "seconds", "limit")} | {"found": found}
@@ -126,13 +129,18 @@ def ncu(text: str) -> list[dict]:
 
 def counters(row: dict[str, str]) -> dict:
     def number(metric: str) -> float | None:
-        return float(row[metric].replace(",", "")) if row.get(metric) else None
+        try:
+            return float(row[metric].replace(",", ""))
+        except (KeyError, ValueError):  # "n/a", or nothing
+            return None
 
     found = {name: next((number(m) for m in metrics if row.get(m)), None) for name, metrics in NCU.items()}
     stalls = {match["reason"]: number(metric) or 0 for metric in row if metric and (match := STALL.search(metric))}
     stalls.pop("selected", None)  # such a warp does issue
     return (
-        {"kernel": row["Kernel Name"].partition("(")[0]} | found | {"stall": max(stalls, key=stalls.get, default=None)}
+        {"kernel": re.sub(r"\((?!fusedloss::Pass).*", "", row["Kernel Name"])}
+        | found
+        | {"stall": max(stalls, key=stalls.get, default=None)}
     )
 
 

@@ -140,6 +140,7 @@ KERNELS = {k.name: k for k in [*kernels("bfloat16", "__nv_bfloat16", 2), *kernel
 class Cost:
     instructions: float  # of a thread, for a logit
     in_flight: int | None  # loads of 16 bytes
+    loops: int | None = None  # of this purpose over packets: one more might be one more pass over the memory
 
 
 Costs = dict[str, dict[str, Cost]]  # by kernel and loop
@@ -156,7 +157,8 @@ def cost_of(hot: Hot, code: sass.Code, dtype_bytes: int) -> Cost:
     else:
         raise sass.Unreadable(f"no loop that would {hot.stream} packets")
     logits = hot.logits or sass.packets(path) * 16 // dtype_bytes
-    return Cost(round(code.cost(path) / logits, 2), sass.in_flight(path))
+    loops = code.purposes[hot.stream] if hot.stream in code.streams else None
+    return Cost(round(code.cost(path) / logits, 2), sass.in_flight(path), loops)
 
 
 def measure(cuobjdump: str, objects: Path, names: Callable[[list[str]], dict[str, str]]) -> tuple[Costs, list[str]]:
@@ -197,7 +199,7 @@ def load(path: Path = TABLE) -> tuple[str, Costs]:
 def save(nvcc: str, costs: Costs, path: Path = TABLE) -> None:
     table = {"nvcc": nvcc, "kernels": {k: {loop: vars(c) for loop, c in loops.items()} for k, loops in costs.items()}}
     text = json.dumps(table, indent=2)
-    path.write_text(re.sub(r"\{\s+(\"instructions\": [^\n]+)\s+([^\n]+)\s+\}", r"{\1 \2}", text) + "\n")
+    path.write_text(re.sub(r"\{\s+(\"instructions\": [^\n]+)\s+([^\n]+)\s+([^\n]+)\s+\}", r"{\1 \2 \3}", text) + "\n")
 
 
 def compare(found: Costs, allowed: Costs) -> tuple[list[str], list[str]]:
@@ -213,6 +215,9 @@ def compare(found: Costs, allowed: Costs) -> tuple[list[str], list[str]]:
                 worse.append(f"{what} is in the table, and was not found")
             elif before is None:
                 worse.append(f"{what} is not in the table")
+            elif now.loops != before.loops:
+                # The numbers are of one of them, and say nothing of the others.
+                worse.append(f"{what} {now.loops} loops over packets, the table has {before.loops}")
             else:
                 if now.instructions != before.instructions:
                     change = f"{what} {now.instructions} instructions a logit, the table has {before.instructions}"

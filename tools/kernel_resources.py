@@ -157,7 +157,7 @@ def not_looked_at(reason: str) -> bool:
 
 
 def verdict(costs: kernel_budget.Costs, nvcc: str, table_nvcc: str, table: kernel_budget.Costs) -> bool:
-    if nvcc.split(".")[:2] != table_nvcc.split(".")[:2]:
+    if nvcc != table_nvcc:
         print(f"kernel_resources: the table is of nvcc {table_nvcc}: nothing is judged")
         return True
     worse, better = kernel_budget.compare(costs, table)

@@ -14,18 +14,18 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 # The seconds that a stage may take, where its output goes, the sets that it is in, what it shows. The dry run holds the
-# sets to 590 seconds, and what lies in $OUT to eight files.
+# sets to 550 seconds, and what lies in $OUT to eight files.
 STAGES='
-facts      20  build.log    first,second  what the machine is
-build     120  build.log    first,second  the extension and the checks of its kernels, compiled for its architecture
-kernels    45  kernels.log  first         each kernel and pass on raw pointers, beside the CPU kernels and float64
-tests     150  tests.log    first         streams, graphs, launches, assertions, each traversal
-large      40  tests.log    first         tensors of more than 2^31 elements
-bench     140  bench.log    first         the headline cases beside native torch, Triton and a copy
-sanitize   60  kernels.log  first         small cases under the four tools of compute-sanitizer
+facts      30  build.log    first,second  what the machine is
+build     110  build.log    first,second  the extension and the checks of its kernels, compiled for its architecture
+kernels    40  kernels.log  first         each kernel and pass on raw pointers, beside the CPU kernels and float64
+tests     170  tests.log    first         streams, graphs, launches, assertions, each traversal
+large      35  tests.log    first         tensors of more than 2^31 elements
+bench     120  bench.log    first         the headline cases beside native torch, Triton and a copy
+sanitize   45  kernels.log  first         small cases under the four tools of compute-sanitizer
 ncu       120  bench.log    second        hardware counters of eight headline cases
 devices   100  tests.log    second        the tests over devices, with the CUDA kernels
-peers     120  bench.log    second        beside torch.compile, and other projects whose wheels are in .whl
+peers     110  bench.log    second        beside torch.compile, and other projects whose wheels are in .whl
 triton     80  tests.log    second        the tests of the Triton kernels
 '
 python=${PYTHON:-python3}
@@ -49,7 +49,7 @@ checked() { "${dry[@]}" build/check_kernels "$1"; }
 run_tests() { tested -n 12 tests/test_cuda.py tests/test_cuda_traversals.py; }
 run_large() { tested tests/test_cuda_large.py; } # one at a time: each takes 20 GiB
 
-run_bench() { measured bench --no-compile --minutes 1.9; }
+run_bench() { measured bench --no-compile --minutes 1.6; }
 
 run_sanitize() { need compute-sanitizer && each sanitized memcheck racecheck synccheck initcheck; }
 sanitized() { # some launches are to fail: that the runtime says so is no error
@@ -78,7 +78,7 @@ run_peers() {
   else
     echo 'no wheels in .whl: torch.compile alone'
   fi
-  measured peers --minutes 1.6
+  measured peers --minutes 1.4
 }
 
 run_triton() { tested -n 12 tests/test_triton.py tests/test_lesson.py -k 'triton and not compile_for_a_gpu'; }
@@ -167,7 +167,7 @@ mkdir -p "$OUT" && OUT=$(realpath "$OUT") && rm -f "$OUT"/{summary.txt,bench.jso
 scratch=$(mktemp -d)
 running=
 trap 'kill -KILL -- "-$running" 2>/dev/null; rm -rf "$scratch"' EXIT
-arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null) || arch=9.0
+arch=$(timeout 40 "$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null) || arch=9.0
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 export OUT scratch arch PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:${PYTHONPATH:-} FUSEDLOSS_CUDA=1
 MAX_JOBS=${MAX_JOBS:-$(nproc)}

@@ -237,11 +237,18 @@ class Code:
         """
         found: dict[str, Loop] = {}
         for loop in sorted(self.streaming, key=lambda loop: (-loop.depth, -packets(self.fast_path(loop)))):
-            done = Counter(purpose(instruction) for instruction in self.fast_path(loop))
-            reads = done["global"] + done["shared"]
-            name = "write" if done["write"] and reads else "fill" if done["write"] else "read" if reads else "copy"
-            found.setdefault(name, loop)
+            found.setdefault(self._purpose_of(loop), loop)
         return found
+
+    @cached_property
+    def purposes(self) -> Counter[str]:
+        """How many streaming loops have each purpose."""
+        return Counter(map(self._purpose_of, self.streaming))
+
+    def _purpose_of(self, loop: Loop) -> str:
+        done = Counter(purpose(instruction) for instruction in self.fast_path(loop))
+        reads = done["global"] + done["shared"]
+        return "write" if done["write"] and reads else "fill" if done["write"] else "read" if reads else "copy"
 
     def around(self, loop: Loop) -> Loop:
         """The loop next outside."""
