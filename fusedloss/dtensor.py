@@ -121,8 +121,6 @@ def _argument_names(operator):
 
 def _check(loss, tensors):
     """Raises for what is not a DTensor of the input's mesh, and for an input whose rows are in parts."""
-    from torch.distributed.tensor import Replicate, Shard
-
     found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and name != "grad_scale"}
     for name, value in found.items():
         if not is_dtensor(value):
@@ -138,7 +136,7 @@ def _check(loss, tensors):
     input = found["input"]
     classes = None if loss.startswith("binary") else min(1, input.ndim - 1)
     for placement in input.placements:
-        if type(placement) is not Replicate and (type(placement) is not Shard or placement.dim == classes):
+        if not (placement.is_replicate() or (placement.is_shard() and placement.dim != classes)):
             raise NotImplementedError(
                 f"{loss}: input must be replicated or sharded over dimensions other than the classes', "
                 f"got the placements {input.placements}"
