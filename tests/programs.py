@@ -14,6 +14,7 @@ import contextlib
 import math
 import random
 import re
+import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -527,7 +528,9 @@ def execute(program, losses, wide=False, salt=0):
             warnings.simplefilter("ignore")
             return Run(losses, wide, salt).execute(program).finish()
     except Exception as error:
-        return error
+        # Before 2.13 a checkpoint whose function raises has hooks on saved tensors until its frame is gone.
+        traceback.clear_frames(error.__traceback__)
+        return error.with_traceback(None)
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------
