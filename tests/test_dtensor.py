@@ -1,6 +1,7 @@
 """DTensors: values and gradients of the whole, wherever its parts lie; a clear sentence for what is not shared yet."""
 
 import itertools
+import os
 import traceback
 
 import pytest
@@ -103,6 +104,7 @@ def work(rank, file, failures):
             failures.put(f"{arguments}\n{traceback.format_exc()}")
             break  # the ranks may be at different collectives now
     dist.destroy_process_group()
+    os._exit(0)  # where Python takes everything down, a thread of torch's that still runs may abort the process
 
 
 def test_two_processes_have_the_loss_of_one(tmp_path):
