@@ -73,6 +73,8 @@ def interrupt(*_):
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):
         signal.signal(signal.SIGTERM, interrupt)
+        # A child that a test has forked would go on instead of ending, and the test wait for it for ever.
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if config.getoption("--sanitized"):
         # Checks keep sums from becoming vectors; one after the other, their terms leave twice the error.
         support.UNITS[torch.float32] *= 2
