@@ -48,7 +48,7 @@ def check_a_part(loss, input, target, part, places):
         losses = loss.ours(input.detach(), target, reduction="none")
     torch.testing.assert_close(losses[places].double(), exact, rtol=1e-5, atol=1e-6)
     # In parts: a copy in float64 would need twice as much as all the rest.
-    mean = sum(part.sum(dtype=torch.double) for part in losses.flatten().split(2**28)) / losses.numel()
+    mean = sum(some.sum(dtype=torch.double) for some in losses.flatten().split(2**28)) / losses.numel()
     del losses
     roads = [{}, loss.separate] if loss.separate else [{}]
     for options in roads:

@@ -315,6 +315,11 @@ std::vector<Pretence> pretences() {
           {"no place for more than two blocks of a cluster", crowded}};
 }
 
+// So few that columns are just read in packets (csrc/kernels/cuda/cross_entropy_launch.cuh: kFewestPackets).
+std::int64_t positions_in_packets(Dtype dtype, const fusedloss::cuda::Device& device) {
+  return 16 / bytes_of(dtype) * 8 * device.multiprocessors;
+}
+
 // Each border, one class less and one more, for any of the passes.
 std::set<std::int64_t> counts_at_borders(fusedloss::cuda::ClassProblem problem, std::int64_t most) {
   std::set<std::int64_t> counts;
@@ -356,7 +361,7 @@ void check_borders(const CpuReference& cpu, Dtype dtype, const Pretence& pretenc
 
 void check_borders(const CpuReference& cpu, Dtype dtype, bool full) {
   const auto devices = pretences();
-  const std::int64_t packets = 16 / bytes_of(dtype) * 8 * devices[0].device.multiprocessors;  // positions
+  const std::int64_t packets = positions_in_packets(dtype, devices[0].device);
   const std::vector<Traversed> all{{false, false, 1}, {false, false, 2}, {false, true, 2},
                                    {true, false, 9},  {true, true, 9},   {true, false, packets}};
   // Beyond the last border of each, rows are read twice.
@@ -369,8 +374,9 @@ void check_borders(const CpuReference& cpu, Dtype dtype, bool full) {
 
 // Shared memory, static and dynamic together, at 48 KB: the most without opting in.
 void check_straddling(const CpuReference& cpu, Dtype dtype) {
-  const fusedloss::cuda::PretendedDevice pretended(pretences()[0].device);
-  const std::int64_t packets = 16 / bytes_of(dtype) * 8 * 2;  // positions
+  const fusedloss::cuda::Device device = pretences()[0].device;
+  const fusedloss::cuda::PretendedDevice pretended(device);
+  const std::int64_t packets = positions_in_packets(dtype, device);
   for (const std::int64_t classes : {24, 48, 95, 96}) {
     check_cross_entropy(cpu, {.shape = {1, classes, packets}, .layout = Layout::columns, .dtype = dtype}, kPlain[3]);
   }

@@ -144,9 +144,11 @@ std::int64_t resident_blocks(const void* kernel, const Launch& shape) {
   const Device& device = current_device();
   if (shape.cluster > device.largest_cluster) return 0;
   const int index = current_index();
-  facts_of(index, kernel);
-  const std::int64_t blocks = blocks_of_shapes.of({index, kernel, shape.threads, shape.shared_bytes, shape.cluster},
-                                                  [&] { return ask_for_blocks(kernel, shape); });
+  const Key key{index, kernel, shape.threads, shape.shared_bytes, shape.cluster};
+  const std::int64_t blocks = blocks_of_shapes.of(key, [&] {
+    facts_of(index, kernel);  // a kernel that has not opted in has no room for more than 48 KB
+    return ask_for_blocks(kernel, shape);
+  });
   if (shape.cluster == 1) return blocks * device.multiprocessors;
   if (!pretended || blocks == 0) return blocks;
   const std::int64_t clusters = blocks / shape.cluster * device.multiprocessors / real_device().multiprocessors;
