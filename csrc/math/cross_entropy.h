@@ -11,6 +11,13 @@
 //   index          a_c = (1 - s) w_t [c = t] + (s / C) w_c
 //   probabilities  a_c = w_c ((1 - s) q_c + s / C)
 //
+// A row passes through four phases, which have these names on every backend:
+//
+//   statistics   what the entries of a part of the row add up to: RowStatistics
+//   merge        the statistics of two parts are those of both together
+//   finish       row_loss: the loss of a row, from its statistics and its target
+//   gradient     row_gradient: what all entries of a row share in their gradients, and logit_grad, an entry's own
+//
 // Everything is relative to the row's maximum, which is subtracted first: the differences are exact where it matters,
 // and an underflowed exponential never meets a logarithm. Sources: Szegedy et al., arXiv:1512.00567 (smoothing);
 // Chowdhery et al., arXiv:2204.02311 (z loss); Gemma 2, arXiv:2408.00118 (soft cap).
@@ -21,15 +28,37 @@
 
 namespace fusedloss::math {
 
+// What the options make of the formulas above: the same for all rows of a launch.
 template <class Acc>
-struct Smoothing {
-  Acc keep;    // 1 - s
-  Acc spread;  // s / C
+struct RowProblem {
+  Acc keep = Acc(1);         // 1 - s, of the mass on the target
+  Acc spread = Acc(0);       // s / C, the mass on each class
+  Acc spread_mass = Acc(0);  // and on all of them together, times their weights
+  Acc z_loss = Acc(0);
+  bool probabilities = false;
+
+  // Whether every class has mass, and not the target alone.
+  FUSEDLOSS_FN bool dense() const { return int(probabilities) | int(spread != Acc(0)); }
 };
 
+// weight_sum: of the class weights, or the number of classes.
 template <class Acc>
-FUSEDLOSS_FN Acc probability_mass(Smoothing<Acc> smoothing, Acc probability, Acc weight) {
-  return weight * (smoothing.keep * probability + smoothing.spread);
+FUSEDLOSS_FN RowProblem<Acc> row_problem(double label_smoothing, double z_loss, bool probabilities, double classes,
+                                         double weight_sum) {
+  const Acc spread = label_smoothing == 0 ? Acc(0) : Acc(label_smoothing / classes);
+  const Acc spread_mass = probabilities || spread == Acc(0) ? Acc(0) : Acc(double(spread) * weight_sum);
+  return {Acc(1 - label_smoothing), spread, spread_mass, Acc(z_loss), probabilities};
+}
+
+// The mass that a class index puts on its class alone.
+template <class Acc>
+FUSEDLOSS_FN Acc index_mass(const RowProblem<Acc>& problem, Acc weight) {
+  return problem.keep * weight;
+}
+
+template <class Acc>
+FUSEDLOSS_FN Acc probability_mass(const RowProblem<Acc>& problem, Acc probability, Acc weight) {
+  return weight * (problem.keep * probability + problem.spread);
 }
 
 // What one class adds to the loss: its mass times -log p_c. shifted: x_c - max.
@@ -45,11 +74,75 @@ FUSEDLOSS_FN Acc entry_loss_at_max(Acc shifted, Acc mass) {
   return zero_if(shifted == Acc(0), -mass * shifted);
 }
 
+// --- Statistics, and their merge ---
+
+// What the entries of a part of a row add up to. Where every class has mass that is, beside the softmax's statistics,
+// the sum of mass (max - x) and the sum of the masses. The masses are class weights, which problem.spread multiplies
+// once for the whole row; or those of probabilities, as they are.
+//
+// Sum may be wider than Acc. The masses are float64: the gradient is p times their sum, minus masses that add up to it,
+// and what the sum has rounded off would remain.
+template <class Acc, bool kDense, class Sum = Acc>
+struct RowStatistics;
+
+template <class Acc, class Sum>
+struct RowStatistics<Acc, false, Sum> : LogSumExp<Acc, Sum> {
+  FUSEDLOSS_FN void merge(const RowStatistics& other) { LogSumExp<Acc, Sum>::merge(other.max, other.sum); }
+};
+
+template <class Acc, class Sum>
+struct RowStatistics<Acc, true, Sum> : LogSumExp<Acc, Sum> {
+  Sum dense_loss = Sum(0);
+  double mass = 0;
+
+  FUSEDLOSS_FN void merge(const RowStatistics& other) {
+    const Acc mine = finite_shift(this->max), theirs = finite_shift(other.max);
+    LogSumExp<Acc, Sum>::merge(other.max, other.sum);
+    const Acc both = finite_shift(this->max);
+    dense_loss = (dense_loss + entry_loss_at_max(Sum(mine) - Sum(both), Sum(mass))) +
+                 (other.dense_loss + entry_loss_at_max(Sum(theirs) - Sum(both), Sum(other.mass)));
+    mass += other.mass;
+  }
+};
+
+// The statistics of a whole row.
+template <class Acc>
+struct FinishedRow {
+  Acc max;
+  Acc log_sum;
+  Acc dense_loss;  // 0 where the target alone has mass
+  Acc mass;        // of probabilities
+
+  FUSEDLOSS_FN Acc lse() const { return log_sum_exp(max, log_sum); }
+};
+
+// --- Finish ---
+
+// What a target says of its row.
+template <class Acc>
+struct RowTarget {
+  bool counts;  // else, and without classes, the row has no loss, and no gradient but through its lse
+  Acc mass;     // on the target class alone: index_mass, or 0 where there is no such class
+  Acc shifted;  // the target's logit minus the row's maximum; finite where there is no target class
+};
+
 // Without a z loss the term is left out: 0 * inf would turn an infinite lse into NaN.
 template <class Acc>
 FUSEDLOSS_FN Acc z_term(Acc lse, Acc z_loss) {
   return z_loss == Acc(0) ? Acc(0) : z_loss * lse * lse;
 }
+
+template <class Acc>
+FUSEDLOSS_FN Acc row_loss(const RowProblem<Acc>& problem, const FinishedRow<Acc>& row, const RowTarget<Acc>& target) {
+  const Acc on_target = entry_loss(target.shifted, row.log_sum, target.mass);
+  const Acc scale = problem.probabilities ? Acc(1) : problem.spread;
+  const Acc mass = problem.probabilities ? row.mass : problem.spread_mass;
+  const Acc on_all = problem.dense() ? scale * row.dense_loss + mass * row.log_sum : Acc(0);
+  const Acc loss = (on_target + on_all) + z_term(row.lse(), problem.z_loss);
+  return zero_if(!target.counts, loss);
+}
+
+// --- Gradient ---
 
 // The factor of p_c in the gradient: what flows into the row's normaliser from the loss and from the returned lse.
 template <class Acc>
@@ -62,6 +155,32 @@ FUSEDLOSS_FN Acc normaliser_grad(Acc grad_loss, Acc grad_lse, Acc mass, Acc lse,
 template <class Acc>
 FUSEDLOSS_FN Acc logit_grad(Acc e, Acc softmax_grad, Acc target_grad) {
   return e * softmax_grad - target_grad;
+}
+
+// What the entries of a row share in their gradients.
+template <class Acc>
+struct RowGradient {
+  Acc factor;     // of the softmax: divided by the sum of the exponentials, of exp(x - max)
+  Acc on_target;  // the target class's mass times grad_loss
+  Acc on_all;     // what the masses that all classes have are multiplied by
+};
+
+// grad_loss and grad_lse: what flows into the row's loss and into its lse. mass is that of probabilities; lse is needed
+// by a z loss alone.
+template <class Acc>
+FUSEDLOSS_FN RowGradient<Acc> row_gradient(const RowProblem<Acc>& problem, const RowTarget<Acc>& target, Acc mass,
+                                           Acc lse, Acc grad_loss, Acc grad_lse) {
+  const Acc g = zero_if(!target.counts, grad_loss);
+  const Acc on_classes = problem.probabilities ? mass : target.mass + problem.spread_mass;
+  const Acc factor = normaliser_grad(g, grad_lse, zero_if(!target.counts, on_classes), lse, problem.z_loss);
+  return {factor, g * target.mass, problem.probabilities ? g : g * problem.spread};
+}
+
+// x divided by the row's sum, from the logarithm that forward has saved. It is 0 or more, since the largest entry adds
+// 1 to the sum; but all logits -inf, or an infinite one, give -inf and NaN, and the gradient is NaN.
+template <class Acc>
+FUSEDLOSS_FN Acc over_sum(Acc x, Acc log_sum) {
+  return log_sum >= Acc(0) ? times_exp(x, -log_sum) : log_sum - log_sum;
 }
 
 // The gradient to a probability q_c, which enters through its mass.

@@ -56,135 +56,135 @@ template <class Acc>
   }
 }
 
-// From exponentials to gradients, for class indices. weights: of the classes, times the smoothing; or null.
+// What the entries of each lane share in their gradients, as they need it.
 template <class Acc>
-[[gnu::noinline]] void target_gradients(const Tile<Acc>& tile, const Group<Acc>& group, const Acc* factor,
-                                        const Acc* weights, Acc spread) {
+struct Shared {
+  Acc factor[kLanes], on_target[kLanes], on_all[kLanes];
+};
+
+// From exponentials to gradients, for class indices.
+template <class Acc>
+[[gnu::noinline]] void target_gradients(const Tile<Acc>& tile, const Group<Acc>& group, const Shared<Acc>& rows,
+                                        const Acc* weights) {
   using Class = typename Group<Acc>::Class;
   for (std::int64_t c = 0; c < tile.lines; ++c) {
     Acc* e = tile.line(c);
     const Class this_class = static_cast<Class>(c);
-    const Acc on_all = weights ? spread * weights[c] : spread;
+    const Acc weight = weights ? weights[c] : Acc(1);
 #pragma omp simd
     for (int i = 0; i < tile.lanes; ++i) {
-      const Acc mass = on_all + math::zero_if(group.target[i] != this_class, group.target_mass[i]);
-      e[i] = math::zero_if(group.skip[i], math::logit_grad(e[i], factor[i], group.grad_loss[i] * mass));
+      const Acc on_class = rows.on_all[i] * weight + math::zero_if(group.target[i] != this_class, rows.on_target[i]);
+      e[i] = math::zero_if(group.skip[i], math::logit_grad(e[i], rows.factor[i], on_class));
     }
   }
 }
 
 template <class Acc>
-class Columns : CrossEntropy<Acc> {
+class Columns {
  public:
-  explicit Columns(const CrossEntropyArgs& args) : CrossEntropy<Acc>(args), lanes_(column_lanes(args.shape.classes)) {
-    const std::int64_t size = this->classes_ * lanes_;
-    tile_ = static_cast<Acc*>(scratch((this->cap_ != 0 ? 2 : 1) * size * sizeof(Acc)));
+  explicit Columns(const CrossEntropyArgs& args) : p_(args), lanes_(column_lanes(args.shape.classes)) {
+    const std::int64_t size = p_.classes * lanes_;
+    tile_ = static_cast<Acc*>(scratch((p_.cap != 0 ? 2 : 1) * size * sizeof(Acc)));
     slopes_ = tile_ + size;
   }
 
   void count(std::int64_t begin, std::int64_t end, Partial& partial) const {
-    for (Group<Acc> group; next_group(group, begin, end); begin += group.count) this->load_targets(group, partial);
+    for (Group<Acc> group; next_group(group, begin, end); begin += group.count) p_.load_targets(group, partial);
   }
 
   void forward(std::int64_t begin, std::int64_t end, Partial& partial) const {
     for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
-      this->load_targets(group, partial);
+      p_.load_targets(group, partial);
       load_tile(group);
-      find_largest(tile(group), group.max);
-      for (int i = 0; i < group.count; ++i) {
-        group.target_logit[i] = group.target[i] >= 0 ? line(group.target[i])[i] : group.max[i];
-      }
-      if (this->dense_) dense(group);
-      exponentials(group);
-      this->losses(group);
-      this->finish(group, partial);
-      if (this->gradient_) gradient(group);
+      statistics(group);
+      p_.finish(group, partial);
+      if (p_.gradient) gradient(group, Sum::fresh);
     }
   }
 
   void backward(std::int64_t begin, std::int64_t end) const {
     Partial unused;
     for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
-      this->load_targets(group, unused);
-      this->load_statistics(group);
+      p_.load_targets(group, unused);
+      p_.load_statistics(group);
       load_tile(group);
-      if (this->probabilities_) set_masses(group);
-      if (this->args_.grad_probabilities.data) probability_gradient(group);
-      if (!this->gradient_) continue;
+      if (p_.problem.probabilities) set_masses(group);
+      if (p_.args.grad_probabilities.data) probability_gradient(group);
+      if (!p_.gradient) continue;
       take_exponentials(tile(group), group.max);
-      gradient(group);
+      gradient(group, Sum::saved);
     }
   }
 
  private:
   // A group stays inside one outer index, so that its positions lie at one stride.
   bool next_group(Group<Acc>& group, std::int64_t begin, std::int64_t end) const {
-    const std::int64_t inner = this->args_.shape.inner;
+    const std::int64_t inner = p_.args.shape.inner;
     group.begin = begin;
     group.count = begin < end ? static_cast<int>(std::min({end - begin, lanes_, inner - begin % inner})) : 0;
     return group.count > 0;
   }
 
   Acc* line(std::int64_t c) const { return tile_ + c * lanes_; }
-  Tile<Acc> tile(const Group<Acc>& group) const { return {tile_, lanes_, this->classes_, group.count}; }
+  Tile<Acc> tile(const Group<Acc>& group) const { return {tile_, lanes_, p_.classes, group.count}; }
 
   void load_tile(const Group<Acc>& group) const {
-    const ClassTensor& logits = this->args_.logits;
-    load_lines(logits.data, logits.dtype, this->offset(logits, group.begin), logits.class_stride, logits.inner_stride,
-               this->classes_, group.count, tile_, lanes_);
-    if (this->cap_ == 0) return;
-    for (std::int64_t c = 0; c < this->classes_; ++c) this->cap(line(c), slopes_ + c * lanes_, group.count);
-  }
-
-  // Replaces the tile by its exponentials and adds them up.
-  void exponentials(Group<Acc>& group) const {
-    const int lanes = group.count;
-    Acc shift[kLanes];
-#pragma omp simd
-    for (int i = 0; i < lanes; ++i) shift[i] = math::finite_shift(group.max[i]);
-    take_exponentials(tile(group), shift);
-    add_lines(tile(group), group.sum);
+    const ClassTensor& logits = p_.args.logits;
+    load_lines(logits.data, logits.dtype, p_.offset(logits, group.begin), logits.class_stride, logits.inner_stride,
+               p_.classes, group.count, tile_, lanes_);
+    if (p_.cap == 0) return;
+    for (std::int64_t c = 0; c < p_.classes; ++c) p_.apply_cap(line(c), slopes_ + c * lanes_, group.count);
   }
 
   // The masses of one class; only for probabilities.
   const Acc* masses(const Group<Acc>& group, std::int64_t c, Acc* buffer) const {
     const int lanes = group.count;
-    const Acc* q = this->probabilities(group.begin, c, this->args_.probabilities.inner_stride, lanes, buffer);
-    const Acc w = this->weight(c);
+    const Acc* q = p_.probabilities(group.begin, c, p_.args.probabilities.inner_stride, lanes, buffer);
+    const Acc w = p_.weight(c);
 #pragma omp simd
-    for (int i = 0; i < lanes; ++i) buffer[i] = math::probability_mass(this->smoothing_, q[i], w);
+    for (int i = 0; i < lanes; ++i) buffer[i] = math::probability_mass(p_.problem, q[i], w);
     return buffer;
   }
 
   void set_masses(Group<Acc>& group) const {
     double mass[kLanes] = {};
-    for (std::int64_t c = 0; c < this->classes_; ++c) {
+    for (std::int64_t c = 0; c < p_.classes; ++c) {
       Acc buffer[kLanes];
       const Acc* a = masses(group, c, buffer);
 #pragma omp simd
       for (int i = 0; i < group.count; ++i) mass[i] += double(a[i]);
     }
-    for (int i = 0; i < group.count; ++i) group.mass[i] = static_cast<Acc>(mass[i]);
+    std::copy_n(mass, group.count, group.mass);
   }
 
-  // What the masses that all classes have add to the loss. Without probabilities these are the class weights; the
-  // smoothing multiplies the sum.
-  void dense(Group<Acc>& group) const {
+  // Replaces the tile by its exponentials.
+  void statistics(Group<Acc>& group) const {
     const int lanes = group.count;
     Acc shift[kLanes];
+    find_largest(tile(group), group.max);
+    for (int i = 0; i < lanes; ++i) {
+      group.target_logit[i] = group.target[i] >= 0 ? line(group.target[i])[i] : group.max[i];
+    }
 #pragma omp simd
     for (int i = 0; i < lanes; ++i) shift[i] = math::finite_shift(group.max[i]);
-    std::fill_n(group.dense_loss, lanes, 0.0);
-    if (this->probabilities_) set_masses(group);
-    for (std::int64_t c = 0; c < this->classes_; ++c) {
+    if (p_.problem.dense()) add_masses(group, shift);
+    take_exponentials(tile(group), shift);
+    add_lines(tile(group), group.sum);
+  }
+
+  // What the masses that all classes have add to the statistics.
+  void add_masses(Group<Acc>& group, const Acc* shift) const {
+    const int lanes = group.count;
+    if (p_.problem.probabilities) set_masses(group);
+    for (std::int64_t c = 0; c < p_.classes; ++c) {
       Acc buffer[kLanes];
       const Acc* x = line(c);
-      if (this->probabilities_) {
+      if (p_.problem.probabilities) {
         const Acc* a = masses(group, c, buffer);
 #pragma omp simd
         for (int i = 0; i < lanes; ++i) group.dense_loss[i] += double(math::entry_loss_at_max(x[i] - shift[i], a[i]));
       } else {
-        const Acc a = this->weight(c);
+        const Acc a = p_.weight(c);
 #pragma omp simd
         for (int i = 0; i < lanes; ++i) group.dense_loss[i] += double(math::entry_loss_at_max(x[i] - shift[i], a));
       }
@@ -192,52 +192,53 @@ class Columns : CrossEntropy<Acc> {
   }
 
   // Replaces the tile of exponentials by the gradient, and stores it.
-  void gradient(Group<Acc>& group) const {
+  void gradient(Group<Acc>& group, Sum sum) const {
     const int lanes = group.count;
-    this->load_grad_loss(group);
-    this->set_softmax_grads(group, 0, lanes);
-    Acc factor[kLanes];
-    for (int i = 0; i < lanes; ++i) factor[i] = static_cast<Acc>(group.softmax_grad[i]);
-    if (!this->probabilities_) {
-      const bool weighted = this->dense_ && this->weight_;
-      target_gradients(tile(group), group, factor, weighted ? this->weight_ : nullptr,
-                       this->dense_ ? this->smoothing_.spread : Acc(0));
+    Shared<Acc> rows;
+    p_.load_grads(group);
+    p_.set_gradients(group, 0, lanes, sum);
+    std::copy_n(group.factor, lanes, rows.factor);
+    std::copy_n(group.on_target, lanes, rows.on_target);
+    std::copy_n(group.on_all, lanes, rows.on_all);
+    if (!p_.problem.probabilities) {
+      target_gradients(tile(group), group, rows, p_.problem.dense() ? p_.weights : nullptr);
     }
-    for (std::int64_t c = 0; c < this->classes_ && this->probabilities_; ++c) {
+    for (std::int64_t c = 0; c < p_.classes && p_.problem.probabilities; ++c) {
       Acc buffer[kLanes];
       Acc* e = line(c);
       const Acc* a = masses(group, c, buffer);
 #pragma omp simd
-      for (int i = 0; i < lanes; ++i) e[i] = math::logit_grad(e[i], factor[i], group.grad_loss[i] * a[i]);
+      for (int i = 0; i < lanes; ++i) e[i] = math::logit_grad(e[i], rows.factor[i], rows.on_all[i] * a[i]);
     }
-    for (std::int64_t c = 0; c < this->classes_ && this->cap_ != 0; ++c) {
+    for (std::int64_t c = 0; c < p_.classes && p_.cap != 0; ++c) {
       Acc* grad = line(c);
       const Acc* slopes = slopes_ + c * lanes_;
 #pragma omp simd
       for (int i = 0; i < lanes; ++i) grad[i] = math::zero_if(group.skip[i], grad[i] * slopes[i]);
     }
-    const ClassTensor& grad = this->args_.grad_logits;
-    store_lines(grad.data, grad.dtype, this->offset(grad, group.begin), grad.class_stride, grad.inner_stride,
-                this->classes_, lanes, tile_, lanes_);
+    const ClassTensor& grad = p_.args.grad_logits;
+    store_lines(grad.data, grad.dtype, p_.offset(grad, group.begin), grad.class_stride, grad.inner_stride, p_.classes,
+                lanes, tile_, lanes_);
   }
 
   void probability_gradient(Group<Acc>& group) const {
     const int lanes = group.count;
-    const ClassTensor& tensor = this->args_.grad_probabilities;
-    this->load_grad_loss(group);
-    for (std::int64_t c = 0; c < this->classes_; ++c) {
+    const ClassTensor& tensor = p_.args.grad_probabilities;
+    p_.load_grads(group);
+    for (std::int64_t c = 0; c < p_.classes; ++c) {
       Acc grad[kLanes];
       const Acc* x = line(c);
-      const Acc w = this->weight(c);
+      const Acc w = p_.weight(c);
 #pragma omp simd
       for (int i = 0; i < lanes; ++i) {
         grad[i] =
-            math::probability_grad(x[i] - group.max[i], group.log_sum[i], group.grad_loss[i], this->smoothing_.keep, w);
+            math::probability_grad(x[i] - group.max[i], Acc(group.log_sum[i]), group.grad_loss[i], p_.problem.keep, w);
       }
-      store(tensor.data, tensor.dtype, this->offset(tensor, group.begin, c), tensor.inner_stride, lanes, grad);
+      store(tensor.data, tensor.dtype, p_.offset(tensor, group.begin, c), tensor.inner_stride, lanes, grad);
     }
   }
 
+  const CrossEntropy<Acc> p_;
   const std::int64_t lanes_;
   Acc* tile_;
   Acc* slopes_;

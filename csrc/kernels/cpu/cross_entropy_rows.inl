@@ -76,79 +76,81 @@ struct Part {
   std::int64_t count;
   const Acc* x;
   Acc* e;  // the exponentials
-  Acc max;
-  double dense_loss = 0, mass = 0;  // of the masses that all classes have
+  math::RowStatistics<Acc, true, double> statistics;
 };
 
 template <class Acc>
-class Rows : CrossEntropy<Acc> {
+class Rows {
+  using Statistics = math::RowStatistics<Acc, true, double>;
+
  public:
   explicit Rows(const CrossEntropyArgs& args)
-      : CrossEntropy<Acc>(args),
-        rows_at_once_(this->classes_ <= kChunk && this->cap_ == 0 ? kRowsAtOnce : 1),
-        in_place_(this->gradient_ && args.grad_logits.dtype == kDtypeOf<Acc> && args.grad_logits.class_stride == 1) {
+      : p_(args),
+        rows_at_once_(p_.classes <= kChunk && p_.cap == 0 ? kRowsAtOnce : 1),
+        in_place_(p_.gradient && args.grad_logits.dtype == kDtypeOf<Acc> && args.grad_logits.class_stride == 1) {
     // Beside a gradient of another type, the exponentials; behind them the slopes of the cap, and each chunk's maximum.
-    const std::int64_t whole_chunks = this->classes_ / kChunk;
-    const std::int64_t kept = this->gradient_ && !in_place_ ? whole_chunks * kChunk : 0;
-    const std::int64_t slopes = this->cap_ != 0 ? this->classes_ : 0;
+    const std::int64_t whole_chunks = p_.classes / kChunk;
+    const std::int64_t kept = p_.gradient && !in_place_ ? whole_chunks * kChunk : 0;
+    const std::int64_t slopes = p_.cap != 0 ? p_.classes : 0;
     kept_ = static_cast<Acc*>(scratch((kept + slopes + whole_chunks + 1) * sizeof(Acc)));
     slopes_ = kept_ + kept;
     chunk_max_ = slopes_ + slopes;
   }
 
   void count(std::int64_t begin, std::int64_t end, Partial& partial) const {
-    for (Group<Acc> group; next_group(group, begin, end); begin += group.count) this->load_targets(group, partial);
+    for (Group<Acc> group; next_group(group, begin, end); begin += group.count) p_.load_targets(group, partial);
   }
 
   void forward(std::int64_t begin, std::int64_t end, Partial& partial) const {
     Acc kept[kRowsAtOnce][kChunk];
     for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
-      this->load_targets(group, partial);
-      if (this->gradient_) this->load_grad_loss(group);
+      p_.load_targets(group, partial);
+      if (p_.gradient) p_.load_grads(group);
       for (int first = 0; first < group.count; first += rows_at_once_) {
         const int last = std::min(first + rows_at_once_, group.count);
         statistics(group, first, last, kept);
-        for (int i = first; i < last && this->gradient_; ++i) {
+        for (int i = first; i < last && p_.gradient; ++i) {
           if (group.skip[i]) {
             zero_gradient(group, i);
             continue;
           }
-          this->set_softmax_grads(group, i, i + 1);
-          const double all = group.softmax_grad[i];
-          for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
+          // The other logarithms are taken all at once.
+          if (p_.problem.z_loss != 0) group.log_sum[i] = math::log(group.sum[i]);
+          p_.set_gradients(group, i, i + 1, Sum::fresh);
+          for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
             const Acc max = rows_at_once_ > 1 ? group.max[i] : chunk_max_[c / kChunk];
-            const double factor = max == group.max[i] ? all : math::rescale(all, max, group.max[i]);
+            const double all = group.factor[i],
+                         factor = max == group.max[i] ? all : math::rescale(all, max, group.max[i]);
             gradient(group, i, c, place_of(group, first, i, c, kept), Acc(factor));
           }
         }
       }
-      this->losses(group);
-      this->finish(group, partial);
+      p_.finish(group, partial);
     }
   }
 
   void backward(std::int64_t begin, std::int64_t end) const {
     Partial unused;
     for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
-      this->load_targets(group, unused);
-      this->load_statistics(group);
-      this->load_grad_loss(group);
+      p_.load_targets(group, unused);
+      p_.load_statistics(group);
+      p_.load_grads(group);
       for (int i = 0; i < group.count; ++i) {
-        if (this->probabilities_) group.mass[i] = Acc(mass_of(group.begin + i));
-        this->set_softmax_grads(group, i, i + 1);
         if (group.skip[i]) {
           zero_gradient(group, i);
           continue;
         }
-        if (group.counts[i] && !this->probabilities_) group.target_logit[i] = logit(group.begin + i, group.target[i]);
-        for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
+        if (p_.problem.probabilities) group.mass[i] = mass_of(group.begin + i);
+        if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
+        p_.set_gradients(group, i, i + 1, Sum::saved);
+        for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
           Acc x_buffer[kChunk], e[kChunk];
           std::int64_t count = chunk_size(c);
           const Acc* x = logits(group.begin + i, c, count, x_buffer);
-          if (this->args_.grad_probabilities.data) probability_gradient(group, i, c, x);
-          if (!this->gradient_) continue;
+          if (p_.args.grad_probabilities.data) probability_gradient(group, i, c, x);
+          if (!p_.gradient) continue;
           exponentials(x, group.max[i], e, count, ahead(group.begin + i, c));
-          gradient(group, i, c, e, Acc(group.softmax_grad[i]));
+          gradient(group, i, c, e, Acc(group.factor[i]));
         }
       }
     }
@@ -161,17 +163,17 @@ class Rows : CrossEntropy<Acc> {
     return group.count > 0;
   }
 
-  std::int64_t chunk_size(std::int64_t c) const { return std::min<std::int64_t>(kChunk, this->classes_ - c); }
+  std::int64_t chunk_size(std::int64_t c) const { return std::min<std::int64_t>(kChunk, p_.classes - c); }
 
   // The logits of a chunk, capped if asked for. A ragged chunk is padded, and its count raised, with logits that change
   // nothing in a sum of exponentials, so that no exponential of a short row is computed alone.
   const Acc* logits(std::int64_t position, std::int64_t c, std::int64_t& count, Acc* buffer) const {
-    const ClassTensor& tensor = this->args_.logits;
-    const std::int64_t at = this->offset(tensor, position, c);
+    const ClassTensor& tensor = p_.args.logits;
+    const std::int64_t at = p_.offset(tensor, position, c);
     const Acc* x = load(tensor.data, tensor.dtype, at, 1, count, buffer);
     const bool ragged = count % kPadding != 0;
-    if (x != buffer && (ragged || this->cap_ != 0)) std::copy_n(x, count, buffer), x = buffer;
-    if (this->cap_ != 0) this->cap(buffer, slopes_ + c, count);
+    if (x != buffer && (ragged || p_.cap != 0)) std::copy_n(x, count, buffer), x = buffer;
+    if (p_.cap != 0) p_.apply_cap(buffer, slopes_ + c, count);
     if (ragged) {
       const std::int64_t padded = ceil_div(count, kPadding) * kPadding;
       std::fill_n(buffer + count, padded - count, -math::kInfinity<Acc>);
@@ -182,36 +184,36 @@ class Rows : CrossEntropy<Acc> {
 
   // What follows a chunk: the next of its row, or a row behind those that are treated together.
   Ahead ahead(std::int64_t position, std::int64_t c) const {
-    const ClassTensor& tensor = this->args_.logits;
+    const ClassTensor& tensor = p_.args.logits;
     const std::int64_t size = size_of(tensor.dtype);
-    const std::int64_t at = c + kChunk < this->classes_ ? this->offset(tensor, position, c + kChunk)
-                                                        : this->offset(tensor, position + rows_at_once_);
+    const std::int64_t at =
+        c + kChunk < p_.classes ? p_.offset(tensor, position, c + kChunk) : p_.offset(tensor, position + rows_at_once_);
     return {static_cast<const char*>(tensor.data) + at * size, size};
   }
 
   Acc logit(std::int64_t position, std::int64_t c) const {
-    const ClassTensor& tensor = this->args_.logits;
+    const ClassTensor& tensor = p_.args.logits;
     Acc x, slope;
-    x = *load(tensor.data, tensor.dtype, this->offset(tensor, position, c), 1, 1, &x);
-    if (this->cap_ != 0) this->cap(&x, &slope, 1);
+    x = *load(tensor.data, tensor.dtype, p_.offset(tensor, position, c), 1, 1, &x);
+    if (p_.cap != 0) p_.apply_cap(&x, &slope, 1);
     return x;
   }
 
   // The weights of the classes from c on, for at most kChunk of them.
-  const Acc* weights(std::int64_t c) const { return this->weight_ ? this->weight_ + c : kOnes<Acc>.data(); }
+  const Acc* weights(std::int64_t c) const { return p_.weights ? p_.weights + c : kOnes<Acc>.data(); }
 
   const Acc* masses(std::int64_t position, std::int64_t c, Acc* buffer) const {
     const std::int64_t count = chunk_size(c);
-    const Acc* q = this->probabilities(position, c, this->args_.probabilities.class_stride, count, buffer);
+    const Acc* q = p_.probabilities(position, c, p_.args.probabilities.class_stride, count, buffer);
     const Acc* w = weights(c);
 #pragma omp simd
-    for (std::int64_t k = 0; k < count; ++k) buffer[k] = math::probability_mass(this->smoothing_, q[k], w[k]);
+    for (std::int64_t k = 0; k < count; ++k) buffer[k] = math::probability_mass(p_.problem, q[k], w[k]);
     return buffer;
   }
 
   double mass_of(std::int64_t position) const {
     double mass = 0;
-    for (std::int64_t c = 0; c < this->classes_; c += kChunk) {
+    for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
       Acc buffer[kChunk];
       const Acc* a = masses(position, c, buffer);
       const std::int64_t count = chunk_size(c);
@@ -224,20 +226,20 @@ class Rows : CrossEntropy<Acc> {
   // Where a part's exponentials lie until they become the gradient. Those of short rows and of ragged chunks, which are
   // the last of their row, are not written over before.
   Acc* place_of(const Group<Acc>& group, int first, int i, std::int64_t c, Acc (*kept)[kChunk]) const {
-    if (!this->gradient_ || rows_at_once_ > 1 || chunk_size(c) < kChunk) return kept[i - first];
+    if (!p_.gradient || rows_at_once_ > 1 || chunk_size(c) < kChunk) return kept[i - first];
     if (!in_place_) return kept_ + c;
-    const ClassTensor& grad = this->args_.grad_logits;
-    return static_cast<Acc*>(grad.data) + this->offset(grad, group.begin + i, c);
+    const ClassTensor& grad = p_.args.grad_logits;
+    return static_cast<Acc*>(grad.data) + p_.offset(grad, group.begin + i, c);
   }
 
   // Of the rows [first, last): several short ones, or one. Short rows take each step together: one after the other,
   // each would wait for the end of its own step, a reduction, before it could take the next.
   void statistics(Group<Acc>& group, int first, int last, Acc (*kept)[kChunk]) const {
     Acc buffers[kRowsAtOnce][kChunk];
-    double mass = 0;
+    Statistics row;
     for (int i = first; i < last; ++i) {
       group.max[i] = group.target_logit[i] = -math::kInfinity<Acc>;
-      group.sum[i] = group.dense_loss[i] = 0;
+      group.sum[i] = group.log_sum[i] = 0;
       // Before the exponentials may take its place.
       if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
     }
@@ -247,7 +249,7 @@ class Rows : CrossEntropy<Acc> {
       Part<Acc> parts[kRowsAtOnce];
       int count = 0;
       while (i < last && count < rows_at_once_) {
-        if (group.skip[i] || c >= this->classes_) {
+        if (group.skip[i] || c >= p_.classes) {
           ++i;
           c = 0;
           continue;
@@ -258,16 +260,17 @@ class Rows : CrossEntropy<Acc> {
         part.count = chunk_size(c);
         part.x = logits(group.begin + i, c, part.count, buffers[count]);
         part.e = place_of(group, first, i, c, kept);
-        part.max = largest(part.x, part.count);
+        part.statistics.max = largest(part.x, part.count);
         c += kChunk;
         ++count;
       }
       for (int k = 0; k < count; ++k) {
         Part<Acc>& part = parts[k];
-        if (this->dense_) add_masses(group, part);
-        exponentials(part.x, math::finite_shift(part.max), part.e, part.count, ahead(group.begin + part.row, part.c));
+        if (p_.problem.dense()) add_masses(group, part);
+        exponentials(part.x, math::finite_shift(part.statistics.max), part.e, part.count,
+                     ahead(group.begin + part.row, part.c));
       }
-      for (int k = 0; k < count; ++k) merge(group, parts[k], mass);
+      for (int k = 0; k < count; ++k) merge(group, parts[k], row);
     }
     for (int k = first; k < last; ++k) {
       if (group.target[k] == Group<Acc>::kNoClass) group.target_logit[k] = group.max[k];
@@ -278,9 +281,9 @@ class Rows : CrossEntropy<Acc> {
   // probabilities these are the class weights; the smoothing multiplies the sum over the row.
   void add_masses(const Group<Acc>& group, Part<Acc>& part) const {
     Acc buffer[kChunk];
-    const Acc* a = this->probabilities_ ? masses(group.begin + part.row, part.c, buffer) : weights(part.c);
+    const Acc* a = p_.problem.probabilities ? masses(group.begin + part.row, part.c, buffer) : weights(part.c);
     const Acc* x = part.x;
-    const Acc shift = math::finite_shift(part.max);
+    const Acc shift = math::finite_shift(part.statistics.max);
     const std::int64_t count = chunk_size(part.c);
     double loss = 0, mass = 0;
 #pragma omp simd reduction(+ : loss, mass)
@@ -288,54 +291,41 @@ class Rows : CrossEntropy<Acc> {
       loss += double(math::entry_loss_at_max(x[k] - shift, a[k]));
       mass += double(a[k]);
     }
-    part.dense_loss = loss;
-    part.mass = mass;
+    part.statistics.dense_loss = loss;
+    part.statistics.mass = mass;
   }
 
-  // Adds a part to its row. `mass` is that of the row's parts before it.
-  void merge(Group<Acc>& group, const Part<Acc>& part, double& mass) const {
+  // Merges a part into the statistics of its row, of which `row` are those of the parts before it.
+  void merge(Group<Acc>& group, Part<Acc>& part, Statistics& row) const {
     const int i = part.row;
-    const double sum = sum_of(part.e, part.count);
-    if (rows_at_once_ == 1) chunk_max_[part.c / kChunk] = part.max;
-    if (part.c == 0) {
-      group.max[i] = part.max;
-      group.sum[i] = sum;
-      group.dense_loss[i] = part.dense_loss;
-      mass = part.mass;
-    } else {
-      math::LogSumExp<Acc, double> row{group.max[i], group.sum[i]};
-      row.merge(part.max, sum);
-      const double after = double(math::finite_shift(row.max));
-      const double row_shift = double(math::finite_shift(group.max[i])) - after;
-      const double part_shift = double(math::finite_shift(part.max)) - after;
-      group.dense_loss[i] +=
-          part.dense_loss + math::entry_loss_at_max(row_shift, mass) + math::entry_loss_at_max(part_shift, part.mass);
-      group.max[i] = row.max;
-      group.sum[i] = row.sum;
-      mass += part.mass;
-    }
-    if (this->probabilities_) group.mass[i] = Acc(mass);
+    part.statistics.sum = sum_of(part.e, part.count);
+    if (rows_at_once_ == 1) chunk_max_[part.c / kChunk] = part.statistics.max;
+    if (part.c == 0) row = part.statistics;
+    if (part.c > 0) row.merge(part.statistics);
+    group.max[i] = row.max;
+    group.sum[i] = row.sum;
+    group.dense_loss[i] = row.dense_loss;
+    group.mass[i] = row.mass;
   }
 
   void zero_gradient(const Group<Acc>& group, int i) const {
-    const ClassTensor& tensor = this->args_.grad_logits;
-    if (!this->gradient_) return;
-    store_zeros(tensor.data, tensor.dtype, this->offset(tensor, group.begin + i), tensor.class_stride, this->classes_);
+    const ClassTensor& tensor = p_.args.grad_logits;
+    if (!p_.gradient) return;
+    store_zeros(tensor.data, tensor.dtype, p_.offset(tensor, group.begin + i), tensor.class_stride, p_.classes);
   }
 
   // A chunk's gradient from its exponentials, of which e may be the place.
   void gradient(const Group<Acc>& group, int i, std::int64_t c, const Acc* e, Acc factor) const {
     Acc buffer[kChunk], mass_buffer[kChunk];
-    const ClassTensor& tensor = this->args_.grad_logits;
-    const std::int64_t position = group.begin + i, count = chunk_size(c), at = this->offset(tensor, position, c);
+    const ClassTensor& tensor = p_.args.grad_logits;
+    const std::int64_t position = group.begin + i, count = chunk_size(c), at = p_.offset(tensor, position, c);
     Acc* grad = destination(tensor.data, tensor.dtype, at, tensor.class_stride, buffer);
     if (grad == buffer) prefetch_for_writing(tensor.data, tensor.dtype, at + count, count);
-    const Acc g = group.grad_loss[i];
-    if (this->dense_) {
-      const Acc* a = this->probabilities_ ? masses(position, c, mass_buffer) : weights(c);
-      const Acc grad_mass = this->probabilities_ ? g : g * this->smoothing_.spread;
+    if (p_.problem.dense()) {
+      const Acc* a = p_.problem.probabilities ? masses(position, c, mass_buffer) : weights(c);
+      const Acc on_all = Acc(group.on_all[i]);
 #pragma omp simd
-      for (std::int64_t k = 0; k < count; ++k) grad[k] = math::logit_grad(e[k], factor, grad_mass * a[k]);
+      for (std::int64_t k = 0; k < count; ++k) grad[k] = math::logit_grad(e[k], factor, on_all * a[k]);
     } else {
 #pragma omp simd
       for (std::int64_t k = 0; k < count; ++k) grad[k] = math::logit_grad(e[k], factor, Acc(0));
@@ -343,12 +333,11 @@ class Rows : CrossEntropy<Acc> {
     const std::int64_t t = std::int64_t(group.target[i]) - c;
     if (t >= 0 && t < count) {
       // In float64: p - 1 of a confident row keeps the digits that both numbers share.
-      const double exponential = math::exp_nonpositive(double(group.target_logit[i]) - double(group.max[i]));
-      const double spread = this->dense_ ? double(this->smoothing_.spread) * double(this->weight(c + t)) : 0;
-      grad[t] = Acc(
-          math::logit_grad(exponential, group.softmax_grad[i], double(g) * (spread + double(group.target_mass[i]))));
+      const double exponential = math::exp_nonpositive(group.target_of(i).shifted);
+      const double on_all = p_.problem.dense() ? group.on_all[i] * double(p_.weight(c + t)) : 0;
+      grad[t] = Acc(math::logit_grad(exponential, group.factor[i], on_all + group.on_target[i]));
     }
-    if (this->cap_ != 0) {
+    if (p_.cap != 0) {
       const Acc* slopes = slopes_ + c;
 #pragma omp simd
       for (std::int64_t k = 0; k < count; ++k) grad[k] *= slopes[k];
@@ -358,17 +347,18 @@ class Rows : CrossEntropy<Acc> {
 
   void probability_gradient(const Group<Acc>& group, int i, std::int64_t c, const Acc* x) const {
     Acc grad[kChunk];
-    const ClassTensor& tensor = this->args_.grad_probabilities;
+    const ClassTensor& tensor = p_.args.grad_probabilities;
     const std::int64_t count = chunk_size(c);
-    const Acc max = group.max[i], log_sum = group.log_sum[i], g = group.grad_loss[i];
+    const Acc max = group.max[i], log_sum = Acc(group.log_sum[i]), g = group.grad_loss[i];
     const Acc* w = weights(c);
 #pragma omp simd
     for (std::int64_t k = 0; k < count; ++k) {
-      grad[k] = math::probability_grad(x[k] - max, log_sum, g, this->smoothing_.keep, w[k]);
+      grad[k] = math::probability_grad(x[k] - max, log_sum, g, p_.problem.keep, w[k]);
     }
-    store(tensor.data, tensor.dtype, this->offset(tensor, group.begin + i, c), tensor.class_stride, count, grad);
+    store(tensor.data, tensor.dtype, p_.offset(tensor, group.begin + i, c), tensor.class_stride, count, grad);
   }
 
+  const CrossEntropy<Acc> p_;
   const int rows_at_once_;
   const bool in_place_;  // the exponentials lie where the gradient will
   Acc* kept_;

@@ -1,5 +1,5 @@
-// What the three traversals of cross entropy share: targets, the mean's divisor, and the loss and gradient of a row
-// from its sums. The formulas are those of csrc/math/cross_entropy.h, as on the CPU.
+// What the three traversals of cross entropy share: targets, the mean's divisor, and the phases of a row around the
+// formulas of csrc/math/cross_entropy.h: its statistics, their merge, its finish and its gradient.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 #include "class_loss.cuh"
 #include "cuda.h"
 #include "device.h"
-#include "row_sums.cuh"
+#include "reduce.cuh"
 
 namespace fusedloss::cuda {
 
@@ -29,19 +29,34 @@ struct Target {
   Acc mass;     // on the target class alone
 };
 
+template <class Acc, bool kDense>
+__device__ __forceinline__ math::RowStatistics<Acc, kDense> shuffled(const math::RowStatistics<Acc, kDense>& row,
+                                                                     int lane) {
+  math::RowStatistics<Acc, kDense> other;
+  other.max = __shfl_xor_sync(kAllLanes, row.max, lane);
+  other.sum = __shfl_xor_sync(kAllLanes, row.sum, lane);
+  if constexpr (kDense) {
+    other.dense_loss = __shfl_xor_sync(kAllLanes, row.dense_loss, lane);
+    other.mass = __shfl_xor_sync(kAllLanes, row.mass, lane);
+  }
+  return other;
+}
+
+template <class Acc, bool kDense>
+__device__ __forceinline__ void merge_lanes(math::RowStatistics<Acc, kDense>& row, int width) {
+  for (int lane = width / 2; lane > 0; lane /= 2) row.merge(shuffled(row, lane));
+}
+
 // kGeneral: entries need more than their logit: smoothing, probabilities or a soft cap.
 template <class T, bool kGeneral, Pass kPass>
 class CrossEntropy {
  public:
   using Acc = Accumulate<T>;
-  using Sums_ = RowSums<Acc, kGeneral>;
+  using Statistics = math::RowStatistics<Acc, kGeneral>;
 
-  // What an entry's gradient is made of, for one row.
-  struct Gradient {
-    Acc shift;      // subtracted from the logits
-    Acc factor;     // of exp(x - shift)
-    Acc on_target;  // grad_loss times the mass on the target class alone
-    Acc on_all;     // grad_loss, times the smoothing; for the masses that every class has
+  // What the entries of a row share in their gradients; the factor is divided by the sum of exp(x - shift).
+  struct Gradient : math::RowGradient<Acc> {
+    Acc shift;
     int target;
   };
 
@@ -50,19 +65,16 @@ class CrossEntropy {
       : args_(args),
         classes_(static_cast<int>(args.shape.classes)),
         weight_(static_cast<const Acc*>(args.weight)),
-        smoothing_{static_cast<Acc>(1 - args.label_smoothing),
-                   static_cast<Acc>(args.label_smoothing / static_cast<double>(args.shape.classes))},
-        z_loss_(static_cast<Acc>(args.z_loss)) {
+        problem_{.z_loss = static_cast<Acc>(args.z_loss)} {
     if constexpr (kGeneral) {
-      if (!args.has_probabilities && args.label_smoothing != 0) {
-        double weights = classes_;
-        if (weight_) {
-          Sums sums;
-          for (int c = threadIdx.x; c < classes_; c += blockDim.x) sums.loss += static_cast<double>(weight_[c]);
-          weights = block_sum_for_all(sums).loss;
-        }
-        spread_mass_ = static_cast<Acc>(static_cast<double>(smoothing_.spread) * weights);
+      double weight_sum = classes_;
+      if (weight_ && args.label_smoothing != 0 && !args.has_probabilities) {
+        Sums sums;
+        for (int c = threadIdx.x; c < classes_; c += blockDim.x) sums.loss += static_cast<double>(weight_[c]);
+        weight_sum = block_sum_for_all(sums).loss;
       }
+      problem_ =
+          math::row_problem<Acc>(args.label_smoothing, args.z_loss, args.has_probabilities, classes_, weight_sum);
     }
     if constexpr (kPass == Pass::backward) {
       scale_ = math::mean_scale(args.flow.divisor);
@@ -77,14 +89,12 @@ class CrossEntropy {
   __device__ __forceinline__ int classes() const { return classes_; }
 
   __device__ __forceinline__ Target<Acc> target(std::int64_t position) const {
-    if constexpr (kGeneral) {
-      if (args_.has_probabilities) return {-1, true, false, Acc(0)};
-    }
+    if (problem_.probabilities) return {-1, classes_ > 0, false, Acc(0)};
     const int index = class_of(args_.target, position, classes_);
     const bool counts = index >= 0;
     const Acc weight = counts && weight_ ? weight_[index] : Acc(1);
     const bool lse_is_wanted = kPass == Pass::backward ? args_.grad_lse != nullptr : args_.every_lse;
-    return {index, counts, !counts && !lse_is_wanted, counts ? smoothing_.keep * weight : Acc(0)};
+    return {index, counts, !counts && !lse_is_wanted, math::index_mass(problem_, weight)};
   }
 
   // --- Entries ---
@@ -96,9 +106,6 @@ class CrossEntropy {
   }
 
   __device__ __forceinline__ bool capped() const { return kGeneral && args_.logit_softcap != 0; }
-  __device__ __forceinline__ bool dense() const {
-    return kGeneral && (args_.has_probabilities || args_.label_smoothing != 0);
-  }
 
   __device__ __forceinline__ Acc value(Acc x) const {
     return capped() ? math::soft_cap(x, static_cast<Acc>(args_.logit_softcap)).value : x;
@@ -108,16 +115,16 @@ class CrossEntropy {
 
   // The mass that every class has: a class's weight, which the smoothing multiplies later, or that of a probability.
   __device__ __forceinline__ Acc mass(std::int64_t position, int c) const {
-    if (!args_.has_probabilities) return class_weight(c);
+    if (!problem_.probabilities) return class_weight(c);
     const ClassTensor& q = args_.probabilities;
     const std::int64_t at = offset_of(args_.shape, q, position) + c * q.class_stride;
-    return math::probability_mass(smoothing_, load_floating<Acc>(q.data, q.dtype, at), class_weight(c));
+    return math::probability_mass(problem_, load_floating<Acc>(q.data, q.dtype, at), class_weight(c));
   }
 
-  // Adds kCount entries to a row's sums, with one rescaling for all of them. class_of(i): the class of an entry;
+  // Adds kCount entries to a row's statistics, with one rescaling for all of them. class_of(i): the class of an entry;
   // negative where it does not exist, and is -inf.
   template <int kCount, class ClassOf>
-  __device__ __forceinline__ void add(Sums_& row, std::int64_t position, const Acc (&x)[kCount],
+  __device__ __forceinline__ void add(Statistics& row, std::int64_t position, const Acc (&x)[kCount],
                                       ClassOf class_of) const {
     Acc max = row.max;
 #pragma unroll
@@ -127,13 +134,13 @@ class CrossEntropy {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sum += exp(x[i] - shift);
     if constexpr (kGeneral) {
-      if (dense()) {
-        Sums_ part;
+      if (problem_.dense()) {
+        Statistics part;
         part.max = max;
         part.sum = sum;
         for (int i = 0; i < kCount; ++i) {
           const int c = class_of(i);
-          if (c < 0) continue;  // no mass times an infinite distance would be NaN
+          if (c < 0) continue;  // 0 * inf, of no mass and an infinite distance, would be NaN
           const Acc mass = this->mass(position, c);
           part.dense_loss += math::entry_loss_at_max(x[i] - shift, mass);
           part.mass += static_cast<double>(mass);
@@ -150,7 +157,7 @@ class CrossEntropy {
     if constexpr (kGeneral) {
       math::SoftCap<Acc> entry{x, Acc(1)};
       if (capped()) entry = math::soft_cap(x, static_cast<Acc>(args_.logit_softcap));
-      const Acc all = dense() ? row.on_all * mass(position, c) : Acc(0);
+      const Acc all = problem_.dense() ? row.on_all * mass(position, c) : Acc(0);
       const Acc on_class = c == row.target ? all + row.on_target : all;
       return math::logit_grad(exp(entry.value - row.shift), row.factor, on_class) * entry.slope;
     } else {
@@ -161,55 +168,50 @@ class CrossEntropy {
 
   // --- Rows ---
 
-  // The loss of a finished row, whose target class has the (capped) logit target_logit; writes what is wanted of it.
-  // By one thread of those that share the row.
-  __device__ __forceinline__ void finish_row(std::int64_t position, const Target<Acc>& target, const Sums_& row,
-                                             Acc target_logit, Sums& sums) const {
-    const Acc log_sum = math::log(row.sum), max = row.max;
-    Acc loss = math::entry_loss(target.index < 0 ? Acc(0) : target_logit - max, log_sum, target.mass);
-    if constexpr (kGeneral) {
-      if (args_.has_probabilities) {
-        loss += row.dense_loss + static_cast<Acc>(row.mass) * log_sum;
-      } else if (dense()) {
-        loss += smoothing_.spread * row.dense_loss + spread_mass_ * log_sum;
-      }
-    }
-    if (z_loss_ != Acc(0)) loss += math::z_term(math::log_sum_exp(max, log_sum), z_loss_);
-    loss = math::zero_if(!target.counts || classes_ == 0, loss);
+  // Finishes a row, whose target class has the (capped) logit target_logit, and writes what is wanted of it. One thread
+  // does so, of those that share the row.
+  __device__ __forceinline__ void finish_row(std::int64_t position, const Target<Acc>& target,
+                                             const Statistics& statistics, Acc target_logit, Sums& sums) const {
+    math::FinishedRow<Acc> row{statistics.max, math::log(statistics.sum), Acc(0), mass_of(statistics)};
+    if constexpr (kGeneral) row.dense_loss = statistics.dense_loss;
+    const Acc shifted = target.index < 0 ? Acc(0) : target_logit - row.max;
+    const Acc loss = math::row_loss(problem_, row, {target.counts, target.mass, shifted});
     if (args_.loss.data) store(args_.loss.data, args_.loss.dtype, position, loss);
     if (args_.row_max) {
-      static_cast<Acc*>(args_.row_max)[position] = max;
-      static_cast<Acc*>(args_.row_log_sum)[position] = log_sum;
+      static_cast<Acc*>(args_.row_max)[position] = row.max;
+      static_cast<Acc*>(args_.row_log_sum)[position] = row.log_sum;
     }
-    if (args_.lse) static_cast<Acc*>(args_.lse)[position] = math::log_sum_exp(max, log_sum);
+    if (args_.lse) static_cast<Acc*>(args_.lse)[position] = row.lse();
     sums.loss += static_cast<double>(loss);
-    if (target.counts && classes_ > 0) {
-      const bool weighted = weight_ && !args_.has_probabilities;
+    if (target.counts) {
+      const bool weighted = weight_ && !problem_.probabilities;
       sums.divisor += weighted ? static_cast<double>(weight_[target.index]) : 1;
     }
   }
 
-  // From a finished row's sums.
   __device__ __forceinline__ Gradient gradient(std::int64_t position, const Target<Acc>& target,
-                                               const Sums_& row) const {
-    Acc mass = target.mass + spread_mass_;
-    if constexpr (kGeneral) mass = args_.has_probabilities ? static_cast<Acc>(row.mass) : mass;
-    return gradient(
-        position, target, row.max, math::finite_shift(row.max), mass, Acc(0), [&] { return math::log(row.sum); },
-        [&](Acc normaliser) { return normaliser / row.sum; });
+                                               const Statistics& statistics) const {
+    const auto lse = [&] { return math::log_sum_exp(statistics.max, math::log(statistics.sum)); };
+    Gradient result = gradient(position, target, mass_of(statistics), statistics.max, lse, Acc(0));
+    result.factor /= statistics.sum;
+    result.shift = math::finite_shift(statistics.max);
+    return result;
   }
 
   // From the statistics that forward has saved; mass: that of probabilities.
-  __device__ __forceinline__ Gradient saved_gradient(std::int64_t position, const Target<Acc>& target,
-                                                     Acc probability_mass) const {
+  __device__ __forceinline__ Gradient saved_gradient(std::int64_t position, const Target<Acc>& target, Acc mass) const {
     const Acc max = static_cast<const Acc*>(args_.row_max)[position];
     const Acc log_sum = static_cast<const Acc*>(args_.row_log_sum)[position];
     const Acc grad_lse = args_.grad_lse ? static_cast<const Acc*>(args_.grad_lse)[position] : Acc(0);
-    const Acc mass = args_.has_probabilities ? probability_mass : target.mass + spread_mass_;
-    return gradient(
-        position, target, max, max, mass, grad_lse, [&] { return log_sum; },
-        // log(sum) of no less than 0 is the rule; all logits -inf or an infinite one give -inf and NaN.
-        [&](Acc normaliser) { return log_sum >= Acc(0) ? math::times_exp(normaliser, -log_sum) : log_sum - log_sum; });
+    const auto lse = [&] { return math::log_sum_exp(max, log_sum); };
+    Gradient result = gradient(position, target, mass, max, lse, grad_lse);
+    result.factor = math::over_sum(result.factor, log_sum);
+    return result;
+  }
+
+  __device__ __forceinline__ static Acc mass_of(const Statistics& statistics) {
+    if constexpr (kGeneral) return static_cast<Acc>(statistics.mass);
+    return Acc(0);
   }
 
   // To a probability q_c, whose (capped) logit is x.
@@ -218,12 +220,15 @@ class CrossEntropy {
     const ClassTensor& tensor = args_.grad_probabilities;
     const Acc max = static_cast<const Acc*>(args_.row_max)[position];
     const Acc log_sum = static_cast<const Acc*>(args_.row_log_sum)[position];
-    const Acc grad = math::probability_grad(x - max, log_sum, row.on_all, smoothing_.keep, class_weight(c));
+    const Acc grad = math::probability_grad(x - max, log_sum, row.on_all, problem_.keep, class_weight(c));
     store(tensor.data, tensor.dtype, offset_of(args_.shape, tensor, position) + c * tensor.class_stride, grad);
   }
 
  protected:
   const CrossEntropyArgs& args_;
+  const int classes_;
+  const Acc* const weight_;
+  math::RowProblem<Acc> problem_;
 
  private:
   __device__ __forceinline__ double counted_divisor() const {
@@ -233,24 +238,19 @@ class CrossEntropy {
     return block_sum_for_all(sums).divisor;
   }
 
-  template <class LogSum, class OverSum>
-  __device__ __forceinline__ Gradient gradient(std::int64_t position, const Target<Acc>& target, Acc max, Acc shift,
-                                               Acc mass, Acc grad_lse, LogSum log_sum, OverSum over_sum) const {
+  // Its factor is not divided yet. lse(): only where it is needed, since a logarithm is dear.
+  template <class Lse>
+  __device__ __forceinline__ Gradient gradient(std::int64_t position, const Target<Acc>& target, Acc mass, Acc max,
+                                               Lse lse, Acc grad_lse) const {
     const PositionTensor& grad_loss = args_.flow.grad_loss;
     double flow = scale_;
     if (grad_loss.data) flow *= load_floating<double>(grad_loss.data, grad_loss.dtype, position * grad_loss.stride);
-    const Acc g = target.counts ? static_cast<Acc>(flow) : Acc(0);
-    const Acc lse = z_loss_ == Acc(0) ? Acc(0) : math::log_sum_exp(max, log_sum());
-    const Acc factor = over_sum(math::normaliser_grad(g, grad_lse, target.counts ? mass : Acc(0), lse, z_loss_));
-    return {shift, factor, g * target.mass, args_.has_probabilities ? g : g * smoothing_.spread, target.index};
+    return {math::row_gradient(problem_, {target.counts, target.mass, Acc(0)}, mass,
+                               problem_.z_loss == Acc(0) ? Acc(0) : lse(), static_cast<Acc>(flow), grad_lse),
+            max, target.index};
   }
 
-  const int classes_;
-  const Acc* weight_;
-  const math::Smoothing<Acc> smoothing_;
-  const Acc z_loss_;
-  Acc spread_mass_ = Acc(0);  // the mass that smoothing spreads over all classes
-  double scale_ = 1;          // of grad_loss
+  double scale_ = 1;  // of grad_loss
 };
 
 }  // namespace fusedloss::cuda

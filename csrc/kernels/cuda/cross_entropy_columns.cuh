@@ -27,7 +27,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
   using Base = CrossEntropy<T, kGeneral, kPass>;
   using Base::args_;
   using typename Base::Acc;
-  using Row = typename Base::Sums_;
+  using Statistics = typename Base::Statistics;
 
  public:
   __device__ __forceinline__ Columns(const CrossEntropyArgs& args, const ColumnPlan& plan, const Run& run,
@@ -47,7 +47,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
   __device__ __forceinline__ void positions(std::int64_t first, Sums& sums) const {
     const T* logits = static_cast<const T*>(args_.logits.data) + offset_of(args_.shape, args_.logits, first);
     Target<Acc> targets[kWidth];
-    Row rows[kWidth];
+    Statistics rows[kWidth];
     Acc target_logits[kWidth];
     bool all_skipped = true;
 #pragma unroll
@@ -56,7 +56,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
       target_logits[i] = Acc(0);
       all_skipped = all_skipped && targets[i].skip;
     }
-    const bool by_probabilities = kGeneral && args_.has_probabilities;
+    const bool by_probabilities = this->problem_.probabilities;
     if (keeps() && !all_skipped) keep(logits);
     if ((kPass != Pass::backward || by_probabilities) && !all_skipped) {
       add_classes(first, logits, targets, rows, target_logits);
@@ -72,7 +72,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
         gradients[i] = {};
         if (targets[i].skip) continue;
         if constexpr (kPass == Pass::backward) {
-          gradients[i] = this->saved_gradient(first + i, targets[i], mass_of(rows[i]));
+          gradients[i] = this->saved_gradient(first + i, targets[i], this->mass_of(rows[i]));
         } else {
           gradients[i] = this->gradient(first + i, targets[i], rows[i]);
         }
@@ -82,7 +82,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
   }
 
   __device__ __forceinline__ void add_classes(std::int64_t first, const T* logits, const Target<Acc> (&targets)[kWidth],
-                                              Row (&rows)[kWidth], Acc (&target_logits)[kWidth]) const {
+                                              Statistics (&rows)[kWidth], Acc (&target_logits)[kWidth]) const {
     const int classes = this->classes();
     for (int c = 0; c < classes; c += kClassesInFlight) {
       Packet<T, kWidth> packets[kClassesInFlight];
@@ -147,11 +147,6 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
       }
       if (tensor.data) store_streaming(grad + c * tensor.class_stride, packet);
     }
-  }
-
-  __device__ __forceinline__ static Acc mass_of(const Row& row) {
-    if constexpr (kGeneral) return static_cast<Acc>(row.mass);
-    return Acc(0);
   }
 
   const ColumnPlan& plan_;

@@ -211,7 +211,7 @@ class CrossEntropyLauncher {
     const Run run = prepare(at_once);
     if (meets) {
       plan.tickets = zero_tickets(arena_, positions, stream_);
-      plan.parts = arena_.take<RowSums<Acc, true>>(positions * plan.slices);
+      plan.parts = arena_.take<math::RowStatistics<Acc, true>>(positions * plan.slices);
     }
     // Of slices that meet through memory a warp adds up 32 at a time.
     const std::int64_t way = keeps ? plan.slices : (plan.slices > 1) + (plan.slices > kWarp);

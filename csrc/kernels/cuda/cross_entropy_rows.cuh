@@ -27,7 +27,7 @@ inline constexpr RowGeometry kRowGeometry[] = {
 struct RowPlan {
   int slices = 1;  // of a row, each read by one block; of a cluster, where there are clusters
   std::int64_t slice_packets = 0;
-  void* parts = nullptr;        // (positions, slices) RowSums, where slices meet through memory
+  void* parts = nullptr;        // (positions, slices) RowStatistics, where slices meet through memory
   unsigned* tickets = nullptr;  // (positions,), zero when the kernel starts
 };
 
@@ -36,7 +36,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   using Base = CrossEntropy<T, kGeneral, kPass>;
   using Base::args_;
   using typename Base::Acc;
-  using Row = typename Base::Sums_;
+  using Statistics = typename Base::Statistics;
   static constexpr int kWidth = kPacketOf<T>;
   static constexpr bool kKeeps = kPass == Pass::forward_with_gradient;
   // Of a thread: what 64 registers hold beside the rest. The general code is large, and takes a packet at a time.
@@ -98,8 +98,8 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     return c + i >= 0 && c + i < this->classes() ? this->value(x) : x;
   }
 
-  __device__ __forceinline__ Row sums_of(std::int64_t position, const Slice& slice) const {
-    Row row;
+  __device__ __forceinline__ Statistics statistics_of(std::int64_t position, const Slice& slice) const {
+    Statistics row;
     const int threads = blockDim.x;
     for (std::int64_t p = slice.begin + threadIdx.x; p < slice.end; p += threads * kPacketsInFlight) {
       Packet<T> packets[kPacketsInFlight];
@@ -136,30 +136,30 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 
   // Of the block, or of its cluster; every thread gets it. Two buffers take turns: a thread may write its next part
   // while another still reads the last ones.
-  __device__ __forceinline__ Row merge_threads(Row row) {
+  __device__ __forceinline__ Statistics merge_threads(Statistics row) {
     turn_ ^= 1;
     row = block_merge(row);
     if constexpr (kCluster) row = cluster_merge(row);
     return row;
   }
 
-  __device__ __forceinline__ Row block_merge(Row row) const {
-    __shared__ Row parts[2][kMaxWarps];
+  __device__ __forceinline__ Statistics block_merge(Statistics row) const {
+    __shared__ Statistics parts[2][kMaxWarps];
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     merge_lanes(row, kWarp);
     if (lane == 0) parts[turn_][warp] = row;
     __syncthreads();
-    row = lane < warps ? parts[turn_][lane] : Row{};
+    row = lane < warps ? parts[turn_][lane] : Statistics{};
     merge_lanes(row, kWarp);
     return row;
   }
 
-  __device__ __forceinline__ Row cluster_merge(Row row) const {
-    __shared__ Row exchanged[2];
+  __device__ __forceinline__ Statistics cluster_merge(Statistics row) const {
+    __shared__ Statistics exchanged[2];
     if (threadIdx.x == 0) exchanged[turn_] = row;
     cluster_sync();
     const int rank = threadIdx.x % kLargestCluster;
-    row = rank < cluster_size() ? read_from_block(&exchanged[turn_], rank) : Row{};
+    row = rank < cluster_size() ? read_from_block(&exchanged[turn_], rank) : Statistics{};
     merge_lanes(row, kLargestCluster);
     return row;
   }
@@ -176,8 +176,8 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     const bool finishes = threadIdx.x == 0 && (!kCluster || slice_index == 0);
     Acc logit = Acc(0);
     if (finishes) logit = target_logit(position, target);  // before the gradient may take its place
-    Row row;
-    if (!target.skip) row = merge_threads(sums_of(position, slice));
+    Statistics row;
+    if (!target.skip) row = merge_threads(statistics_of(position, slice));
     if constexpr (!kCluster) {
       if (plan_.slices > 1) return meet(position, slice_index, run, row, target, logit);
     }
@@ -191,14 +191,14 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 
   // Slices of a row that are not a cluster's: the last block to arrive adds them up and finishes the row, and with it
   // a unit of the grid's work.
-  __device__ __forceinline__ void meet(std::int64_t position, int slice, const Run& run, Row row,
+  __device__ __forceinline__ void meet(std::int64_t position, int slice, const Run& run, Statistics row,
                                        const Target<Acc>& target, Acc logit) const {
-    Row* parts = static_cast<Row*>(plan_.parts) + position * plan_.slices;
+    Statistics* parts = static_cast<Statistics*>(plan_.parts) + position * plan_.slices;
     if (threadIdx.x == 0) parts[slice] = row;
     if (!is_last(plan_.tickets + position, plan_.slices)) return;
     Sums sums;
     if (threadIdx.x < kWarp) {
-      row = Row{};
+      row = Statistics{};
       for (int s = threadIdx.x; s < plan_.slices; s += kWarp) row.merge(parts[s]);
       merge_lanes(row, kWarp);
       if (threadIdx.x == 0) this->finish_row(position, target, row, logit, sums);

@@ -67,7 +67,7 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
   using Base = CrossEntropy<T, kGeneral, kPass>;
   using Base::args_;
   using typename Base::Acc;
-  using Row = typename Base::Sums_;
+  using Statistics = typename Base::Statistics;
 
  public:
   __device__ __forceinline__ Tiles(const CrossEntropyArgs& args, const TilePlan& plan, const Run& run)
@@ -207,53 +207,53 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
       return kInRegisters ? registers[k] : used ? this->value(in_tile(c)) : nothing();
     };
 
-    Row sums_of_row;
-    if (kPass != Pass::backward || (kGeneral && args_.has_probabilities)) {
+    Statistics statistics;
+    if (kPass != Pass::backward || this->problem_.probabilities) {
       Acc max = nothing();
       for_each_entry([&](int k, int c) { max = math::larger(entry(k, c), max); });
       max = group_reduce(max, plan_.lanes, [](Acc a, Acc b) { return math::larger(a, b); });
-      sums_of_row.max = max;
+      statistics.max = max;
       const Acc shift = math::finite_shift(max);
       for_each_entry([&](int k, int c) {
         const Acc shifted = entry(k, c) - shift;
-        sums_of_row.sum += Base::exp(shifted);
+        statistics.sum += Base::exp(shifted);
         if constexpr (kGeneral) {
-          if (this->dense() && used) {
+          if (this->problem_.dense() && used) {
             const Acc mass = this->mass(position, c);
-            sums_of_row.dense_loss += math::entry_loss_at_max(shifted, mass);
-            sums_of_row.mass += static_cast<double>(mass);
+            statistics.dense_loss += math::entry_loss_at_max(shifted, mass);
+            statistics.mass += static_cast<double>(mass);
           }
         }
       });
       const auto add = [](Acc a, Acc b) { return a + b; };
-      sums_of_row.sum = group_reduce(sums_of_row.sum, plan_.lanes, add);
+      statistics.sum = group_reduce(statistics.sum, plan_.lanes, add);
       if constexpr (kGeneral) {
-        sums_of_row.dense_loss = group_reduce(sums_of_row.dense_loss, plan_.lanes, add);
-        sums_of_row.mass = group_reduce(sums_of_row.mass, plan_.lanes, [](double a, double b) { return a + b; });
+        statistics.dense_loss = group_reduce(statistics.dense_loss, plan_.lanes, add);
+        statistics.mass = group_reduce(statistics.mass, plan_.lanes, [](double a, double b) { return a + b; });
       }
     }
     if constexpr (kPass != Pass::backward) {
       if (exists && lane == 0) {
         const Acc logit = target.index < 0 ? Acc(0) : this->value(in_tile(target.index));
-        this->finish_row(position, target, sums_of_row, logit, sums);
+        this->finish_row(position, target, statistics, logit, sums);
       }
     }
     if constexpr (kPass != Pass::forward) {
       __syncwarp();  // the target's logit is read before its gradient takes its place
-      if (exists) gradients(position, row, target, sums_of_row, logits, registers);
+      if (exists) gradients(position, row, target, statistics, logits, registers);
     }
   }
 
   template <int kCount>
   __device__ __forceinline__ void gradients(std::int64_t position, int row, const Target<Acc>& target,
-                                            const Row& sums_of_row, const Tile<T>& tile,
+                                            const Statistics& statistics, const Tile<T>& tile,
                                             const Acc (&registers)[kCount]) const {
     const int classes = this->classes();
     typename Base::Gradient gradient{};
     if constexpr (kPass == Pass::backward) {
-      if (!target.skip) gradient = this->saved_gradient(position, target, mass_of(sums_of_row));
+      if (!target.skip) gradient = this->saved_gradient(position, target, this->mass_of(statistics));
     } else {
-      if (!target.skip) gradient = this->gradient(position, target, sums_of_row);
+      if (!target.skip) gradient = this->gradient(position, target, statistics);
     }
     for_each_entry([&](int k, int c) {
       if (c >= classes) return;
@@ -269,11 +269,6 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
   }
 
   __device__ __forceinline__ static Acc nothing() { return -math::kInfinity<Acc>; }
-
-  __device__ __forceinline__ static Acc mass_of(const Row& row) {
-    if constexpr (kGeneral) return static_cast<Acc>(row.mass);
-    return Acc(0);
-  }
 
   const TilePlan& plan_;
 };
