@@ -161,21 +161,16 @@ void in_python(Call call) {
   }
 }
 
-template <class Args>
-ops::TritonLaunch<Args> loss(const py::object& launchers, const char* name) {
-  return [launch = py::object(launchers.attr(name))](const Args& args, Pass pass, const at::Tensor& input) {
-    in_python([&] { launch(ToPython(input, dtype_of(args))(args), name_of(pass)); });
-  };
-}
-
 }  // namespace
 
 void install_triton(const py::object& launchers) {
   ops::TritonKernels& kernels = ops::triton_kernels();
-  kernels.cross_entropy = loss<CrossEntropyArgs>(launchers, "cross_entropy");
-  kernels.nll = loss<NllArgs>(launchers, "nll");
-  kernels.bce_with_logits = loss<ElementwiseArgs>(launchers, "bce_with_logits");
-  kernels.bce = loss<ElementwiseArgs>(launchers, "bce");
+  static_cast<Losses<ops::TritonLaunch>&>(kernels) = kernels.map<ops::TritonLaunch>(
+      [&]<class Args>(const char* name, const ops::TritonLaunch<Args>&) -> ops::TritonLaunch<Args> {
+        return [launch = py::object(launchers.attr(name))](const Args& args, Pass pass, const at::Tensor& input) {
+          in_python([&] { launch(ToPython(input, dtype_of(args))(args), name_of(pass)); });
+        };
+      });
   kernels.rescale = [launch = py::object(launchers.attr("rescale"))](const cuda::RescaleArgs& args,
                                                                      const at::Tensor& grad) {
     in_python([&] { launch(ToPython(grad, args.dtype)(args)); });

@@ -77,7 +77,7 @@ struct NllArgs {
   PositionTensor loss;  // null when the loss is reduced
   Total total;
 
-  // Backward. The CPU's kernel is handed zeros and writes the targets' entries; CUDA's writes them all.
+  // Backward
   ClassFlow flow;
   ClassTensor grad_log_probs;
 };

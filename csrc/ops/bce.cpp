@@ -5,8 +5,8 @@
 namespace fusedloss::ops {
 namespace {
 
-constexpr ElementwiseLoss kLoss{
-    "binary_cross_entropy", {&cpu::Kernels::bce, &cuda::Kernels::bce, &TritonKernels::bce}, true};
+constexpr ElementwiseLoss kLoss{"binary_cross_entropy", [](const auto& losses) -> const auto& { return losses.bce; },
+                                true};
 
 }  // namespace
 

@@ -5,10 +5,8 @@
 namespace fusedloss::ops {
 namespace {
 
-constexpr ElementwiseLoss kLoss{
-    "binary_cross_entropy_with_logits",
-    {&cpu::Kernels::bce_with_logits, &cuda::Kernels::bce_with_logits, &TritonKernels::bce_with_logits},
-    false};
+constexpr ElementwiseLoss kLoss{"binary_cross_entropy_with_logits",
+                                [](const auto& losses) -> const auto& { return losses.bce_with_logits; }, false};
 
 }  // namespace
 

@@ -20,8 +20,9 @@ namespace fusedloss::ops {
 namespace {
 
 constexpr const char* kName = "cross_entropy";
-constexpr LossKernels<CrossEntropyArgs> kKernels{&cpu::Kernels::cross_entropy, &cuda::Kernels::cross_entropy,
-                                                 &TritonKernels::cross_entropy};
+constexpr LossKernels<CrossEntropyArgs> kKernels = [](const auto& losses) -> const auto& {
+  return losses.cross_entropy;
+};
 
 // A target of the input's own shape holds probabilities.
 bool has_probabilities(const Tensor& logits, const Tensor& target) {

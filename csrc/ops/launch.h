@@ -57,8 +57,8 @@ inline at::ScalarType upcast_type(at::ScalarType type, bool upcast) {
 }
 
 // Follows ATEN_CPU_CAPABILITY, as native kernels do.
-inline const cpu::Kernels& cpu_kernels() {
-  static const cpu::Kernels& chosen = [&]() -> const cpu::Kernels& {
+inline const Losses<cpu::Loss>& cpu_kernels() {
+  static const Losses<cpu::Loss>& chosen = [&]() -> const Losses<cpu::Loss>& {
     const std::string capability = at::get_cpu_capability();
     if (capability == "AVX512") return cpu::kernels(cpu::InstructionSet::avx512);
     if (capability == "AVX2") return cpu::kernels(cpu::InstructionSet::avx2);
@@ -72,11 +72,7 @@ template <class Args>
 using TritonLaunch = std::function<void(const Args& args, Pass pass, const at::Tensor& input)>;
 
 // The Triton kernels, which Python brings (csrc/triton.cpp). Empty until then: a call raises.
-struct TritonKernels {
-  TritonLaunch<CrossEntropyArgs> cross_entropy;
-  TritonLaunch<NllArgs> nll;
-  TritonLaunch<ElementwiseArgs> bce_with_logits;
-  TritonLaunch<ElementwiseArgs> bce;
+struct TritonKernels : Losses<TritonLaunch> {
   std::function<void(const cuda::RescaleArgs& args, const at::Tensor& grad)> rescale;
 };
 TritonKernels& triton_kernels();
@@ -87,12 +83,16 @@ void launch_triton(const std::function<void(Arguments...)>& launch, std::type_id
   launch(arguments...);
 }
 
-// A loss's kernels, by what their table for each backend calls them.
+// A loss's kernels on each backend, chosen from their tables by one function that serves them all:
+// [](const auto& losses) -> const auto& { return losses.NAME; }.
 template <class Args>
 struct LossKernels {
-  cpu::Loss<Args> cpu::Kernels::* cpu;
-  cuda::Loss<Args> cuda::Kernels::* cuda;
-  TritonLaunch<Args> TritonKernels::* triton;
+  template <class Choose>
+  constexpr LossKernels(Choose choose) : cpu(choose), cuda(choose), triton(choose) {}
+
+  const cpu::Loss<Args>& (*cpu)(const Losses<cpu::Loss>&);
+  const cuda::Loss<Args>& (*cuda)(const cuda::Kernels&);
+  const TritonLaunch<Args>& (*triton)(const TritonKernels&);
 };
 
 // Whether a tensor is the CUDA kernels' business, under the compiled backend.
@@ -105,53 +105,25 @@ void cuda_rescale(const cuda::RescaleArgs& args, void* stream);
 // The current stream of a device, as its kernels take it.
 void* current_stream(at::Device device);
 
-template <class Args>
-void run_blocks(cpu::Kernel<Args> kernel, const Args& args, cpu::Partial* partials, int64_t blocks) {
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { kernel(args, partials, begin, end); });
-}
-
-template <class Args>
-cpu::Partial run_blocks(cpu::Kernel<Args> kernel, const Args& args) {
-  const int64_t blocks = cpu::block_count(args);
-  c10::SmallVector<cpu::Partial, 16> partials(blocks);
-  run_blocks(kernel, args, partials.data(), blocks);
-  return cpu::reduce(partials.data(), blocks);
-}
+inline void parallel_for(int64_t count, const cpu::Work& work) { at::parallel_for(0, count, 1, work); }
 
 // Runs the kernels for one pass where `input` is. Returns the first position whose target or value is invalid, or -1;
 // on CUDA and in Triton an assertion of the device takes its place. Nothing is written then.
 template <class Args>
-int64_t run(const LossKernels<Args>& loss, Pass pass, Args args, const at::Tensor& input) {
+int64_t run(const LossKernels<Args>& loss, Pass pass, const Args& args, const at::Tensor& input) {
   if (current_backend() == Backend::triton) {
     const c10::DeviceGuard guard(input.device());
-    launch_triton(triton_kernels().*loss.triton, args, pass, input);
+    launch_triton(loss.triton(triton_kernels()), args, pass, input);
     return -1;
   }
-  if (runs_on_cuda(input)) {
-    const c10::DeviceGuard guard(input.device());
-    const auto& kernels = cuda_kernels().*loss.cuda;
-    const auto bytes = static_cast<int64_t>(kernels.workspace_bytes(args, pass));
-    at::Tensor workspace;
-    if (bytes > 0) workspace = at::empty({bytes}, input.options().dtype(at::kByte));
-    kernels.launch(args, pass, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, current_stream(input.device()));
-    return -1;
-  }
-  const auto& kernels = cpu_kernels().*loss.cpu;
-  if (pass == Pass::backward) {
-    run_blocks(kernels.backward, args, nullptr, cpu::block_count(args));
-    return -1;
-  }
-  double divisor;
-  if (pass == Pass::forward_with_gradient) {
-    const auto known = cpu::known_divisor(args);
-    const cpu::Partial counted = known ? cpu::Partial{.divisor = *known} : run_blocks(kernels.count, args);
-    if (counted.invalid >= 0) return counted.invalid;
-    divisor = counted.divisor;
-    if (args.total.reduction == Reduction::mean) args.flow.divisor = &divisor;
-  }
-  const cpu::Partial total = run_blocks(kernels.forward, args);
-  if (total.invalid < 0) cpu::finish(total, args.total);
-  return total.invalid;
+  if (!runs_on_cuda(input)) return cpu::launch(loss.cpu(cpu_kernels()), args, pass, parallel_for);
+  const c10::DeviceGuard guard(input.device());
+  const auto& kernels = loss.cuda(cuda_kernels());
+  const auto bytes = static_cast<int64_t>(kernels.workspace_bytes(args, pass));
+  at::Tensor workspace;
+  if (bytes > 0) workspace = at::empty({bytes}, input.options().dtype(at::kByte));
+  kernels.launch(args, pass, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, current_stream(input.device()));
+  return -1;
 }
 
 // Where a kernel writes the reduced loss, and the divisor if it is defined. An unreduced loss is not a total's.

@@ -14,7 +14,7 @@ namespace fusedloss::ops {
 namespace {
 
 constexpr const char* kName = "nll_loss";
-constexpr LossKernels<NllArgs> kKernels{&cpu::Kernels::nll, &cuda::Kernels::nll, &TritonKernels::nll};
+constexpr LossKernels<NllArgs> kKernels = [](const auto& losses) -> const auto& { return losses.nll; };
 
 void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction, bool upcast) {
   check_reduction(kName, reduction);
@@ -58,7 +58,6 @@ Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tens
   check_flow(kName, log_probs, grad_loss, divisor, reduction, position_sizes(log_probs));
 
   Tensor grad = with_huge_pages(empty_like_logits(log_probs));
-  if (grad.is_cpu()) grad.zero_();
   if (!log_probs.is_meta()) {
     NllArgs args;
     fill_class_views(args.shape, {{grad, args.grad_log_probs}});

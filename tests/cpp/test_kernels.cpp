@@ -37,16 +37,28 @@ constexpr Dtype kDtype = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
 
 // Blocks are shared among threads, as the operators share them, but not OpenMP's: ThreadSanitizer does not see those
 // wait for each other.
-template <class Args>
-cpu::Partial run(cpu::Kernel<Args> kernel, const Args& args) {
-  const std::int64_t blocks = cpu::block_count(args), shares = std::min<std::int64_t>(blocks, 3);
-  std::vector<cpu::Partial> partials(blocks);
+void on_threads(std::int64_t count, const cpu::Work& work) {
+  const std::int64_t shares = std::min<std::int64_t>(count, 3);
   std::vector<std::thread> threads;
   for (std::int64_t i = 0; i < shares; ++i) {
-    threads.emplace_back([&, i] { kernel(args, partials.data(), blocks * i / shares, blocks * (i + 1) / shares); });
+    threads.emplace_back([=] { work(count * i / shares, count * (i + 1) / shares); });
   }
   for (std::thread& thread : threads) thread.join();
-  return cpu::reduce(partials.data(), blocks);
+}
+
+struct Sum {
+  double loss = 0;
+  double divisor = 0;
+  std::int64_t invalid = -1;
+};
+
+// Runs a pass, and returns what it adds up.
+template <class Args>
+Sum run(const cpu::Loss<Args>& loss, Args args, Pass pass) {
+  Sum sum;
+  if (pass != Pass::backward) args.total = {Reduction::sum, &sum.loss, Dtype::float64, &sum.divisor};
+  sum.invalid = cpu::launch(loss, args, pass, on_threads);
+  return sum;
 }
 
 template <class T>
@@ -87,15 +99,14 @@ void test_cross_entropy(const Set& set, Layout layout, std::int64_t positions, s
 
   const auto& kernels = cpu::kernels(set.set).cross_entropy;
   args.grad_logits.data = nullptr;
-  const cpu::Partial total = run(kernels.forward, args);
+  const Sum total = run(kernels, args, Pass::forward);
   args.grad_logits.data = grad.data();
-  run(kernels.backward, args);
-  const cpu::Partial counted = run(kernels.count, args);
+  run(kernels, args, Pass::backward);
 
   std::vector<T> in_place = logits;
   args.logits.data = args.grad_logits.data = in_place.data();
   args.row_max = args.row_log_sum = args.loss.data = nullptr;
-  const cpu::Partial again = run(kernels.forward, args);
+  const Sum again = run(kernels, args, Pass::forward_with_gradient);
 
   double sum = 0;
   for (std::int64_t i = 0; i < positions; ++i) {
@@ -122,7 +133,7 @@ void test_cross_entropy(const Set& set, Layout layout, std::int64_t positions, s
   EXPECT(std::fabs(total.loss - sum) <= tolerance * (1 + sum), "%s: total %.9g, truth %.9g", set.name, total.loss, sum);
   EXPECT(total.divisor == double(positions - positions / 5), "%s: %g positions count", set.name, total.divisor);
   EXPECT(again.loss == total.loss, "%s: %.17g with the gradient, %.17g without", set.name, again.loss, total.loss);
-  EXPECT(counted.divisor == total.divisor, "%s: counted %g, not %g", set.name, counted.divisor, total.divisor);
+  EXPECT(again.divisor == total.divisor, "%s: counted %g, not %g", set.name, again.divisor, total.divisor);
   EXPECT(total.invalid == -1, "%s: position %ld is valid", set.name, long(total.invalid));
 }
 
@@ -136,17 +147,19 @@ void test_nll(const Set& set) {
   args.log_probs = {const_cast<T*>(log_probs.data()), kDtype<T>, 0, 1, 2};
   args.target = {{target.data(), Dtype::int64, 1}, -100};
   args.weight = weight.data();
-  const cpu::Partial total = run(cpu::kernels(set.set).nll.forward, args);
-  EXPECT(total.invalid == 1, "%s: position 1 has no class 9, not %ld", set.name, long(total.invalid));
+  const Sum refused = run(cpu::kernels(set.set).nll, args, Pass::forward);
+  EXPECT(refused.invalid == 1, "%s: position 1 has no class 9, not %ld", set.name, long(refused.invalid));
+  target[1] = -100;
+  const Sum total = run(cpu::kernels(set.set).nll, args, Pass::forward);
   EXPECT(total.loss == 3 * 2 + 2 * 5 && total.divisor == 5, "%s: %g / %g", set.name, total.loss, total.divisor);
 }
 
-// More rows than a block has. The gradient is handed in as zeros.
+// More rows than a block has.
 template <class T>
 void test_nll_backward(const Set& set, std::int64_t positions) {
   const std::int64_t classes = 3;
   const std::vector<T> log_probs(positions * classes, T(-1));
-  std::vector<T> grad(log_probs.size());
+  std::vector<T> grad(log_probs.size(), T(7));
   std::vector<std::uint8_t> target(positions);
   for (std::int64_t i = 0; i < positions; ++i) target[i] = i % 4 == 3 ? 255 : i % classes;
   const T grad_loss = 2;
@@ -155,13 +168,13 @@ void test_nll_backward(const Set& set, std::int64_t positions) {
   args.log_probs = {const_cast<T*>(log_probs.data()), kDtype<T>, 0, 1, classes};
   args.target = {{target.data(), Dtype::uint8, 1}, 255};
   args.flow.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, 0};
-  const auto& kernel = cpu::kernels(set.set).nll;
-  const cpu::Partial total = run(kernel.forward, args);
+  const auto& kernels = cpu::kernels(set.set).nll;
+  const Sum total = run(kernels, args, Pass::forward);
   EXPECT(total.loss == double(positions - positions / 4), "%s: the sum of %ld rows is %g", set.name, long(positions),
          total.loss);
   args.grad_log_probs = args.log_probs;
   args.grad_log_probs.data = grad.data();
-  run(kernel.backward, args);
+  run(kernels, args, Pass::backward);
   for (std::int64_t i = 0; i < positions * classes; ++i) {
     const T expected = i % classes == target[i / classes] ? T(-2) : T(0);
     EXPECT(grad[i] == expected, "%s: entry %ld is %g", set.name, long(i), double(grad[i]));
@@ -189,16 +202,15 @@ void test_bce_with_logits(const Set& set, std::int64_t rows, std::int64_t column
   args.ignore_index = 255;
   args.flow.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, false, {0, 0}};
   args.grad_input = {grad.data(), kDtype<T>, true, {columns, 1}};
-  const auto& kernel = cpu::kernels(set.set).bce_with_logits;
+  const auto& kernels = cpu::kernels(set.set).bce_with_logits;
   args.grad_input.data = nullptr;
-  const cpu::Partial total = run(kernel.forward, args);
+  const Sum total = run(kernels, args, Pass::forward);
   args.grad_input.data = grad.data();
-  run(kernel.backward, args);
-  const cpu::Partial alone = run(kernel.count, args);
+  run(kernels, args, Pass::backward);
 
   std::vector<T> in_place = x;
   args.input.data = args.grad_input.data = in_place.data();
-  const cpu::Partial again = run(kernel.forward, args);
+  const Sum again = run(kernels, args, Pass::forward_with_gradient);
 
   double sum = 0, counted = 0;
   const double tolerance = sizeof(T) == 8 ? 1e-12 : 2e-6;
@@ -217,7 +229,7 @@ void test_bce_with_logits(const Set& set, std::int64_t rows, std::int64_t column
   EXPECT(total.divisor == counted, "%s: %g elements count, not %g", set.name, counted, total.divisor);
   EXPECT(std::fabs(again.loss - total.loss) <= 1e-6 * total.loss, "%s: %.17g with the gradient, %.17g without",
          set.name, again.loss, total.loss);
-  EXPECT(alone.divisor == counted, "%s: counted %g, not %g", set.name, alone.divisor, counted);
+  EXPECT(again.divisor == counted, "%s: counted %g, not %g", set.name, again.divisor, counted);
 }
 
 template <class T>

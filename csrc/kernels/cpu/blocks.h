@@ -46,9 +46,20 @@ inline std::int64_t positions_per_block(const CrossEntropyArgs& args) {
   return std::max(by_size / unit * unit, unit);
 }
 
-inline std::int64_t positions_per_block(const NllArgs&) { return kBlockElements / 8; }
+// One entry of a row is read in forward; in backward the whole row is written.
+inline std::int64_t positions_per_block(const NllArgs& args) {
+  const std::int64_t written = args.grad_log_probs.data ? std::max<std::int64_t>(args.shape.classes, 1) : 1;
+  return std::clamp<std::int64_t>(4 * kBlockElements / written, 1, kBlockElements / 8);
+}
 
 // Elements of one turn of the vector loop.
 inline constexpr int kElementwiseRun = 512;
+
+// How many blocks the work has. A function of the shape alone, never of the number of threads.
+template <class Args>
+std::int64_t block_count(const Args& args) {
+  return ceil_div(args.shape.positions(), positions_per_block(args));
+}
+inline std::int64_t block_count(const ElementwiseArgs& args) { return ceil_div(args.shape.numel, kBlockElements); }
 
 }  // namespace fusedloss::cpu

@@ -1,7 +1,10 @@
 #include "cpu.h"
 
+#include <array>
 #include <cstdlib>
 #include <new>
+#include <optional>
+#include <vector>
 
 #include "../../math/reduction.h"
 #include "blocks.h"
@@ -10,11 +13,11 @@
 
 namespace fusedloss::cpu {
 
-extern const Kernels kBaseline;
-extern const Kernels kAvx2;
-extern const Kernels kAvx512;
+extern const Losses<Loss> kBaseline;
+extern const Losses<Loss> kAvx2;
+extern const Losses<Loss> kAvx512;
 
-const Kernels& kernels([[maybe_unused]] InstructionSet set) {
+const Losses<Loss>& kernels([[maybe_unused]] InstructionSet set) {
 #if defined(__x86_64__)
   if (set == InstructionSet::avx512) return kAvx512;
   if (set == InstructionSet::avx2) return kAvx2;
@@ -40,19 +43,73 @@ void* scratch(std::size_t bytes) {
   return buffer.data;
 }
 
-void finish(const Partial& partial, const Total& total) {
-  if (total.divisor) *total.divisor = partial.divisor;
+namespace {
+
+template <class Args>
+void run(BlockKernel<Args> kernel, const Args& args, Partial* partials, ParallelFor parallel_for) {
+  const auto body = [&](std::int64_t begin, std::int64_t end) { kernel(args, partials, begin, end); };
+  using Body = decltype(body);
+  parallel_for(
+      block_count(args),
+      {[](const void* pass, std::int64_t begin, std::int64_t end) { (*static_cast<Body*>(pass))(begin, end); }, &body});
+}
+
+template <class Args>
+Partial sum(BlockKernel<Args> kernel, const Args& args, ParallelFor parallel_for) {
+  const std::int64_t blocks = block_count(args);
+  std::array<Partial, 16> few;
+  std::vector<Partial> many(blocks > std::int64_t(few.size()) ? blocks : 0);
+  Partial* partials = many.empty() ? few.data() : many.data();
+  run(kernel, args, partials, parallel_for);
+  Partial total;
+  for (std::int64_t i = 0; i < blocks; ++i) {
+    total.loss += partials[i].loss;
+    total.divisor += partials[i].divisor;
+    if (total.invalid < 0) total.invalid = partials[i].invalid;
+  }
+  return total;
+}
+
+// The divisor of the mean, where it is known before a position has been looked at.
+template <class Args>
+std::optional<double> known_divisor(const Args&) {
+  return std::nullopt;
+}
+std::optional<double> known_divisor(const ElementwiseArgs& args) {
+  return args.has_ignore_index ? std::nullopt : std::optional(static_cast<double>(args.shape.numel));
+}
+
+void write(const Total& total, const Partial& sum) {
+  if (total.divisor) *total.divisor = sum.divisor;
   if (!total.loss) return;
-  const double loss = math::reduced(total.reduction == Reduction::mean, partial.loss, partial.divisor);
+  const double loss = math::reduced(total.reduction == Reduction::mean, sum.loss, sum.divisor);
   store(total.loss, total.dtype, 0, 1, 1, &loss);
 }
 
-std::int64_t block_count(const CrossEntropyArgs& args) {
-  return ceil_div(args.shape.positions(), positions_per_block(args));
+}  // namespace
+
+template <class Args>
+std::int64_t launch(const Loss<Args>& loss, const Args& args, Pass pass, ParallelFor parallel_for) {
+  if (pass == Pass::backward) {
+    run(loss.backward, args, nullptr, parallel_for);
+    return -1;
+  }
+  Args with_divisor = args;
+  double divisor;
+  if (pass == Pass::forward_with_gradient) {
+    const auto known = known_divisor(args);
+    const Partial counted = known ? Partial{.divisor = *known} : sum(loss.count, args, parallel_for);
+    if (counted.invalid >= 0) return counted.invalid;
+    divisor = counted.divisor;
+    if (args.total.reduction == Reduction::mean) with_divisor.flow.divisor = &divisor;
+  }
+  const Partial total = sum(loss.forward, with_divisor, parallel_for);
+  if (total.invalid < 0) write(args.total, total);
+  return total.invalid;
 }
 
-std::int64_t block_count(const NllArgs& args) { return ceil_div(args.shape.positions(), positions_per_block(args)); }
-
-std::int64_t block_count(const ElementwiseArgs& args) { return ceil_div(args.shape.numel, kBlockElements); }
+template std::int64_t launch(const Loss<CrossEntropyArgs>&, const CrossEntropyArgs&, Pass, ParallelFor);
+template std::int64_t launch(const Loss<NllArgs>&, const NllArgs&, Pass, ParallelFor);
+template std::int64_t launch(const Loss<ElementwiseArgs>&, const ElementwiseArgs&, Pass, ParallelFor);
 
 }  // namespace fusedloss::cpu

@@ -1,5 +1,5 @@
-// Negative log likelihood on the CPU: reads one log-probability for each position and writes one gradient entry.
-// It does not touch the rest of the gradient, which the caller hands in as zeros.
+// Negative log likelihood on the CPU. Forward reads one log-probability for each position; backward writes the whole
+// gradient, zeros and the targets' entries.
 
 #include "../../math/nll.h"
 #include "../../math/reduction.h"
@@ -74,11 +74,34 @@ void nll_forward(const NllArgs& args, Partial* partials, std::int64_t begin, std
   });
 }
 
+// Zeros for the positions [begin, end), in the order in which they lie in memory.
+inline void fill_zeros(const NllArgs& args, std::int64_t begin, std::int64_t end) {
+  const ClassTensor& grad = args.grad_log_probs;
+  const std::int64_t inner = args.shape.inner, classes = args.shape.classes;
+  while (begin < end) {
+    const std::int64_t first = begin % inner, count = std::min(end - begin, inner - first);
+    const std::int64_t offset = begin / inner * grad.outer_stride + first * grad.inner_stride;
+    const bool by_rows = grad.class_stride < grad.inner_stride;
+    if (grad.class_stride == 1 && grad.inner_stride == classes) {
+      store_zeros(grad.data, grad.dtype, offset, 1, count * classes);
+    } else {
+      for (std::int64_t i = 0; i < (by_rows ? count : classes); ++i) {
+        const std::int64_t at = offset + i * (by_rows ? grad.inner_stride : grad.class_stride);
+        store_zeros(grad.data, grad.dtype, at, by_rows ? grad.class_stride : grad.inner_stride,
+                    by_rows ? classes : count);
+      }
+    }
+    begin += count;
+  }
+}
+
 void nll_backward(const NllArgs& args, Partial*, std::int64_t begin, std::int64_t end) {
   const double scale = math::mean_scale(args.flow.divisor);
   with_accumulate(args.grad_log_probs.dtype, [&]<class Acc>() {
+    const std::int64_t size = positions_per_block(args);
     for (std::int64_t block = begin; block < end; ++block) {
       Partial unused;
+      fill_zeros(args, block * size, std::min(args.shape.positions(), (block + 1) * size));
       for_each_group<Acc>(args, args.grad_log_probs, block, unused, [&](const Targets<Acc>& targets) {
         Acc buffer[kLanes];
         const Acc* g = load_positions(args.flow.grad_loss, targets.begin, targets.count, buffer);

@@ -8,8 +8,8 @@
 
 namespace fusedloss::cpu {
 
-extern const Kernels FUSEDLOSS_TABLE;
-const Kernels FUSEDLOSS_TABLE = {
+extern const Losses<Loss> FUSEDLOSS_TABLE;
+const Losses<Loss> FUSEDLOSS_TABLE = {
     .cross_entropy = {cross_entropy_forward, cross_entropy_backward, cross_entropy_count},
     .nll = {nll_forward, nll_backward},
     .bce_with_logits = {elementwise_forward<math::BceWithLogits>, elementwise_backward<math::BceWithLogits>,
