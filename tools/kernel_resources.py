@@ -97,7 +97,7 @@ def static_shared_limit(header: str) -> int | None:
         return None
     found = re.search(r"kStaticShared\w*\s*=\s*(\d+)\s*(?:\*\s*(\d+))?\s*;", header)
     if not found:
-        sys.exit("kernel_resources: device.h names kStaticShared..., and this does not find its number")
+        sys.exit("kernel_resources: plan.h names kStaticShared..., and this does not find its number")
     return int(found[1]) * int(found[2] or 1)
 
 
@@ -105,7 +105,7 @@ def check_shared_memory(kernels: list[Kernel], limit: int | None) -> bool:
     """Launches subtract the limit from what a block can have; a kernel with more would fail to start."""
     most = max(kernel.shared for kernel in kernels)
     if limit is None:
-        print(f"kernel_resources: at most {most} bytes of static shared memory; device.h sets no limit")
+        print(f"kernel_resources: at most {most} bytes of static shared memory; plan.h sets no limit")
         return True
     refused = [kernel for kernel in kernels if kernel.shared > limit]
     for kernel in refused:
@@ -179,7 +179,7 @@ def main() -> None:
     kernels = read(options.log.read_text())
     if not kernels:
         sys.exit(f"kernel_resources: {options.log} says nothing of kernels: was everything built before?")
-    limit = static_shared_limit((ROOT / "csrc/kernels/cuda/device.h").read_text())
+    limit = static_shared_limit((ROOT / "csrc/kernels/cuda/plan.h").read_text())
     passed = [
         check_registers(kernels),
         check_shared_memory(kernels, limit),

@@ -116,14 +116,17 @@ int64_t run(const LossKernels<Args>& loss, Pass pass, const Args& args, const at
     launch_triton(loss.triton(triton_kernels()), args, pass, input);
     return -1;
   }
-  if (!runs_on_cuda(input)) return cpu::launch(loss.cpu(cpu_kernels()), args, pass, parallel_for);
-  const c10::DeviceGuard guard(input.device());
-  const auto& kernels = loss.cuda(cuda_kernels());
-  const auto bytes = static_cast<int64_t>(kernels.workspace_bytes(args, pass));
-  at::Tensor workspace;
-  if (bytes > 0) workspace = at::empty({bytes}, input.options().dtype(at::kByte));
-  kernels.launch(args, pass, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, current_stream(input.device()));
-  return -1;
+  if (runs_on_cuda(input)) {
+    const c10::DeviceGuard guard(input.device());
+    at::Tensor workspace;
+    const auto allocate = [&](std::size_t bytes) {
+      workspace = at::empty({static_cast<int64_t>(bytes)}, input.options().dtype(at::kByte));
+      return workspace.mutable_data_ptr();
+    };
+    loss.cuda(cuda_kernels()).launch(args, pass, allocate, current_stream(input.device()));
+    return -1;
+  }
+  return cpu::launch(loss.cpu(cpu_kernels()), args, pass, parallel_for);
 }
 
 // Where a kernel writes the reduced loss, and the divisor if it is defined. An unreduced loss is not a total's.

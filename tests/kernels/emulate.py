@@ -70,7 +70,8 @@ def load_cpu_reference(emulator):
 
 
 def load(emulator, check, **config):
-    sources = [*sorted((ROOT / "csrc/kernels/cuda").glob("*.cu")), ROOT / "tests/kernels/check_kernels.cu"]
+    folder = ROOT / "csrc/kernels/cuda"
+    sources = [*sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")]), ROOT / "tests/kernels/check_kernels.cu"]
 
     def build(some):
         return emulator.load(some, include_dirs=[ROOT / "csrc"], std="c++20", check=check, timeout=300, **config)

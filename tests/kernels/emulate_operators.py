@@ -53,7 +53,7 @@ def build_kernels() -> str:
     sys.path.insert(0, str(EMULATOR))
     import cuda_emu
 
-    sources = sorted(map(str, ROOT.glob("csrc/kernels/cuda/*.cu")))
+    sources = sorted(str(path) for kind in ("*.cu", "*.cpp") for path in ROOT.glob(f"csrc/kernels/cuda/{kind}"))
     return cuda_emu.load(sources, include_dirs=[str(ROOT / "csrc")], glue=POISON, std="c++20").path
 
 

@@ -18,20 +18,15 @@ void raise_what_was_found() {
 }
 
 template <class Args, cuda::Loss<Args> cuda::Kernels::* kLoss>
-void launch(const Args& args, Pass pass, void* workspace, void* stream) {
+void launch(const Args& args, Pass pass, const cuda::Allocate& allocate, void* stream) {
   emulated_poison();
   try {
-    (cuda::kKernels.*kLoss).launch(args, pass, workspace, stream);
+    (cuda::kKernels.*kLoss).launch(args, pass, allocate, stream);
   } catch (const std::exception&) {
     raise_what_was_found();
     throw;
   }
   raise_what_was_found();
-}
-
-template <class Args, cuda::Loss<Args> cuda::Kernels::* kLoss>
-cuda::Loss<Args> watched() {
-  return {(cuda::kKernels.*kLoss).workspace_bytes, launch<Args, kLoss>, (cuda::kKernels.*kLoss).plan};
 }
 
 }  // namespace
@@ -40,10 +35,10 @@ bool runs_on_cuda(const at::Tensor&) { return true; }
 
 const cuda::Kernels& cuda_kernels() {
   static const cuda::Kernels kernels{
-      .cross_entropy = watched<CrossEntropyArgs, &cuda::Kernels::cross_entropy>(),
-      .nll = watched<NllArgs, &cuda::Kernels::nll>(),
-      .bce_with_logits = watched<ElementwiseArgs, &cuda::Kernels::bce_with_logits>(),
-      .bce = watched<ElementwiseArgs, &cuda::Kernels::bce>(),
+      .cross_entropy = {launch<CrossEntropyArgs, &cuda::Kernels::cross_entropy>},
+      .nll = {launch<NllArgs, &cuda::Kernels::nll>},
+      .bce_with_logits = {launch<ElementwiseArgs, &cuda::Kernels::bce_with_logits>},
+      .bce = {launch<ElementwiseArgs, &cuda::Kernels::bce>},
   };
   return kernels;
 }

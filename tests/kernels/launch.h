@@ -18,13 +18,13 @@ inline const char* name_of(Pass pass) {
 // Workspace of exactly the size that is asked for, filled with what no kernel may rely on.
 template <class Args>
 void launch(const fusedloss::cuda::Loss<Args>& loss, const Args& args, Pass pass) {
-  const std::size_t bytes = loss.workspace_bytes(args, pass);
   void* workspace = nullptr;
-  if (bytes > 0) {
+  const auto allocate = [&](std::size_t bytes) {
     require(cudaMalloc(&workspace, bytes), "cudaMalloc");
     require(cudaMemset(workspace, 0xff, bytes), "cudaMemset");
-  }
-  loss.launch(args, pass, workspace, nullptr);
+    return workspace;
+  };
+  loss.launch(args, pass, allocate, nullptr);
   require(cudaDeviceSynchronize(), "the kernel");
   if (workspace) require(cudaFree(workspace), "cudaFree");
 }

@@ -3,6 +3,6 @@
 
 namespace fusedloss::cuda {
 
-template void launch_elementwise<math::Bce>(const ElementwiseArgs&, Pass, Arena&, void*);
+template void launch_elementwise<math::Bce>(const ElementwiseArgs&, Pass, const Allocate&, void*);
 
 }  // namespace fusedloss::cuda

@@ -11,10 +11,6 @@
 
 namespace fusedloss::cuda {
 
-// Up to this many positions every block counts the mean's divisor for itself: a few microseconds, less than another
-// launch. Beyond, a launch of its own counts them.
-inline constexpr std::int64_t kCountedInline = 4096;
-
 // What a launch adds to the arguments.
 struct Run {
   GridSums grid;

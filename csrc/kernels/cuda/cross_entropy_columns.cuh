@@ -13,14 +13,7 @@
 
 namespace fusedloss::cuda {
 
-inline constexpr int kColumnThreads = 128;  // the most
 inline constexpr int kClassesInFlight = 4;
-
-struct ColumnPlan {
-  bool packets = false;    // neighbouring positions in packets, aligned for every class
-  bool keeps = false;      // they wait in shared memory
-  std::int64_t items = 0;  // packets of positions
-};
 
 template <class T, bool kGeneral, Pass kPass, int kWidth>
 class Columns : CrossEntropy<T, kGeneral, kPass> {

@@ -13,23 +13,7 @@
 
 namespace fusedloss::cuda {
 
-inline constexpr int kRowThreads = 1024;  // the most
 inline constexpr int kMaxWarps = kRowThreads / kWarp;
-
-// Threads of a block, by the bytes of a row's slice: the first row whose limit is not below them.
-struct RowGeometry {
-  std::int64_t bytes;
-  int threads;
-};
-inline constexpr RowGeometry kRowGeometry[] = {
-    {8 * 1024, 128}, {32 * 1024, 256}, {96 * 1024, 512}, {std::int64_t(1) << 62, 1024}};
-
-struct RowPlan {
-  int slices = 1;  // of a row, each read by one block; of a cluster, where there are clusters
-  std::int64_t slice_packets = 0;
-  void* parts = nullptr;        // (positions, slices) RowStatistics, where slices meet through memory
-  unsigned* tickets = nullptr;  // (positions,), zero when the kernel starts
-};
 
 template <class T, bool kGeneral, Pass kPass, bool kCluster>
 class Rows : CrossEntropy<T, kGeneral, kPass> {

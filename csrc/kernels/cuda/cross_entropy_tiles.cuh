@@ -13,40 +13,6 @@
 
 namespace fusedloss::cuda {
 
-inline constexpr int kTileThreads = 256;
-inline constexpr std::int64_t kTileClasses = 1024;  // the most
-
-// Lanes of a row, by its number of classes: the last row whose limit is not below it.
-struct TileGeometry {
-  int classes;
-  int lanes;
-};
-inline constexpr TileGeometry kTileGeometry[] = {{16, 1}, {32, 2}, {64, 4}, {128, 8}, {256, 16}, {1024, 32}};
-
-struct Division {  // of numbers below 2^16 by one of at most kTileClasses
-  unsigned divisor = 1;
-  unsigned reciprocal = 0;  // of 2^32, rounded up
-
-  static Division by(unsigned divisor) {
-    return {divisor, divisor > 1 ? static_cast<unsigned>(((std::uint64_t(1) << 32) + divisor - 1) / divisor) : 0};
-  }
-  __device__ __forceinline__ int operator()(int n) const { return divisor > 1 ? __umulhi(n, reciprocal) : n; }
-};
-
-struct TilePlan {
-  std::int64_t tiles = 0;
-  int lanes = 1;             // of a row
-  int rows = 1;              // of a tile
-  int pitch = 1;             // from row to row in shared memory
-  int start = 0;             // of the first row in shared memory: its place in a packet
-  bool stream = false;       // the logits' rows follow one another in memory
-  bool grad_stream = false;  // the gradient's likewise, and it starts at the same place in a packet
-  bool skips = false;        // rows are long enough for it to pay to look which are ignored before they are copied
-  Division classes;
-
-  constexpr std::size_t elements() const { return std::size_t(start + rows * pitch + 2 * kPacketBytes) / 16 * 16; }
-};
-
 template <class T>
 struct Tile {
   T* data;
@@ -279,38 +245,6 @@ __global__ void __launch_bounds__(kTileThreads, kPerLane > 16 ? 2 : 4)
                         const __grid_constant__ Run run) {
   extern __shared__ __align__(16) unsigned char memory[];
   Tiles<T, kGeneral, kPass, kPerLane>(args, plan, run).process(run, reinterpret_cast<T*>(memory));
-}
-
-// The plan of a problem that tiles suit, and the launch's shape but for its number of blocks.
-template <class T>
-TilePlan plan_tiles(const CrossEntropyArgs& args) {
-  const int classes = static_cast<int>(args.shape.classes);
-  TilePlan plan;
-  for (const TileGeometry& geometry : kTileGeometry) {
-    plan.lanes = geometry.lanes;
-    if (classes <= geometry.classes) break;
-  }
-  plan.rows = kTileThreads / plan.lanes;
-  plan.tiles = ceil_div(args.shape.positions(), plan.rows);
-  plan.classes = Division::by(classes);
-  const auto follows = [&](const ClassTensor& tensor) {
-    return tensor.class_stride == 1 && args.shape.outer == 1 && tensor.inner_stride == classes;
-  };
-  const T* logits = static_cast<const T*>(args.logits.data);
-  plan.stream = follows(args.logits);
-  // A tile holds a multiple of 16 bytes (of whole rows of kTileThreads / lanes), so that all tiles start alike.
-  plan.start = plan.stream ? overhang(logits) : 0;
-  plan.grad_stream =
-      plan.stream && follows(args.grad_logits) && overhang(static_cast<const T*>(args.grad_logits.data)) == plan.start;
-  plan.pitch = classes;
-  const std::size_t row_bytes = classes * sizeof(T);
-  // Rows of a multiple of 16 bytes would start in few of the 32 banks, and lanes of different rows wait for one
-  // another.
-  if (sizeof(T) <= sizeof(Word) && plan.start == 0 && row_bytes % kPacketBytes == 0 && plan.lanes < kWarp) {
-    plan.pitch += sizeof(Word) / sizeof(T);
-  }
-  plan.skips = row_bytes >= 512;
-  return plan;
 }
 
 }  // namespace fusedloss::cuda

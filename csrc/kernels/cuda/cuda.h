@@ -1,12 +1,13 @@
-// The CUDA kernels: for each loss, how much workspace a pass needs and how to launch it. No CUDA header is needed to
-// include this file. All pointers in the arguments are of the current device, whose stream is the last argument; what
-// goes wrong in launching throws std::runtime_error. A target that is no class, or a value that a loss refuses, is a
-// device-side assertion, as in native torch.
+// The CUDA kernels: for each loss, the launch of a pass. No CUDA header is needed to include this file. All pointers in
+// the arguments are of the current device, whose stream is the last argument; what goes wrong in launching throws
+// std::runtime_error. A target that is no class, or a value that a loss refuses, is a device-side assertion, as in
+// native torch.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "../class_loss.h"
@@ -14,26 +15,13 @@
 
 namespace fusedloss::cuda {
 
-// The shape of a launch.
-struct Launch {
-  std::int64_t blocks = 1;
-  int threads = 128;
-  std::size_t shared_bytes = 0;  // dynamic
-  int cluster = 1;               // blocks in a cluster; 1 needs no device that has them
-};
-
-struct PlannedLaunch {
-  const char* name;
-  const void* kernel;
-  Launch shape;
-  std::int64_t way = 0;  // which of its ways the kernel takes: lanes or slices of a row, what is kept
-};
+// Device memory of so many bytes, aligned to 16, that is left alone until the launch has run on its stream. A launch
+// asks once, or not at all if it needs no workspace.
+using Allocate = std::function<void*(std::size_t bytes)>;
 
 template <class Args>
 struct Loss {
-  std::size_t (*workspace_bytes)(const Args& args, Pass pass);
-  void (*launch)(const Args& args, Pass pass, void* workspace, void* stream);
-  std::vector<PlannedLaunch> (*plan)(const Args& args, Pass pass);  // what launch would start; nothing is read
+  void (*launch)(const Args& args, Pass pass, const Allocate& allocate, void* stream);
 };
 
 struct Kernels {

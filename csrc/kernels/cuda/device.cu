@@ -41,7 +41,7 @@ thread_local const Device* pretended = nullptr;
 // --- What a device says of a kernel ---
 
 struct Facts {
-  bool clusters;  // the code is compiled for them
+  bool clusters;  // the code is compiled for them; that of an older architecture, translated by the driver, is not
 };
 
 // Answers of the runtime, each asked for once. Not while the lock is held: the runtime may wait for the device, which
@@ -136,8 +136,6 @@ const Device& current_device() { return pretended ? *pretended : real_device(); 
 PretendedDevice::PretendedDevice(const Device& device) : device_(device), before_(pretended) { pretended = &device_; }
 PretendedDevice::~PretendedDevice() { pretended = before_; }
 
-bool is_compiled_for_clusters(const void* kernel) { return facts_of(current_index(), kernel).clusters; }
-
 std::int64_t resident_blocks(const void* kernel, const Launch& shape) {
   using Key = std::tuple<int, const void*, int, std::size_t, int>;
   static auto& blocks_of_shapes = *new Answers<Key, std::int64_t>;
@@ -146,8 +144,9 @@ std::int64_t resident_blocks(const void* kernel, const Launch& shape) {
   const int index = current_index();
   const Key key{index, kernel, shape.threads, shape.shared_bytes, shape.cluster};
   const std::int64_t blocks = blocks_of_shapes.of(key, [&] {
-    facts_of(index, kernel);  // a kernel that has not opted in has no room for more than 48 KB
-    return ask_for_blocks(kernel, shape);
+    // A kernel that has not opted in has no room for more than 48 KB.
+    const Facts facts = facts_of(index, kernel);
+    return shape.cluster > 1 && !facts.clusters ? 0 : ask_for_blocks(kernel, shape);
   });
   if (shape.cluster == 1) return blocks * device.multiprocessors;
   if (!pretended || blocks == 0) return blocks;

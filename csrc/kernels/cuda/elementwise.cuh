@@ -258,8 +258,7 @@ auto elementwise_kernel(Pass pass) {
 }
 
 template <class Loss, class T>
-void launch_elementwise_of(const ElementwiseArgs& args, Pass pass, Arena& arena, void* stream) {
-  using Acc = Accumulate<T>;
+void launch_elementwise_of(const ElementwiseArgs& args, Pass pass, const Allocate& allocate, void* stream) {
   const std::int64_t numel = args.shape.numel;
   const bool totals = pass != Pass::backward && (args.total.loss || args.total.divisor);
   if (numel == 0 && !totals) return;
@@ -269,30 +268,42 @@ void launch_elementwise_of(const ElementwiseArgs& args, Pass pass, Arena& arena,
                      in_one_piece(args.loss) && in_one_piece(args.grad_input) && !args.weight.data &&
                      !args.pos_weight.data && !args.grad_target.data &&
                      (pass == Pass::forward || args.grad_input.data) && (pass != Pass::backward || is_one_number(args));
-  const auto blocks_of = [](auto kernel, std::int64_t items) {
-    return blocks_for(ceil_div(items, kElementwiseThreads), address_of(kernel), {.threads = kElementwiseThreads});
-  };
-  ElementwiseRun run;
-  run.divisor = static_cast<double>(numel);
-  if (pass == Pass::forward_with_gradient && args.total.reduction == Reduction::mean && args.has_ignore_index &&
-      numel > kElementsCountedInline) {
-    double* divisor = arena.take<double>(1);
-    const Launch shape{.blocks = blocks_of(elementwise_divisor<Acc>, numel), .threads = kElementwiseThreads};
-    const GridSums grid = grid_sums(arena, shape.blocks, stream);
-    start(arena, stream, "elementwise_divisor", elementwise_divisor<Acc>, shape, 0, args, grid,
-          Total{.reduction = Reduction::mean, .divisor = divisor});
-    run.counted = divisor;
-  }
+  const bool counts = pass == Pass::forward_with_gradient && args.total.reduction == Reduction::mean &&
+                      args.has_ignore_index && numel > kElementsCountedInline;
   const auto kernel = plain ? elementwise_kernel<Loss, T, true>(pass) : elementwise_kernel<Loss, T, false>(pass);
-  const Launch shape{.blocks = blocks_of(kernel, numel / (plain ? kPacketOf<T> : 1) + 1),
-                     .threads = kElementwiseThreads};
-  if (totals) run.grid = grid_sums(arena, shape.blocks, stream);
-  start(arena, stream, "elementwise", kernel, shape, plain, args, run);
+  const auto count_kernel = elementwise_divisor<Accumulate<T>>;
+  const auto shape_of = [](const void* kernel, std::int64_t items) {
+    Launch shape{.threads = kElementwiseThreads};
+    shape.blocks = blocks_for(ceil_div(items, kElementwiseThreads), resident_blocks(kernel, shape));
+    return shape;
+  };
+  const Launch shape = shape_of(address_of(kernel), numel / (plain ? kPacketOf<T> : 1) + 1);
+  Launch count_shape;
+  Workspace workspace;
+  Piece divisor;
+  GridPieces count_grid, grid;
+  if (counts) {
+    count_shape = shape_of(address_of(count_kernel), numel);
+    divisor = workspace.take(1, sizeof(double));
+    count_grid = workspace.take_grid(count_shape.blocks);
+  }
+  if (totals) grid = workspace.take_grid(shape.blocks);
+
+  const Memory memory(workspace, allocate, stream);
+  ElementwiseRun run{.divisor = static_cast<double>(numel)};
+  if (counts) {
+    double* const counted = memory.at<double>(divisor);
+    launch("elementwise_divisor", count_kernel, count_shape, stream, args, memory.grid(count_grid),
+           Total{.reduction = Reduction::mean, .divisor = counted});
+    run.counted = counted;
+  }
+  run.grid = memory.grid(grid);
+  launch("elementwise", kernel, shape, stream, args, run);
 }
 
 template <class Loss>
-void launch_elementwise(const ElementwiseArgs& args, Pass pass, Arena& arena, void* stream) {
-  with_floating(args.dtype, [&]<class T>() { launch_elementwise_of<Loss, T>(args, pass, arena, stream); });
+void launch_elementwise(const ElementwiseArgs& args, Pass pass, const Allocate& allocate, void* stream) {
+  with_floating(args.dtype, [&]<class T>() { launch_elementwise_of<Loss, T>(args, pass, allocate, stream); });
 }
 
 }  // namespace fusedloss::cuda

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../types.h"
+#include "plan.h"
 
 namespace fusedloss::cuda {
 
@@ -83,7 +83,6 @@ __device__ __forceinline__ void store(void* data, Dtype dtype, std::int64_t offs
 
 // --- Packets ------------------------------------------------------------------------------------------------
 
-inline constexpr int kPacketBytes = 16;
 template <class T>
 inline constexpr int kPacketOf = kPacketBytes / sizeof(T);
 

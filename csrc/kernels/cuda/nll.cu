@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void backward(const NllArgs& args, Arena& arena, void* stream) {
+void backward(const NllArgs& args, void* stream) {
   constexpr std::int64_t kEntries = 16384;  // of a block's turn
   const std::int64_t positions = args.shape.positions(), classes = args.shape.classes;
   if (positions == 0 || classes == 0) return;
@@ -101,21 +101,24 @@ void backward(const NllArgs& args, Arena& arena, void* stream) {
   const std::int64_t turns = ceil_div(positions, layout.positions_per_block);
   with_floating(args.grad_log_probs.dtype, [&]<class T>() {
     Launch shape{.threads = kThreads};
-    shape.blocks = blocks_for(turns, address_of(nll_backward<T>), shape);
-    start(arena, stream, "nll_backward", nll_backward<T>, shape, layout.stream, args, layout);
+    shape.blocks = blocks_for(turns, resident_blocks(address_of(nll_backward<T>), shape));
+    launch("nll_backward", nll_backward<T>, shape, stream, args, layout);
   });
 }
 
 }  // namespace
 
-void launch_nll(const NllArgs& args, Pass pass, Arena& arena, void* stream) {
-  if (pass == Pass::backward) return backward(args, arena, stream);
+void launch_nll(const NllArgs& args, Pass pass, const Allocate& allocate, void* stream) {
+  if (pass == Pass::backward) return backward(args, stream);
   with_floating(args.log_probs.dtype, [&]<class T>() {
     Launch shape{.threads = kThreads};
-    shape.blocks = blocks_for(ceil_div(args.shape.positions(), kThreads), address_of(nll_forward<T>), shape);
-    GridSums grid;
-    if (args.total.loss || args.total.divisor) grid = grid_sums(arena, shape.blocks, stream);
-    start(arena, stream, "nll_forward", nll_forward<T>, shape, 0, args, grid);
+    const std::int64_t units = ceil_div(args.shape.positions(), kThreads);
+    shape.blocks = blocks_for(units, resident_blocks(address_of(nll_forward<T>), shape));
+    Workspace workspace;
+    GridPieces grid;
+    if (args.total.loss || args.total.divisor) grid = workspace.take_grid(shape.blocks);
+    const Memory memory(workspace, allocate, stream);
+    launch("nll_forward", nll_forward<T>, shape, stream, args, memory.grid(grid));
   });
 }
 

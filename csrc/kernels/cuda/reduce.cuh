@@ -10,7 +10,6 @@
 
 namespace fusedloss::cuda {
 
-inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Butterflies: every lane of a group of `width` ends with the same result, since what is combined commutes bitwise.

@@ -35,7 +35,7 @@ void rescale(const RescaleArgs& args, void* stream) {
   with_floating(args.dtype, [&]<class T>() {
     const std::int64_t packets = ceil_div(args.numel, kPacketOf<T>) + 1;
     Launch shape{.threads = kThreads};
-    shape.blocks = blocks_for(ceil_div(packets, kThreads), address_of(rescale_gradient<T>), shape);
+    shape.blocks = blocks_for(ceil_div(packets, kThreads), resident_blocks(address_of(rescale_gradient<T>), shape));
     launch("rescale_gradient", rescale_gradient<T>, shape, stream, args);
   });
 }

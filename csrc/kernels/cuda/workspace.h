@@ -1,38 +1,40 @@
-// What a launch needs of its workspace, and the launch itself where it is not only measured.
+// A launch's workspace in memory, as it was planned.
 
 #pragma once
 
-#include "arena.h"
 #include "device.h"
+#include "plan.h"
 #include "reduce.cuh"
 
 namespace fusedloss::cuda {
 
-// way: see PlannedLaunch.
-template <class... Parameters>
-void start(Arena& arena, void* stream, const char* name, void (*kernel)(Parameters...), const Launch& shape,
-           std::int64_t way, const std::type_identity_t<Parameters>&... arguments) {
-  if (arena.is_measured()) {
-    arena.note({name, address_of(kernel), shape, way});
-  } else {
-    launch(name, kernel, shape, stream, arguments...);
-  }
-}
+class Memory {
+ public:
+  Memory(const Workspace& workspace, const Allocate& allocate, void* stream)
+      : start_(workspace.bytes() > 0 ? static_cast<char*>(allocate(workspace.bytes())) : nullptr), stream_(stream) {}
 
-// Tickets, set to zero on the stream.
-inline unsigned* zero_tickets(Arena& arena, std::int64_t count, void* stream) {
-  unsigned* tickets = arena.take<unsigned>(count);
-  if (!arena.is_measured() && count > 0) {
-    check(cudaMemsetAsync(tickets, 0, count * sizeof(unsigned), static_cast<cudaStream_t>(stream)), "tickets");
+  // Null where the piece is absent.
+  template <class Value>
+  Value* at(const Piece& piece) const {
+    return piece.bytes > 0 ? static_cast<Value*>(static_cast<void*>(start_ + piece.offset)) : nullptr;
   }
-  return tickets;
-}
 
-// One unit needs nothing: a small problem is one launch.
-inline GridSums grid_sums(Arena& arena, std::int64_t units, void* stream) {
-  if (units == 1) return {};
-  unsigned* tickets = zero_tickets(arena, 1, stream);
-  return {arena.take<Sums>(units), tickets, units};
-}
+  // Set to zero on the stream.
+  unsigned* tickets(const Piece& piece) const {
+    static_assert(sizeof(unsigned) == Workspace::kTicketBytes);
+    unsigned* const tickets = at<unsigned>(piece);
+    if (tickets) check(cudaMemsetAsync(tickets, 0, piece.bytes, static_cast<cudaStream_t>(stream_)), "tickets");
+    return tickets;
+  }
+
+  GridSums grid(const GridPieces& pieces) const {
+    static_assert(sizeof(Sums) == Workspace::kSumsBytes);
+    return {at<Sums>(pieces.parts), tickets(pieces.ticket), pieces.units};
+  }
+
+ private:
+  char* const start_;
+  void* const stream_;
+};
 
 }  // namespace fusedloss::cuda

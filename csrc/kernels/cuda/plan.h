@@ -1,0 +1,171 @@
+// What a pass of cross entropy launches, decided before anything is launched: a function of the arguments, of a few
+// facts about the device and of how many blocks it holds at once. No CUDA header is needed to include this file:
+// tests/cpp/test_plans.cpp states the plans for a device that is not there.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "cuda.h"
+
+namespace fusedloss::cuda {
+
+// --- What launcher and kernels agree on ---
+
+inline constexpr int kWarp = 32;
+inline constexpr int kPacketBytes = 16;
+inline constexpr int kTileThreads = 256;
+inline constexpr std::int64_t kTileClasses = 1024;  // the most
+inline constexpr int kFewPerLane = 16,
+                     kMostPerLane = 32;     // entries of a lane in registers: tiles are compiled for both
+inline constexpr int kRowThreads = 1024;    // the most
+inline constexpr int kColumnThreads = 128;  // the most
+
+// Blocks of one cluster that every device with clusters can launch.
+inline constexpr int kLargestCluster = 8;
+
+struct Division {  // of numbers below 2^16 by one of at most kTileClasses
+  unsigned divisor = 1;
+  unsigned reciprocal = 0;  // of 2^32, rounded up
+
+  static constexpr Division by(unsigned divisor) {
+    return {divisor, divisor > 1 ? static_cast<unsigned>(((std::uint64_t(1) << 32) + divisor - 1) / divisor) : 0};
+  }
+#if defined(__CUDACC__)
+  __device__ __forceinline__ int operator()(int n) const { return divisor > 1 ? __umulhi(n, reciprocal) : n; }
+#endif
+};
+
+struct TilePlan {
+  std::int64_t tiles = 0;
+  int lanes = 1;             // of a row
+  int rows = 1;              // of a tile
+  int pitch = 1;             // from row to row in shared memory
+  int start = 0;             // of the first row in shared memory: its place in a packet
+  bool stream = false;       // the logits' rows follow one another in memory
+  bool grad_stream = false;  // the gradient's likewise, and it starts at the same place in a packet
+  bool skips = false;        // rows are long enough for it to pay to look which are ignored before they are copied
+  Division classes;
+
+  constexpr std::size_t elements() const { return std::size_t(start + rows * pitch + 2 * kPacketBytes) / 16 * 16; }
+};
+
+struct RowPlan {
+  int slices = 1;  // of a row, each read by one block; of a cluster, where there are clusters
+  std::int64_t slice_packets = 0;
+  void* parts = nullptr;        // (positions, slices) RowStatistics, where slices meet through memory
+  unsigned* tickets = nullptr;  // (positions,), zero when the kernel starts
+};
+
+struct ColumnPlan {
+  bool packets = false;    // neighbouring positions in packets, aligned for every class
+  bool keeps = false;      // they wait in shared memory
+  std::int64_t items = 0;  // packets of positions
+};
+
+// --- The device ---
+
+// No kernel has more static shared memory (tools/kernel_resources.py holds the compiled ones to it). Dynamic shared
+// memory is planned beside it: a launch whose sum exceeds what a block can have fails.
+inline constexpr std::size_t kStaticSharedBytes = 4 * 1024;
+
+struct Device {
+  int multiprocessors;
+  std::size_t dynamic_shared;  // the most bytes that a launch here may ask for
+  std::size_t shared_per_multiprocessor;
+  int largest_cluster;  // of blocks that can read each other's shared memory; 1: there are no clusters
+};
+
+// The shape of a launch.
+struct Launch {
+  std::int64_t blocks = 1;
+  int threads = 128;
+  std::size_t shared_bytes = 0;  // dynamic
+  int cluster = 1;               // blocks in a cluster; 1 needs no device that has them
+};
+
+// Blocks that take turns at the work: as many as there are units of it, and no more than are resident at once. One more
+// would start when others end, and the device would wait for it.
+constexpr std::int64_t blocks_for(std::int64_t units, std::int64_t resident) {
+  return std::max<std::int64_t>(1, std::min(units, resident));
+}
+
+// --- The workspace ---
+
+struct Piece {
+  std::size_t offset = 0;  // from the start of the workspace
+  std::size_t bytes = 0;   // 0: the piece is absent
+};
+
+// Where the blocks of a grid leave their sums (reduce.cuh: GridSums).
+struct GridPieces {
+  std::int64_t units = 1;
+  Piece ticket, parts;
+};
+
+class Workspace {
+ public:
+  std::size_t bytes() const { return bytes_; }
+
+  // Pieces follow one another in the order in which they are taken.
+  Piece take(std::int64_t count, std::size_t size) {
+    const Piece piece{(bytes_ + kAlignment - 1) / kAlignment * kAlignment, static_cast<std::size_t>(count) * size};
+    bytes_ = piece.offset + piece.bytes;
+    return piece;
+  }
+
+  // One unit needs nothing: a small problem is one launch.
+  GridPieces take_grid(std::int64_t units) {
+    if (units == 1) return {};
+    const Piece ticket = take(1, kTicketBytes);
+    return {units, ticket, take(units, kSumsBytes)};
+  }
+
+  // Of a ticket, of a block's Sums, and of a slice's RowStatistics.
+  static constexpr std::size_t kTicketBytes = 4, kSumsBytes = 16;
+  static constexpr std::size_t row_sums_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 32 : 24; }
+
+ private:
+  static constexpr std::size_t kAlignment = 16;
+  std::size_t bytes_ = 0;
+};
+
+// --- The plan ---
+
+struct DivisorPlan {};  // the divisor of the mean, counted for the step that follows
+
+// The launch of one kernel.
+struct Step {
+  std::variant<DivisorPlan, TilePlan, RowPlan, ColumnPlan> plan;
+  Pass pass = Pass::forward;
+  bool general = false;  // entries need more than their logit: smoothing, probabilities or a soft cap
+  int variant = 0;       // the kernel's last template argument: kPerLane of tiles, kCluster of rows, kWidth of columns
+  Launch shape;
+  GridPieces grid;               // of the total
+  Piece row_tickets, row_parts;  // where slices of a row meet through memory
+};
+
+struct CrossEntropyPlan {
+  std::vector<Step> steps;
+  Piece divisor, row_max, row_log_sum;  // what one step leaves for the next
+  bool reads_twice = false;             // forward, then backward, for a gradient in forward
+  Workspace workspace;
+};
+
+// How many blocks of a step's kernel and shape the device holds at once; 0 where it has no place for a cluster of them,
+// or the kernel is not compiled for clusters.
+using ResidentBlocks = std::int64_t (*)(const Step& step);
+
+// Of the addresses in the arguments it matters which are null, and how the others are aligned.
+CrossEntropyPlan plan_cross_entropy(const CrossEntropyArgs& args, Pass pass, const Device& device,
+                                    ResidentBlocks resident_blocks);
+
+// The borders between plans for such a device (cuda.h).
+std::vector<std::int64_t> class_borders(const ClassProblem& problem, std::int64_t most, const Device& device,
+                                        ResidentBlocks resident_blocks);
+
+}  // namespace fusedloss::cuda
