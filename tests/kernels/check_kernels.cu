@@ -294,6 +294,19 @@ void check_rescaling(Dtype dtype, bool full) {
 
 // --- The launcher's borders ---
 
+// While it lives, this thread plans its launches as for such a device.
+class PretendedDevice {
+ public:
+  explicit PretendedDevice(const fusedloss::cuda::Device& device) : device_(device) { current_ = &device_; }
+  ~PretendedDevice() { current_ = before_; }
+  PretendedDevice(const PretendedDevice&) = delete;
+
+ private:
+  const fusedloss::cuda::Device*& current_ = fusedloss::cuda::pretended_device;
+  const fusedloss::cuda::Device device_;
+  const fusedloss::cuda::Device* const before_ = current_;
+};
+
 // With two multiprocessors a few rows are many: each takes its place in a grid that has no block for each of them.
 struct Pretence {
   const char* name;
@@ -343,7 +356,7 @@ void check_borders(const CpuReference& cpu, Dtype dtype, const Pretence& pretenc
                    const std::vector<Traversed>& traversals) {
   // The real one's limit stands: a narrow device cannot pretend to be a wide one.
   if (pretence.device.dynamic_shared > fusedloss::cuda::current_device().dynamic_shared) return;
-  const fusedloss::cuda::PretendedDevice pretended(pretence.device);
+  const PretendedDevice pretended(pretence.device);
   int turn = 0, counted = 0;
   for (const auto& [columns, general, positions] : traversals) {
     if (dtype == Dtype::float64 && !general) continue;  // it has the general kernels alone
@@ -375,7 +388,7 @@ void check_borders(const CpuReference& cpu, Dtype dtype, bool full) {
 // Shared memory, static and dynamic together, at 48 KB: the most without opting in.
 void check_straddling(const CpuReference& cpu, Dtype dtype) {
   const fusedloss::cuda::Device device = pretences()[0].device;
-  const fusedloss::cuda::PretendedDevice pretended(device);
+  const PretendedDevice pretended(device);
   const std::int64_t packets = positions_in_packets(dtype, device);
   for (const std::int64_t classes : {24, 48, 95, 96}) {
     check_cross_entropy(cpu, {.shape = {1, classes, packets}, .layout = Layout::columns, .dtype = dtype}, kPlain[3]);
@@ -385,7 +398,7 @@ void check_straddling(const CpuReference& cpu, Dtype dtype) {
       check_cross_entropy(cpu, {.shape = {1, 12100, 3}, .dtype = dtype}, kPlain[0]);
       return check_cross_entropy(cpu, {.shape = {1, 760, 9}, .dtype = dtype}, kPlain[3]);
     case Dtype::float64: {
-      const fusedloss::cuda::PretendedDevice narrow(pretences()[1].device);
+      const PretendedDevice narrow(pretences()[1].device);
       return check_cross_entropy(cpu, {.shape = {1, 784, 9}, .dtype = dtype}, kPlain[0]);
     }
     default:

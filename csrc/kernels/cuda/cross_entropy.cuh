@@ -5,8 +5,7 @@
 
 #include "../../math/cross_entropy.h"
 #include "class_loss.cuh"
-#include "cuda.h"
-#include "device.h"
+#include "plan.h"
 #include "reduce.cuh"
 
 namespace fusedloss::cuda {

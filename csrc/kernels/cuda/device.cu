@@ -36,13 +36,7 @@ int current_index() {
   return device;
 }
 
-thread_local const Device* pretended = nullptr;
-
 // --- What a device says of a kernel ---
-
-struct Facts {
-  bool clusters;  // the code is compiled for them; that of an older architecture, translated by the driver, is not
-};
 
 // Answers of the runtime, each asked for once. Not while the lock is held: the runtime may wait for the device, which
 // may wait for a launch of another thread, which would wait for the lock. Two threads may ask the same.
@@ -66,16 +60,17 @@ class Answers {
 };
 
 // Lets the kernel have all the dynamic shared memory that there is beside its static: once, and before anything else is
-// asked or launched. A limit that each launch set for itself would be lowered under the feet of another thread's.
-Facts facts_of(int device, const void* kernel) {
+// asked or launched. A limit that each launch set for itself would be lowered under the feet of another thread's. Says
+// whether the code is compiled for clusters; that of an older architecture, translated by the driver, is not.
+bool opt_in(int device, const void* kernel) {
   // By device, each of which has a copy of the kernels. Never destroyed: a thread may launch while the process ends.
-  static auto& facts = *new Answers<std::pair<int, const void*>, Facts>;
-  return facts.of({device, kernel}, [&]() -> Facts {
+  static auto& answers = *new Answers<std::pair<int, const void*>, bool>;
+  return answers.of({device, kernel}, [&] {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
     const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - int(attributes.sharedSizeBytes);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
-    return {.clusters = attributes.ptxVersion >= 90};
+    return attributes.ptxVersion >= 90;
   });
 }
 
@@ -131,10 +126,9 @@ const Device& real_device() {
 
 }  // namespace
 
-const Device& current_device() { return pretended ? *pretended : real_device(); }
+const Device& current_device() { return pretended_device ? *pretended_device : real_device(); }
 
-PretendedDevice::PretendedDevice(const Device& device) : device_(device), before_(pretended) { pretended = &device_; }
-PretendedDevice::~PretendedDevice() { pretended = before_; }
+constinit thread_local const Device* pretended_device = nullptr;
 
 std::int64_t resident_blocks(const void* kernel, const Launch& shape) {
   using Key = std::tuple<int, const void*, int, std::size_t, int>;
@@ -145,11 +139,11 @@ std::int64_t resident_blocks(const void* kernel, const Launch& shape) {
   const Key key{index, kernel, shape.threads, shape.shared_bytes, shape.cluster};
   const std::int64_t blocks = blocks_of_shapes.of(key, [&] {
     // A kernel that has not opted in has no room for more than 48 KB.
-    const Facts facts = facts_of(index, kernel);
-    return shape.cluster > 1 && !facts.clusters ? 0 : ask_for_blocks(kernel, shape);
+    const bool knows_clusters = opt_in(index, kernel);
+    return shape.cluster > 1 && !knows_clusters ? 0 : ask_for_blocks(kernel, shape);
   });
   if (shape.cluster == 1) return blocks * device.multiprocessors;
-  if (!pretended || blocks == 0) return blocks;
+  if (!pretended_device || blocks == 0) return blocks;
   const std::int64_t clusters = blocks / shape.cluster * device.multiprocessors / real_device().multiprocessors;
   return std::max<std::int64_t>(clusters, 1) * shape.cluster;
 }
@@ -161,7 +155,7 @@ void launch(const char* name, const void* kernel, const Launch& shape, void* str
                                " bytes of shared memory, of which a block here can have " +
                                std::to_string(current_device().dynamic_shared));
     }
-    facts_of(current_index(), kernel);
+    opt_in(current_index(), kernel);
   }
   const Configuration configuration(shape, stream);
   check(cudaLaunchKernelExC(&configuration.config, kernel, arguments), name);

@@ -18,17 +18,8 @@ void check(cudaError_t status, const char* what);
 // The current one. Its properties are asked for once.
 const Device& current_device();
 
-// For tests: while it lives, this thread plans its launches as for such a device.
-class PretendedDevice {
- public:
-  explicit PretendedDevice(const Device& device);
-  ~PretendedDevice();
-  PretendedDevice(const PretendedDevice&) = delete;
-
- private:
-  const Device device_;
-  const Device* const before_;
-};
+// For tests: unless it is null, this thread plans its launches as for such a device.
+extern constinit thread_local const Device* pretended_device;
 
 // A kernel, as the runtime takes it where its parameters do not matter.
 template <class... Parameters>
@@ -39,6 +30,14 @@ const void* address_of(void (*kernel)(Parameters...)) {
 // How many blocks of this shape the current device holds at once; 0 where it has no place for a cluster of them, or the
 // code that it runs knows no clusters. The runtime is asked once for each kernel and shape.
 std::int64_t resident_blocks(const void* kernel, const Launch& shape);
+
+// For blocks without dynamic shared memory that take turns at so many units of work.
+template <class... Parameters>
+Launch in_turns(void (*kernel)(Parameters...), int threads, std::int64_t units) {
+  Launch shape{.threads = threads};
+  shape.blocks = blocks_for(units, resident_blocks(address_of(kernel), shape));
+  return shape;
+}
 
 void launch(const char* name, const void* kernel, const Launch& shape, void* stream, void** arguments);
 

@@ -7,8 +7,6 @@
 
 #pragma once
 
-#include "cuda.h"
-#include "device.h"
 #include "reduce.cuh"
 #include "refuse.cuh"
 #include "workspace.h"
@@ -271,33 +269,24 @@ void launch_elementwise_of(const ElementwiseArgs& args, Pass pass, const Allocat
   const bool counts = pass == Pass::forward_with_gradient && args.total.reduction == Reduction::mean &&
                       args.has_ignore_index && numel > kElementsCountedInline;
   const auto kernel = plain ? elementwise_kernel<Loss, T, true>(pass) : elementwise_kernel<Loss, T, false>(pass);
-  const auto count_kernel = elementwise_divisor<Accumulate<T>>;
-  const auto shape_of = [](const void* kernel, std::int64_t items) {
-    Launch shape{.threads = kElementwiseThreads};
-    shape.blocks = blocks_for(ceil_div(items, kElementwiseThreads), resident_blocks(kernel, shape));
-    return shape;
+  constexpr auto count_kernel = elementwise_divisor<Accumulate<T>>;
+  const auto shape_of = [](auto kernel, std::int64_t items) {
+    return in_turns(kernel, kElementwiseThreads, ceil_div(items, kElementwiseThreads));
   };
-  const Launch shape = shape_of(address_of(kernel), numel / (plain ? kPacketOf<T> : 1) + 1);
-  Launch count_shape;
-  Workspace workspace;
-  Piece divisor;
-  GridPieces count_grid, grid;
-  if (counts) {
-    count_shape = shape_of(address_of(count_kernel), numel);
-    divisor = workspace.take(1, sizeof(double));
-    count_grid = workspace.take_grid(count_shape.blocks);
-  }
-  if (totals) grid = workspace.take_grid(shape.blocks);
+  const Launch shape = shape_of(kernel, numel / (plain ? kPacketOf<T> : 1) + 1);
+  const Launch count_shape = counts ? shape_of(count_kernel, numel) : Launch{};
 
+  Workspace workspace;
+  const Piece divisor = workspace.take(counts, sizeof(double));
+  const GridPieces count_grid = workspace.take_grid(count_shape.blocks);
+  const GridPieces grid = workspace.take_grid(totals ? shape.blocks : 1);
   const Memory memory(workspace, allocate, stream);
-  ElementwiseRun run{.divisor = static_cast<double>(numel)};
+  double* const counted = memory.at<double>(divisor);
   if (counts) {
-    double* const counted = memory.at<double>(divisor);
-    launch("elementwise_divisor", count_kernel, count_shape, stream, args, memory.grid(count_grid),
-           Total{.reduction = Reduction::mean, .divisor = counted});
-    run.counted = counted;
+    const Total total{.reduction = Reduction::mean, .divisor = counted};
+    launch("elementwise_divisor", count_kernel, count_shape, stream, args, memory.grid(count_grid), total);
   }
-  run.grid = memory.grid(grid);
+  const ElementwiseRun run{memory.grid(grid), static_cast<double>(numel), counted};
   launch("elementwise", kernel, shape, stream, args, run);
 }
 

@@ -2,7 +2,6 @@
 
 #include "../../math/bce.h"
 #include "../../math/bce_with_logits.h"
-#include "cuda.h"
 #include "device.h"
 #include "memory.cuh"
 
@@ -17,16 +16,10 @@ void launch_nll(const NllArgs& args, Pass pass, const Allocate& allocate, void* 
 template <class Loss>
 void launch_elementwise(const ElementwiseArgs& args, Pass pass, const Allocate& allocate, void* stream);
 
-namespace {
-
-void launch_cross_entropy_of(const CrossEntropyArgs& args, Pass pass, const Allocate& allocate, void* stream) {
-  with_floating(args.logits.dtype, [&]<class T>() { launch_cross_entropy<T>(args, pass, allocate, stream); });
-}
-
-}  // namespace
-
 const Kernels kKernels{
-    .cross_entropy = {launch_cross_entropy_of},
+    .cross_entropy = {[](const CrossEntropyArgs& args, Pass pass, const Allocate& allocate, void* stream) {
+      with_floating(args.logits.dtype, [&]<class T>() { launch_cross_entropy<T>(args, pass, allocate, stream); });
+    }},
     .nll = {launch_nll},
     .bce_with_logits = {launch_elementwise<math::BceWithLogits>},
     .bce = {launch_elementwise<math::Bce>},

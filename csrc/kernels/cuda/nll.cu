@@ -4,7 +4,6 @@
 
 #include "../../math/nll.h"
 #include "class_loss.cuh"
-#include "cuda.h"
 #include "reduce.cuh"
 #include "workspace.h"
 
@@ -98,10 +97,8 @@ void backward(const NllArgs& args, void* stream) {
   layout.positions_per_block = std::max<std::int64_t>(1, kEntries / classes);
   layout.rows = args.grad_log_probs.class_stride == 1;
   layout.stream = layout.rows && args.shape.outer == 1 && args.grad_log_probs.inner_stride == classes;
-  const std::int64_t turns = ceil_div(positions, layout.positions_per_block);
   with_floating(args.grad_log_probs.dtype, [&]<class T>() {
-    Launch shape{.threads = kThreads};
-    shape.blocks = blocks_for(turns, resident_blocks(address_of(nll_backward<T>), shape));
+    const Launch shape = in_turns(nll_backward<T>, kThreads, ceil_div(positions, layout.positions_per_block));
     launch("nll_backward", nll_backward<T>, shape, stream, args, layout);
   });
 }
@@ -111,12 +108,9 @@ void backward(const NllArgs& args, void* stream) {
 void launch_nll(const NllArgs& args, Pass pass, const Allocate& allocate, void* stream) {
   if (pass == Pass::backward) return backward(args, stream);
   with_floating(args.log_probs.dtype, [&]<class T>() {
-    Launch shape{.threads = kThreads};
-    const std::int64_t units = ceil_div(args.shape.positions(), kThreads);
-    shape.blocks = blocks_for(units, resident_blocks(address_of(nll_forward<T>), shape));
+    const Launch shape = in_turns(nll_forward<T>, kThreads, ceil_div(args.shape.positions(), kThreads));
     Workspace workspace;
-    GridPieces grid;
-    if (args.total.loss || args.total.divisor) grid = workspace.take_grid(shape.blocks);
+    const GridPieces grid = workspace.take_grid(args.total.loss || args.total.divisor ? shape.blocks : 1);
     const Memory memory(workspace, allocate, stream);
     launch("nll_forward", nll_forward<T>, shape, stream, args, memory.grid(grid));
   });

@@ -6,19 +6,17 @@ namespace fusedloss::cuda {
 namespace {
 
 // Up to this many positions every block counts the mean's divisor for itself: a few microseconds, less than another
-// launch. Beyond, a launch of its own counts them.
+// launch. Beyond, a launch of its own counts them, in which a thread takes some where that leaves no block idle.
 constexpr std::int64_t kCountedInline = 4096;
-constexpr int kDivisorThreads = 256;
-constexpr std::int64_t kCountedByThread = 8;  // positions, where the device holds so many threads
+constexpr std::int64_t kCountedByThread = 8;
 
 // Lanes of a row, by its number of classes: the first entry whose limit is not below it.
 struct TileGeometry {
-  int classes;
-  int lanes;
+  int classes, lanes;
 };
 constexpr TileGeometry kTileGeometry[] = {{16, 1}, {32, 2}, {64, 4}, {128, 8}, {256, 16}, {kTileClasses, 32}};
-constexpr std::size_t kLongRow = 512;  // bytes, from which on it pays to look at targets before copying
-constexpr int kBankBytes = 4;          // neighbours are in neighbouring banks
+constexpr int kLongRow = 512;  // bytes, from which on it pays to look at targets before rows are copied
+constexpr int kBankBytes = 4;  // of shared memory
 
 // Threads of a block, by the bytes of a row's slice: the first entry whose limit is not below them.
 struct RowGeometry {
@@ -38,113 +36,95 @@ constexpr std::int64_t kFewestPackets = 8;
 
 int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-// Elements of `bytes` each that a tensor starts behind the start of its first packet.
-int overhang(const ClassTensor& tensor, int bytes) {
-  return static_cast<int>(reinterpret_cast<std::uintptr_t>(tensor.data) % kPacketBytes / bytes);
-}
-
 struct Problem {
   const CrossEntropyArgs& args;
-  const Pass pass;
-  const bool totals;  // a total over the positions is wanted
+  Pass pass;
   const Device& device;
-  const ResidentBlocks resident_blocks;
-
-  std::int64_t classes() const { return args.shape.classes; }
-  std::int64_t positions() const { return args.shape.positions(); }
-  int logit_bytes() const { return bytes_of(args.logits.dtype); }
-  int width() const { return kPacketBytes / logit_bytes(); }
-
+  ResidentBlocks resident_blocks;
+  bool totals = pass != Pass::backward && (args.total.loss || args.total.divisor);
+  std::int64_t classes = args.shape.classes, positions = args.shape.positions();
+  int logit_bytes = bytes_of(args.logits.dtype), width = kPacketBytes / logit_bytes;
   // float64 has the general kernels alone: half the code, for a type that is for checking.
-  bool general() const {
-    return args.logits.dtype == Dtype::float64 || args.has_probabilities || args.label_smoothing != 0 ||
-           args.logit_softcap != 0;
-  }
+  bool general = args.logits.dtype == Dtype::float64 || args.has_probabilities || args.label_smoothing != 0 ||
+                 args.logit_softcap != 0;
 
-  // A block of the grid takes turns at the work, and leaves its part of the total.
+  // Blocks take turns at so many units of work, and each leaves its part of the total.
   void set_blocks(Step& step, std::int64_t units, Workspace& workspace) const {
     step.shape.blocks = blocks_for(units, resident_blocks(step));
-    if (totals) step.grid = workspace.take_grid(step.shape.blocks);
+    step.grid = workspace.take_grid(totals ? step.shape.blocks : 1);
+  }
+  // How many logits a tensor starts behind the start of its first packet.
+  int overhang(const ClassTensor& tensor) const {
+    return static_cast<int>(reinterpret_cast<std::uintptr_t>(tensor.data) % kPacketBytes / logit_bytes);
   }
 };
 
-// --- Tiles ---
-
-// None where two tiles are more than a block holds, as a thousand float64 classes are on some devices.
+// Nothing where two tiles are more than a block holds, as a thousand float64 classes are on some devices.
 std::optional<Step> plan_tiles(const Problem& problem, Workspace& workspace) {
-  if (problem.classes() > kTileClasses) return std::nullopt;
+  if (problem.classes > kTileClasses) return {};
   const CrossEntropyArgs& args = problem.args;
-  const int classes = static_cast<int>(problem.classes()), logit_bytes = problem.logit_bytes();
+  const int classes = static_cast<int>(problem.classes), row_bytes = classes * problem.logit_bytes;
   TilePlan plan;
-  plan.lanes = std::ranges::find_if(kTileGeometry, [&](const auto& entry) { return classes <= entry.classes; })->lanes;
+  plan.lanes = std::ranges::find_if(kTileGeometry, [&](auto entry) { return classes <= entry.classes; })->lanes;
   plan.rows = kTileThreads / plan.lanes;
-  plan.tiles = ceil_div(problem.positions(), plan.rows);
+  plan.tiles = ceil_div(problem.positions, plan.rows);
   plan.classes = Division::by(classes);
   const auto follows = [&](const ClassTensor& tensor) {
     return tensor.class_stride == 1 && args.shape.outer == 1 && tensor.inner_stride == classes;
   };
   plan.stream = follows(args.logits);
   // A tile holds a multiple of 16 bytes (of whole rows of kTileThreads / lanes), so that all tiles start alike.
-  plan.start = plan.stream ? overhang(args.logits, logit_bytes) : 0;
-  plan.grad_stream = plan.stream && follows(args.grad_logits) && overhang(args.grad_logits, logit_bytes) == plan.start;
+  plan.start = plan.stream ? problem.overhang(args.logits) : 0;
+  plan.grad_stream = plan.stream && follows(args.grad_logits) && problem.overhang(args.grad_logits) == plan.start;
   plan.pitch = classes;
-  const std::size_t row_bytes = std::size_t(classes) * logit_bytes;
   // Rows of a multiple of 16 bytes would start in few of the 32 banks, and lanes of different rows wait for one
   // another.
-  if (logit_bytes <= kBankBytes && plan.start == 0 && row_bytes % kPacketBytes == 0 && plan.lanes < kWarp) {
-    plan.pitch += kBankBytes / logit_bytes;
+  if (problem.logit_bytes <= kBankBytes && plan.start == 0 && row_bytes % kPacketBytes == 0 && plan.lanes < kWarp) {
+    plan.pitch += kBankBytes / problem.logit_bytes;
   }
   plan.skips = row_bytes >= kLongRow;
 
-  Step step{.plan = plan, .pass = problem.pass, .general = problem.general()};
+  Step step{plan, problem.pass, problem.general};
   // The general code holds no entries in registers.
-  step.variant = !step.general && classes > kFewPerLane * plan.lanes ? kMostPerLane : kFewPerLane;
-  step.shape = {.threads = kTileThreads, .shared_bytes = 2 * plan.elements() * logit_bytes};
-  if (step.shape.shared_bytes > problem.device.dynamic_shared) return std::nullopt;
+  step.variant = !problem.general && classes > kFewPerLane * plan.lanes ? kMostPerLane : kFewPerLane;
+  step.shape = {.threads = kTileThreads, .shared_bytes = 2 * plan.elements() * problem.logit_bytes};
+  if (step.shape.shared_bytes > problem.device.dynamic_shared) return {};
   problem.set_blocks(step, plan.tiles, workspace);
   return step;
 }
 
-// --- Rows ---
-
 // How many slices a row has. A gradient in forward wants the slices of a cluster's blocks small enough for others to
 // fit beside them, and as few as that takes; other passes cut rows only where there are fewer than multiprocessors.
 int preferred_slices(const Problem& problem, std::int64_t row_bytes) {
-  const std::int64_t positions = problem.positions(), multiprocessors = problem.device.multiprocessors;
+  const std::int64_t positions = problem.positions, multiprocessors = problem.device.multiprocessors;
+  int slices = 1;
   if (problem.pass == Pass::forward_with_gradient) {
-    int slices = 1;
     const auto is_large = [&](std::int64_t bytes) {
       return bytes > kPreferredShare || (slices * positions < multiprocessors && bytes > 2 * kSmallestSlice);
     };
     while (slices < problem.device.largest_cluster && is_large(row_bytes / slices)) slices *= 2;
-    return slices;
+  } else if (positions < multiprocessors && !(problem.pass == Pass::backward && problem.args.has_probabilities)) {
+    const std::int64_t most = std::max<std::int64_t>(1, row_bytes / kSmallestSlice);
+    slices = static_cast<int>(std::min(ceil_div(2 * multiprocessors, positions), most));
   }
-  // A slice would need the mass of the whole row.
-  const bool needs_mass = problem.pass == Pass::backward && problem.args.has_probabilities;
-  if (positions >= multiprocessors || needs_mass) return 1;
-  const std::int64_t most = std::max<std::int64_t>(1, row_bytes / kSmallestSlice);
-  return static_cast<int>(std::min(ceil_div(2 * multiprocessors, positions), most));
+  return slices;
 }
 
-// None where forward writes a gradient and shared memory does not hold the rows.
+// Nothing where forward writes a gradient and shared memory does not hold the rows.
 std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
-  const std::int64_t positions = problem.positions(), width = problem.width();
-  const bool keeps = problem.pass == Pass::forward_with_gradient;
   // An overhang at both ends costs a packet more.
-  const std::int64_t packets = ceil_div(problem.classes() + width - 1, width) + 1;
-
+  const std::int64_t packets = ceil_div(problem.classes + problem.width - 1, problem.width) + 1;
   RowPlan plan{.slices = preferred_slices(problem, packets * kPacketBytes)};
-  Step step{.pass = problem.pass, .general = problem.general()};
+  Step step{plan, problem.pass, problem.general};
   std::int64_t resident = 0;
   for (;; plan.slices /= 2) {
     plan.slice_packets = ceil_div(packets, plan.slices);
     const std::int64_t bytes = plan.slice_packets * kPacketBytes;
-    step.shape.threads =
-        std::ranges::find_if(kRowGeometry, [&](const auto& entry) { return bytes <= entry.bytes; })->threads;
-    if (keeps) {
+    step.shape.threads = std::ranges::find_if(kRowGeometry, [&](auto entry) { return bytes <= entry.bytes; })->threads;
+    if (problem.pass == Pass::forward_with_gradient) {
       step.shape.shared_bytes = bytes;
       step.shape.cluster = plan.slices;
-      if (step.shape.shared_bytes > problem.device.dynamic_shared) return std::nullopt;
+      if (step.shape.shared_bytes > problem.device.dynamic_shared) return {};
     }
     step.variant = step.shape.cluster > 1;
     step.plan = plan;
@@ -152,61 +132,44 @@ std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
     // A part of a device may have no place for so many blocks side by side.
     if (step.shape.cluster == 1 || resident > 0) break;
   }
-
   // There are few rows whose slices meet through memory, and all of them are on their way at once.
   const bool meets = problem.pass == Pass::forward && plan.slices > 1;
-  const std::int64_t at_once = meets ? positions : blocks_for(positions, resident / plan.slices);
+  const std::int64_t at_once = meets ? problem.positions : blocks_for(problem.positions, resident / plan.slices);
   step.shape.blocks = at_once * plan.slices;
-  if (problem.totals) step.grid = workspace.take_grid(at_once);
+  step.grid = workspace.take_grid(problem.totals ? at_once : 1);
   if (meets) {
-    step.row_tickets = workspace.take(positions, Workspace::kTicketBytes);
-    step.row_parts = workspace.take(positions * plan.slices, Workspace::row_sums_bytes(problem.args.logits.dtype));
+    step.row_tickets = workspace.take(problem.positions, kTicketBytes);
+    step.row_parts = workspace.take(step.shape.blocks, row_sums_bytes(problem.args.logits.dtype));
   }
   return step;
 }
-
-// --- Columns ---
 
 Step plan_columns(const Problem& problem, Workspace& workspace) {
   const CrossEntropyArgs& args = problem.args;
-  const Device& device = problem.device;
-  const std::int64_t positions = problem.positions(), most = problem.width();
+  const int width = problem.width;
   const auto has_packets = [&](const ClassTensor& tensor) {
-    return tensor.inner_stride == 1 && tensor.class_stride % most == 0 && tensor.outer_stride % most == 0 &&
-           reinterpret_cast<std::uintptr_t>(tensor.data) % kPacketBytes == 0;
+    return tensor.inner_stride == 1 && tensor.class_stride % width == 0 && tensor.outer_stride % width == 0 &&
+           problem.overhang(tensor) == 0;
   };
-  Step step{.pass = problem.pass, .general = problem.general(), .shape = {.threads = kColumnThreads}};
   ColumnPlan plan;
-  plan.packets = !step.general && most > 1 && positions >= most * kFewestPackets * device.multiprocessors &&
-                 args.shape.inner % most == 0 && has_packets(args.logits) &&
+  plan.packets = !problem.general && width > 1 &&
+                 problem.positions >= width * kFewestPackets * problem.device.multiprocessors &&
+                 args.shape.inner % width == 0 && has_packets(args.logits) &&
                  (!args.grad_logits.data || has_packets(args.grad_logits));
-  step.variant = plan.packets ? static_cast<int>(most) : 1;
-  plan.items = positions / step.variant;
+  Step step{plan, problem.pass, problem.general, plan.packets ? width : 1, {.threads = kColumnThreads}};
+  plan.items = problem.positions / step.variant;
   if (problem.pass == Pass::forward_with_gradient) {
-    const auto kept = [&] {
-      return static_cast<std::size_t>(problem.classes()) * step.shape.threads * step.variant * problem.logit_bytes();
-    };
     // Two blocks fit into a multiprocessor, and four where they may have fewer threads.
     const std::size_t share =
-        std::min(device.dynamic_shared, device.shared_per_multiprocessor / 2 - kStaticSharedBytes);
-    while (step.shape.threads > kWarp && kept() > share / 2) step.shape.threads /= 2;
-    plan.keeps = kept() <= share;
-    if (plan.keeps) {
-      step.shape.shared_bytes = kept();
-    } else {
-      step.shape.threads = kColumnThreads;
-    }
+        std::min(problem.device.dynamic_shared, problem.device.shared_per_multiprocessor / 2 - kStaticSharedBytes);
+    const std::size_t item_bytes = problem.classes * step.variant * problem.logit_bytes;
+    int threads = kColumnThreads;
+    while (threads > kWarp && threads * item_bytes > share / 2) threads /= 2;
+    plan.keeps = threads * item_bytes <= share;
+    if (plan.keeps) step.shape = {.threads = threads, .shared_bytes = threads * item_bytes};
   }
   step.plan = plan;
   problem.set_blocks(step, ceil_div(plan.items, step.shape.threads), workspace);
-  return step;
-}
-
-// --- The divisor ---
-
-Step plan_divisor(const Problem& problem, Workspace& workspace) {
-  Step step{.plan = DivisorPlan{}, .shape = {.threads = kDivisorThreads}};
-  problem.set_blocks(step, ceil_div(problem.positions(), kCountedByThread * kDivisorThreads), workspace);
   return step;
 }
 
@@ -214,40 +177,31 @@ Step plan_divisor(const Problem& problem, Workspace& workspace) {
 
 CrossEntropyPlan plan_cross_entropy(const CrossEntropyArgs& args, Pass pass, const Device& device,
                                     ResidentBlocks resident_blocks) {
-  const bool totals = pass != Pass::backward && (args.total.loss || args.total.divisor);
-  const Problem problem{args, pass, totals, device, resident_blocks};
-  const std::int64_t positions = problem.positions();
   CrossEntropyPlan plan;
-  if (positions == 0 && !totals) return plan;
-
   Workspace& workspace = plan.workspace;
-  const auto side_by_side = [](const ClassTensor& tensor) { return tensor.class_stride == 1; };
-  std::optional<Step> step;
-  if (positions == 0 || problem.classes() == 0 || !side_by_side(args.logits) ||
-      (args.grad_logits.data && !side_by_side(args.grad_logits))) {
-    step = plan_columns(problem, workspace);
-  } else {
-    step = plan_tiles(problem, workspace);
-    if (!step) step = plan_rows(problem, workspace);
-  }
-  if (step) {
-    const bool needs_divisor = pass == Pass::forward_with_gradient && args.total.reduction == Reduction::mean;
-    if (needs_divisor && !args.has_probabilities && positions > kCountedInline) {
-      plan.divisor = workspace.take(1, sizeof(double));
-      plan.steps.push_back(plan_divisor({args, pass, true, device, resident_blocks}, workspace));
-    }
-    plan.steps.push_back(*step);
-    return plan;
-  }
+  Problem problem{args, pass, device, resident_blocks};
+  if (problem.positions == 0 && !problem.totals) return plan;
+  const bool columns = problem.positions == 0 || problem.classes == 0 || args.logits.class_stride != 1 ||
+                       (args.grad_logits.data && args.grad_logits.class_stride != 1);
+  std::optional<Step> step = columns ? plan_columns(problem, workspace) : plan_tiles(problem, workspace);
+  if (!step) step = plan_rows(problem, workspace);
 
-  // Statistics and divisor go through the workspace.
-  plan.reads_twice = true;
-  const std::size_t accumulate_bytes = args.logits.dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
-  if (!args.row_max) plan.row_max = workspace.take(positions, accumulate_bytes);
-  if (!args.row_log_sum) plan.row_log_sum = workspace.take(positions, accumulate_bytes);
-  if (!args.total.divisor) plan.divisor = workspace.take(1, sizeof(double));
-  plan.steps.push_back(*plan_rows({args, Pass::forward, true, device, resident_blocks}, workspace));
-  plan.steps.push_back(*plan_rows({args, Pass::backward, false, device, resident_blocks}, workspace));
+  if (!step) {  // rows are read twice, and statistics and divisor go through the workspace
+    const std::size_t accumulate_bytes = std::max<std::size_t>(problem.logit_bytes, sizeof(float));
+    if (!args.row_max) plan.row_max = workspace.take(problem.positions, accumulate_bytes);
+    if (!args.row_log_sum) plan.row_log_sum = workspace.take(problem.positions, accumulate_bytes);
+    if (!args.total.divisor) plan.divisor = workspace.take(1, sizeof(double));
+    plan.steps.push_back(*plan_rows({args, Pass::forward, device, resident_blocks, true}, workspace));
+    step = plan_rows({args, Pass::backward, device, resident_blocks}, workspace);
+  } else if (pass == Pass::forward_with_gradient && args.total.reduction == Reduction::mean &&
+             !args.has_probabilities && problem.positions > kCountedInline) {
+    plan.counted = workspace.take(1, sizeof(double));
+    problem.totals = true;
+    Step count{.plan = DivisorPlan{}, .shape = {.threads = kDivisorThreads}};
+    problem.set_blocks(count, ceil_div(problem.positions, kCountedByThread * kDivisorThreads), workspace);
+    plan.steps.push_back(count);
+  }
+  plan.steps.push_back(*step);
   return plan;
 }
 

@@ -18,12 +18,12 @@ namespace fusedloss::cuda {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kPacketBytes = 16;
+inline constexpr int kDivisorThreads = 256;
 inline constexpr int kTileThreads = 256;
-inline constexpr std::int64_t kTileClasses = 1024;  // the most
-inline constexpr int kFewPerLane = 16,
-                     kMostPerLane = 32;     // entries of a lane in registers: tiles are compiled for both
-inline constexpr int kRowThreads = 1024;    // the most
-inline constexpr int kColumnThreads = 128;  // the most
+inline constexpr std::int64_t kTileClasses = 1024;         // the most
+inline constexpr int kFewPerLane = 16, kMostPerLane = 32;  // entries of a lane: tiles are compiled for both
+inline constexpr int kRowThreads = 1024;                   // the most
+inline constexpr int kColumnThreads = 128;                 // the most
 
 // Blocks of one cluster that every device with clusters can launch.
 inline constexpr int kLargestCluster = 8;
@@ -96,9 +96,12 @@ constexpr std::int64_t blocks_for(std::int64_t units, std::int64_t resident) {
 
 // --- The workspace ---
 
+// Of a ticket, of a block's Sums, and of a slice's RowStatistics.
+inline constexpr std::size_t kTicketBytes = 4, kSumsBytes = 16;
+constexpr std::size_t row_sums_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 32 : 24; }
+
 struct Piece {
-  std::size_t offset = 0;  // from the start of the workspace
-  std::size_t bytes = 0;   // 0: the piece is absent
+  std::size_t offset = 0, bytes = 0;  // no bytes: the piece is absent
 };
 
 // Where the blocks of a grid leave their sums (reduce.cuh: GridSums).
@@ -107,31 +110,22 @@ struct GridPieces {
   Piece ticket, parts;
 };
 
-class Workspace {
- public:
-  std::size_t bytes() const { return bytes_; }
+struct Workspace {
+  std::size_t bytes = 0;
 
-  // Pieces follow one another in the order in which they are taken.
+  // Pieces are aligned to 16 bytes, and follow one another in the order in which they are taken.
   Piece take(std::int64_t count, std::size_t size) {
-    const Piece piece{(bytes_ + kAlignment - 1) / kAlignment * kAlignment, static_cast<std::size_t>(count) * size};
-    bytes_ = piece.offset + piece.bytes;
+    if (count == 0) return {};
+    const Piece piece{(bytes + 15) / 16 * 16, static_cast<std::size_t>(count) * size};
+    bytes = piece.offset + piece.bytes;
     return piece;
   }
-
   // One unit needs nothing: a small problem is one launch.
   GridPieces take_grid(std::int64_t units) {
     if (units == 1) return {};
     const Piece ticket = take(1, kTicketBytes);
     return {units, ticket, take(units, kSumsBytes)};
   }
-
-  // Of a ticket, of a block's Sums, and of a slice's RowStatistics.
-  static constexpr std::size_t kTicketBytes = 4, kSumsBytes = 16;
-  static constexpr std::size_t row_sums_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 32 : 24; }
-
- private:
-  static constexpr std::size_t kAlignment = 16;
-  std::size_t bytes_ = 0;
 };
 
 // --- The plan ---
@@ -144,15 +138,16 @@ struct Step {
   Pass pass = Pass::forward;
   bool general = false;  // entries need more than their logit: smoothing, probabilities or a soft cap
   int variant = 0;       // the kernel's last template argument: kPerLane of tiles, kCluster of rows, kWidth of columns
-  Launch shape;
-  GridPieces grid;               // of the total
-  Piece row_tickets, row_parts;  // where slices of a row meet through memory
+  Launch shape = {};
+  GridPieces grid = {};                    // of the total
+  Piece row_tickets = {}, row_parts = {};  // where slices of a row meet through memory
 };
 
 struct CrossEntropyPlan {
   std::vector<Step> steps;
-  Piece divisor, row_max, row_log_sum;  // what one step leaves for the next
-  bool reads_twice = false;             // forward, then backward, for a gradient in forward
+  // What a step leaves for the next: the divisor that was counted, or what backward reads of forward, where rows are
+  // read twice for a gradient in forward.
+  Piece counted, row_max, row_log_sum, divisor;
   Workspace workspace;
 };
 

@@ -2,7 +2,6 @@
 // what forward has assumed.
 
 #include "../../math/reduction.h"
-#include "cuda.h"
 #include "device.h"
 #include "memory.cuh"
 
@@ -34,8 +33,7 @@ void rescale(const RescaleArgs& args, void* stream) {
   if (args.numel == 0) return;
   with_floating(args.dtype, [&]<class T>() {
     const std::int64_t packets = ceil_div(args.numel, kPacketOf<T>) + 1;
-    Launch shape{.threads = kThreads};
-    shape.blocks = blocks_for(ceil_div(packets, kThreads), resident_blocks(address_of(rescale_gradient<T>), shape));
+    const Launch shape = in_turns(rescale_gradient<T>, kThreads, ceil_div(packets, kThreads));
     launch("rescale_gradient", rescale_gradient<T>, shape, stream, args);
   });
 }

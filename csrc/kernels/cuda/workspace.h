@@ -11,7 +11,7 @@ namespace fusedloss::cuda {
 class Memory {
  public:
   Memory(const Workspace& workspace, const Allocate& allocate, void* stream)
-      : start_(workspace.bytes() > 0 ? static_cast<char*>(allocate(workspace.bytes())) : nullptr), stream_(stream) {}
+      : start_(workspace.bytes > 0 ? static_cast<char*>(allocate(workspace.bytes)) : nullptr), stream_(stream) {}
 
   // Null where the piece is absent.
   template <class Value>
@@ -21,14 +21,13 @@ class Memory {
 
   // Set to zero on the stream.
   unsigned* tickets(const Piece& piece) const {
-    static_assert(sizeof(unsigned) == Workspace::kTicketBytes);
     unsigned* const tickets = at<unsigned>(piece);
     if (tickets) check(cudaMemsetAsync(tickets, 0, piece.bytes, static_cast<cudaStream_t>(stream_)), "tickets");
     return tickets;
   }
 
   GridSums grid(const GridPieces& pieces) const {
-    static_assert(sizeof(Sums) == Workspace::kSumsBytes);
+    static_assert(sizeof(unsigned) == kTicketBytes && sizeof(Sums) == kSumsBytes);
     return {at<Sums>(pieces.parts), tickets(pieces.ticket), pieces.units};
   }
 
