@@ -38,7 +38,9 @@ constexpr std::array kTable{
     Row<Acc>{"rescale", [](const Acc* x, Acc* y) { y[0] = rescale(x[0], x[1], x[2]); }},
     Row<Acc>{"log_sum_exp", [](const Acc* x, Acc* y) { y[0] = log_sum_exp(x[0], x[1]); }},
     Row<Acc>{"probability_mass",
-             [](const Acc* x, Acc* y) { y[0] = probability_mass(RowProblem<Acc>{.keep = x[0], .spread = x[1]}, x[2], x[3]); }},
+             [](const Acc* x, Acc* y) {
+               y[0] = probability_mass(RowProblem<Acc>{.keep = x[0], .spread = x[1]}, x[2], x[3]);
+             }},
     Row<Acc>{"entry_loss", [](const Acc* x, Acc* y) { y[0] = entry_loss(x[0], x[1], x[2]); }},
     Row<Acc>{"entry_loss_at_max", [](const Acc* x, Acc* y) { y[0] = entry_loss_at_max(x[0], x[1]); }},
     Row<Acc>{"z_term", [](const Acc* x, Acc* y) { y[0] = z_term(x[0], x[1]); }},
