@@ -7,19 +7,21 @@ raises; it never falls back to native torch. A wish is the argument ``backend`` 
 import functools
 import importlib.util
 import re
+from typing import Literal, get_args
 
 import torch
 
 from fusedloss._library import build_info, ops
 from fusedloss.dtensor import Sharded
 
-NAMES = ("cpu", "cuda", "triton")
+Backend = Literal["cpu", "cuda", "triton"]
+NAMES = get_args(Backend)
 NAMESPACES = ("fusedloss", "fusedloss_triton")
 
 _triton_ops = torch.ops.fusedloss_triton
 # Of the process: threads that others start for it (DataParallel's, autograd's) are to do as it does. And torch.compile
 # sees a global change, but no variable of a thread.
-_wish: str | None = None
+_wish: Backend | None = None
 
 
 class use_backend:
@@ -32,10 +34,10 @@ class use_backend:
         ValueError: there is no such backend. Whether it can take a tensor is seen when it is given one.
     """
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: Backend | None) -> None:
         _check_name(backend)
         self._backend = backend
-        self._outer = []
+        self._outer: list[Backend | None] = []
 
     def __enter__(self) -> "use_backend":
         global _wish
@@ -53,7 +55,7 @@ def backends() -> dict[str, str]:
     return {"cpu": "", "cuda": _missing_cuda(), "triton": _missing_triton() or _missing_driver()}
 
 
-def operators(backend: str | None, input: torch.Tensor):
+def operators(backend: Backend | Sharded | None, input: torch.Tensor):
     """The namespace of operators for a call, whose wish is `backend`."""
     if backend is None:
         backend = _wish

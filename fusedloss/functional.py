@@ -5,10 +5,14 @@ Each function checks what an operator's schema cannot, and calls one operator. W
 
 - calls under functorch transforms (torch.func.grad, vmap, jvp, ...), forward-mode AD and TorchScript's tracer,
 - cross entropy with probability targets whose class weight requires a gradient.
+
+An argument is first compared by its very class. One quick comparison tells an ordinary call from all that isinstance
+would let pass and that needs a closer look: DTensors among tensors, bools and a compiler's symbols among integers.
 """
 
 import functools
 import math
+from typing import Literal, TypedDict, get_args, overload
 
 import torch
 from torch import Tensor
@@ -16,13 +20,71 @@ from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
 from torch.nn import _reduction as native_reduction
 from torch.overrides import has_torch_function_variadic
+from typing_extensions import Unpack
 
 from fusedloss import dtensor, reference
 from fusedloss.arguments import as_finite, as_float, as_int, check_bool, check_tensors, hand_over
-from fusedloss.backend import operators
+from fusedloss.backend import Backend, operators
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_NAMES = tuple(_REDUCTIONS)
+Reduction = Literal["none", "mean", "sum"]
+GradInForward = bool | Literal["auto"]
+_NAMES = get_args(Reduction)  # in the order of the operators' numbers
+_REDUCTIONS = {name: code for code, name in enumerate(_NAMES)}
+
+
+class CrossEntropyOptions(TypedDict, total=False):
+    """What cross_entropy adds to native's arguments, but for return_lse, on which its overloads differ."""
+
+    z_loss: float
+    logit_softcap: float | None
+    grad_in_forward: GradInForward
+    grad_scale: float | Tensor | None
+    inplace: bool
+    backend: Backend | None
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[CrossEntropyOptions],
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: bool,
+    **options: Unpack[CrossEntropyOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def cross_entropy(
@@ -32,16 +94,16 @@ def cross_entropy(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     *,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
     return_lse: bool = False,
-    grad_in_forward: bool | str = "auto",
+    grad_in_forward: GradInForward = "auto",
     grad_scale: float | Tensor | None = None,
     inplace: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross entropy between logits and targets; :func:`torch.nn.functional.cross_entropy` in one pass.
 
@@ -93,19 +155,11 @@ def cross_entropy(
             its device.
     """
     if has_torch_function_variadic(input, target, weight, grad_scale):
-        return hand_over(
-            cross_entropy,
-            *(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
-            *(z_loss, logit_softcap, return_lse, grad_in_forward, grad_scale, inplace, backend),
-        )
+        return hand_over(cross_entropy, *locals().values())
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
-    if input.__class__ is not Tensor or target.__class__ is not Tensor:
-        check_tensors(TypeError, "cross_entropy", input=input, target=target)
-        backend = _for_dtensors(backend, input, target)
-    if weight is not None and weight.__class__ is not Tensor:
-        check_tensors(TypeError, "cross_entropy", weight=weight)
-        backend = _for_dtensors(backend, weight)
+    if not (input.__class__ is target.__class__ is Tensor and (weight is None or weight.__class__ is Tensor)):
+        backend = _checked_tensors("cross_entropy", backend, input, target, weight)
     if ignore_index.__class__ is not int or ignore_index != -100:
         ignore_index = as_int("cross_entropy", "ignore_index", ignore_index)
     if label_smoothing.__class__ is not float:
@@ -124,17 +178,9 @@ def cross_entropy(
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
         added = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
         return reference.cross_entropy(input, target, weight, ignore_index, _NAMES[code], label_smoothing, **added)
+    cap = logit_softcap or 0.0
     loss, lse, _, _, _ = kernels.cross_entropy.default(
-        input,
-        target,
-        weight,
-        code,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        logit_softcap or 0.0,
-        return_lse,
-        *options,
+        input, target, weight, code, ignore_index, label_smoothing, z_loss, cap, return_lse, *options
     )
     return (loss, lse) if return_lse else loss
 
@@ -146,9 +192,9 @@ def nll_loss(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""Negative log likelihood of log-probabilities; :func:`torch.nn.functional.nll_loss`.
 
@@ -171,16 +217,11 @@ def nll_loss(
         ValueError, RuntimeError, NotImplementedError: as :func:`cross_entropy`.
     """
     if has_torch_function_variadic(input, target, weight):
-        native = (input, target, weight, size_average, ignore_index, reduce, reduction)
-        return hand_over(nll_loss, *native, backend)
+        return hand_over(nll_loss, *locals().values())
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
-    if input.__class__ is not Tensor or target.__class__ is not Tensor:
-        check_tensors(TypeError, "nll_loss", input=input, target=target)
-        backend = _for_dtensors(backend, input, target)
-    if weight is not None and weight.__class__ is not Tensor:
-        check_tensors(TypeError, "nll_loss", weight=weight)
-        backend = _for_dtensors(backend, weight)
+    if not (input.__class__ is target.__class__ is Tensor and (weight is None or weight.__class__ is Tensor)):
+        backend = _checked_tensors("nll_loss", backend, input, target, weight)
     if ignore_index.__class__ is not int or ignore_index != -100:
         ignore_index = as_int("nll_loss", "ignore_index", ignore_index)
     code = _reduction_code(reduction)
@@ -196,14 +237,14 @@ def binary_cross_entropy_with_logits(
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     pos_weight: Tensor | None = None,
     *,
     ignore_index: int | None = None,
-    grad_in_forward: bool | str = "auto",
+    grad_in_forward: GradInForward = "auto",
     grad_scale: float | Tensor | None = None,
     inplace: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""Binary cross entropy on logits; :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
 
@@ -229,22 +270,15 @@ def binary_cross_entropy_with_logits(
         NotImplementedError: ``input`` is not a floating-point tensor of a supported type.
     """
     if has_torch_function_variadic(input, target, weight, pos_weight, grad_scale):
-        return hand_over(
-            binary_cross_entropy_with_logits,
-            *(input, target, weight, size_average, reduce, reduction, pos_weight),
-            *(ignore_index, grad_in_forward, grad_scale, inplace, backend),
-        )
+        return hand_over(binary_cross_entropy_with_logits, *locals().values())
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
-    if input.__class__ is not Tensor or target.__class__ is not Tensor:
-        check_tensors(AttributeError, "binary_cross_entropy_with_logits", input=input, target=target)
-        backend = _for_dtensors(backend, input, target)
-    if weight is not None and weight.__class__ is not Tensor:
-        check_tensors(TypeError, "binary_cross_entropy_with_logits", weight=weight)
-        backend = _for_dtensors(backend, weight)
-    if pos_weight is not None and pos_weight.__class__ is not Tensor:
-        check_tensors(TypeError, "binary_cross_entropy_with_logits", pos_weight=pos_weight)
-        backend = _for_dtensors(backend, pos_weight)
+    if not (
+        (input.__class__ is target.__class__ is Tensor)
+        and (weight is None or weight.__class__ is Tensor)
+        and (pos_weight is None or pos_weight.__class__ is Tensor)
+    ):
+        backend = _checked_tensors("binary_cross_entropy_with_logits", backend, input, target, weight, pos_weight)
     if ignore_index is not None:
         ignore_index = as_int("binary_cross_entropy_with_logits", "ignore_index", ignore_index)
     code = _reduction_code(reduction)
@@ -263,12 +297,12 @@ def binary_cross_entropy(
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     *,
     ignore_index: int | None = None,
-    grad_in_forward: bool | str = "auto",
+    grad_in_forward: GradInForward = "auto",
     grad_scale: float | Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""Binary cross entropy on probabilities; :func:`torch.nn.functional.binary_cross_entropy`.
 
@@ -293,19 +327,11 @@ def binary_cross_entropy(
             not broadcast or requires grad; devices differ.
     """
     if has_torch_function_variadic(input, target, weight, grad_scale):
-        return hand_over(
-            binary_cross_entropy,
-            *(input, target, weight, size_average, reduce, reduction),
-            *(ignore_index, grad_in_forward, grad_scale, backend),
-        )
+        return hand_over(binary_cross_entropy, *locals().values())
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
-    if input.__class__ is not Tensor or target.__class__ is not Tensor:
-        check_tensors(AttributeError, "binary_cross_entropy", input=input, target=target)
-        backend = _for_dtensors(backend, input, target)
-    if weight is not None and weight.__class__ is not Tensor:
-        check_tensors(TypeError, "binary_cross_entropy", weight=weight)
-        backend = _for_dtensors(backend, weight)
+    if not (input.__class__ is target.__class__ is Tensor and (weight is None or weight.__class__ is Tensor)):
+        backend = _checked_tensors("binary_cross_entropy", backend, input, target, weight)
     if ignore_index is not None:
         ignore_index = as_int("binary_cross_entropy", "ignore_index", ignore_index)
     code = _reduction_code(reduction)
@@ -354,8 +380,13 @@ def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -
     return (False, None if is_auto else grad_in_forward, grad_scale, inplace)
 
 
-def _for_dtensors(backend, *tensors):
-    """What takes the place of a wish for a backend where a tensor is a DTensor."""
-    if isinstance(backend, dtensor.Sharded) or not any(map(dtensor.is_dtensor, tensors)):
-        return backend
-    return dtensor.Sharded(functools.partial(operators, backend))
+def _checked_tensors(loss, backend, input, target, weight, pos_weight=None):
+    """Raises for what is no tensor; returns the backend, or what takes its place where a tensor is a DTensor."""
+    weights = {"weight": weight, "pos_weight": pos_weight}
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    # Native's binary losses call a method of these two before they look at them.
+    check_tensors(AttributeError if loss.startswith("binary") else TypeError, loss, input=input, target=target)
+    check_tensors(TypeError, loss, **weights)
+    if any(map(dtensor.is_dtensor, (input, target, *weights.values()))):
+        return dtensor.Sharded(functools.partial(operators, backend))
+    return backend
