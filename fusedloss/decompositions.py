@@ -22,7 +22,7 @@ _AUTOGRAD_KEYS = [
     getattr(torch._C.DispatchKey, f"Autograd{kind}") for kind in ("Functionality", "Other", "NestedTensor")
 ]
 _HALF = (torch.float16, torch.bfloat16)
-_OF_TRAINING = {"upcast", "grad_in_forward", "grad_scale", "inplace"}  # no arguments of the losses themselves
+_NOT_OF_THE_LOSS = {"return_lse", "upcast", "grad_in_forward", "grad_scale", "inplace", "statistics"}
 
 
 def table() -> dict:
@@ -53,73 +53,62 @@ def register() -> None:
     torch._decomp.core_aten_decompositions = functools.wraps(torch._decomp.core_aten_decompositions)(lambda: native())
 
 
-def _upcast(upcast, *tensors):
-    return [t.float() if upcast and t is not None and t.dtype in _HALF else t for t in tensors]
+def _upcast(value):
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value
 
 
-def cross_entropy(
-    logits,
-    target,
-    weight,
-    reduction,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    logit_softcap,
-    return_lse,
-    upcast=False,
-    grad_in_forward=None,
-    grad_scale=None,
-    inplace=False,
-    statistics=False,
-):
-    input, probabilities, class_weight = _upcast(upcast, logits, target, weight)
-    options = {"z_loss": z_loss, "logit_softcap": logit_softcap or None, "return_lse": True}
-    loss, lse = reference.cross_entropy(
-        input,
-        probabilities,
-        class_weight,
-        ignore_index,
-        double_backward.REDUCTIONS[reduction],
-        label_smoothing,
-        **options,
-    )
-    if not statistics:
-        return loss, lse if return_lse else None, None, None, None
-    dim = 0 if logits.dim() == 1 else 1
-    row_max = reference.capped(logits.to(lse.dtype), logit_softcap or None).amax(dim)
-    indices = None if target.is_floating_point() else target.long().reshape(lse.shape)
-    divisor = reference.counts(indices, weight, ignore_index, lse)[1].sum()
-    return loss, lse if return_lse else lse.new_empty(0), row_max, lse - row_max, divisor
-
-
-def nll(log_probs, target, weight, reduction, ignore_index, upcast=False):
-    input, class_weight = _upcast(upcast, log_probs, weight)
-    loss = reference.nll_loss(input, target, class_weight, ignore_index, double_backward.REDUCTIONS[reduction])
-    indices = target.long().reshape(log_probs.select(0 if log_probs.dim() == 1 else 1, 0).shape)
-    return loss, reference.counts(indices, weight, ignore_index, log_probs)[1].sum()
-
-
-def _elementwise(name, loss):
-    """The decomposition of a loss of one element, which is given the operator's arguments by their names."""
-    operator = getattr(torch.ops.fusedloss, name).default
-    names = [argument.name for argument in operator._schema.arguments]
+def _forward(name, loss):
+    """The decomposition of a loss, which is given the operator's arguments by their names."""
+    schema = getattr(torch.ops.fusedloss, name).default._schema.arguments
+    names = [argument.name for argument in schema]
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
 
     def decomposition(*arguments, **options):
-        values = {**dict(zip(names, arguments, strict=False)), **options}
-        upcast = values.get("upcast", False)
-        given = {name: value for name, value in values.items() if name not in _OF_TRAINING}
-        given |= {name: _upcast(upcast, x)[0] for name, x in given.items() if isinstance(x, torch.Tensor)}
-        (result,) = loss(**{**given, "reduction": double_backward.REDUCTIONS[given["reduction"]]})
-        return result, _counted(values["target"], values["ignore_index"])
+        values = {**defaults, **dict(zip(names, arguments, strict=False)), **options}
+        given = {name: value for name, value in values.items() if name not in _NOT_OF_THE_LOSS}
+        given["reduction"] = double_backward.REDUCTIONS[given["reduction"]]
+        if values["upcast"]:
+            given = {name: _upcast(value) for name, value in given.items()}
+        return _RESULTS[name](values, *loss(**given))
 
     return decomposition
 
 
-def _counted(target, ignore_index):
-    """How many elements count, float64."""
+def _cross_entropy_results(values, loss, lse):
+    logits, return_lse = values["logits"], values["return_lse"]
+    if not values["statistics"]:
+        return loss, lse if return_lse else None, None, None, None
+    row_max = reference.capped(logits.to(lse.dtype), values["logit_softcap"] or None).amax(_class_dimension(logits))
+    return loss, lse if return_lse else lse.new_empty(0), row_max, lse - row_max, _class_divisor(logits, values)
+
+
+def _nll_results(values, loss):
+    return loss, _class_divisor(values["log_probs"], values)
+
+
+def _elementwise_results(values, loss):
+    target, ignore_index = values["target"], values["ignore_index"]
     counts = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
-    return counts.sum().double()
+    return loss, counts.sum().double()
+
+
+_RESULTS = {
+    "cross_entropy": _cross_entropy_results,
+    "nll": _nll_results,
+    "bce_with_logits": _elementwise_results,
+    "bce": _elementwise_results,
+}
+
+
+def _class_dimension(input):
+    return 0 if input.dim() == 1 else 1
+
+
+def _class_divisor(input, values):
+    """The weights of the positions that count, added up in float64."""
+    like, target = input.select(_class_dimension(input), 0), values["target"]
+    indices = None if target.is_floating_point() else target.long().reshape(like.shape)
+    return reference.counts(indices, values["weight"], values["ignore_index"], like)[1].sum()
 
 
 def rescale_grad(grad, grad_output, scale, keep_zeros):
@@ -141,10 +130,10 @@ def _autograd():
 
 def _backward(name, loss):
     """The decomposition of a backward operator, by the derivatives of its loss."""
-    operator = getattr(torch.ops.fusedloss, f"{name}_backward").default
-    names = [argument.name for argument in operator._schema.arguments]
+    schema = getattr(torch.ops.fusedloss, f"{name}_backward").default._schema
+    names = [argument.name for argument in schema.arguments]
     of_the_loss = [name for name in names if name not in double_backward.NOT_OF_THE_LOSS]
-    differentiable = of_the_loss[: len(operator._schema.returns)]
+    differentiable = of_the_loss[: len(schema.returns)]
 
     def decomposition(*arguments):
         values = dict(zip(names, arguments, strict=True))
@@ -155,15 +144,10 @@ def _backward(name, loss):
         upcast = values["grad_loss"].dtype == torch.float32
 
         def outputs(*primals):
-            given = {
-                **values,
-                **dict(zip(wanted, primals, strict=True)),
-                "reduction": double_backward.REDUCTIONS[values["reduction"]],
-            }
-            given = {name: _upcast(upcast, given[name])[0] if name in tensors else given[name] for name in of_the_loss}
-            return loss(**given)
+            given = {name: values[name] for name in of_the_loss} | dict(zip(wanted, primals, strict=True))
+            given["reduction"] = double_backward.REDUCTIONS[given["reduction"]]
+            return loss(**{name: _upcast(value) if upcast else value for name, value in given.items()})
 
-        tensors = {name for name in of_the_loss if isinstance(values[name], torch.Tensor)}
         with _autograd():
             leaves = [values[name].detach().requires_grad_() for name in wanted]
             grads = double_backward.differentiate(outputs(*leaves), leaves, flows, create_graph=False)
@@ -175,9 +159,7 @@ def _backward(name, loss):
 
 
 _DECOMPOSITIONS = {
-    **{name: _elementwise(name, loss) for name, loss in double_backward.LOSSES.items()},
-    "cross_entropy": cross_entropy,
-    "nll": nll,
     "rescale_grad": rescale_grad,
+    **{name: _forward(name, loss) for name, loss in double_backward.LOSSES.items()},
     **{f"{name}_backward": _backward(name, loss) for name, loss in double_backward.LOSSES.items()},
 }

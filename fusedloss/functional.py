@@ -382,11 +382,13 @@ def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -
 
 def _checked_tensors(loss, backend, input, target, weight, pos_weight=None):
     """Raises for what is no tensor; returns the backend, or what takes its place where a tensor is a DTensor."""
-    weights = {"weight": weight, "pos_weight": pos_weight}
-    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
     # Native's binary losses call a method of these two before they look at them.
     check_tensors(AttributeError if loss.startswith("binary") else TypeError, loss, input=input, target=target)
-    check_tensors(TypeError, loss, **weights)
-    if any(map(dtensor.is_dtensor, (input, target, *weights.values()))):
+    if weight is not None:
+        check_tensors(TypeError, loss, weight=weight)
+    if pos_weight is not None:
+        check_tensors(TypeError, loss, pos_weight=pos_weight)
+    is_dtensor = dtensor.is_dtensor
+    if is_dtensor(input) or is_dtensor(target) or is_dtensor(weight) or is_dtensor(pos_weight):
         return dtensor.Sharded(functools.partial(operators, backend))
     return backend
