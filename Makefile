@@ -44,10 +44,11 @@ docs: ## build the documents as a site, in build/docs; a broken link stops it
 check-links: docs ## see whether the documents' links to other sites lead somewhere
 	$(in-env) python -m sphinx -b linkcheck docs build/linkcheck
 
-lint: ## check style and formatting
+lint: ## check style, formatting and types
 	$(bootstrap) --no-build
 	$(in-env) ruff check .
 	$(in-env) ruff format --check .
+	$(in-env) mypy
 	$(in-env) clang-format --dry-run -Werror $(cpp-files)
 
 format: ## repair style and formatting
@@ -57,4 +58,4 @@ format: ## repair style and formatting
 	$(in-env) clang-format -i $(cpp-files)
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info fusedloss/_C*.so .hypothesis .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info fusedloss/_C*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -26,7 +26,7 @@ from benchmarks import compare, machine, pictures, report
 from benchmarks.cases import GROUPS
 from benchmarks.contestants import CONTESTANTS, OWN, first_line, installed_peers, those_for
 from benchmarks.devices import DEVICES
-from benchmarks.measure import Budget, run
+from benchmarks.measure import Budget, Result, run
 
 THOROUGH = {"cpu": Budget(seconds=1, fewest=7, most=200), "cuda": Budget(seconds=0.7, fewest=7, most=100)}
 QUICK = Budget(seconds=0.1, fewest=3, most=20)
@@ -75,7 +75,8 @@ def main() -> str | int | None:
     device = DEVICES[options.device]()
     facts = machine.facts(options.device) | ({"copy_bandwidth": device.bandwidth} if cuda else {})
     print(report.header(facts))
-    results, left_out = {}, {}
+    results: dict[int | None, list[Result]] = {}
+    left_out: dict[str, str] = {}
     runs = [None] if cuda else dict.fromkeys(options.threads or [1, torch.get_num_threads()][options.quick :])
     with progress_bar() as progress:
         task = progress.add_task("", total=len(runs) * len(cases))

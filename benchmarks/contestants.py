@@ -68,7 +68,7 @@ def as_it_is(function: Callable, case: Case) -> Callable:
     return function
 
 
-def module_with_smoothing(loss: type, case: Case) -> Callable:
+def module_with_smoothing(loss: Callable, case: Case) -> Callable:
     module = loss(label_smoothing=LABEL_SMOOTHING if "label_smoothing" in case.options else 0.0)
     return lambda input, target, label_smoothing=0.0: module(input, target)
 

@@ -156,4 +156,4 @@ class Cuda:
         return lambda _: graph.replay()
 
 
-DEVICES = {"cpu": Cpu, "cuda": Cuda}
+DEVICES: dict[str, type[Cpu] | type[Cuda]] = {"cpu": Cpu, "cuda": Cuda}

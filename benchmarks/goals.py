@@ -123,7 +123,7 @@ def judge(goal: Goal, results: list[Result]) -> dict:
     mine = [result for result in results if goal.cases(result.case)]
     broken = [result for result in mine if fails(result.entries.get(goal.own))]
     values = [(*goal.value(result), result) for result in mine if result not in broken]
-    measured = [value for value in values if value[0] is not None]
+    measured = [(number, rival, result) for number, rival, result in values if number is not None]
     bound = goal.unit == "launches"
     good = [value for value in measured if (value[0] <= goal.wanted if bound else value[0] >= goal.wanted)]
     worst, rival, where = (max if bound else min)(measured, key=lambda value: value[0], default=(None, "", None))

@@ -88,9 +88,8 @@ class Result:
 
     def best(self, measure: str, rivals: Iterable[str]) -> str | None:
         """The quickest of the rivals that were timed."""
-        timed = {rival: self.seconds(rival, measure) for rival in rivals}
-        timed = {rival: seconds for rival, seconds in timed.items() if seconds}
-        return min(timed, key=timed.get) if timed else None
+        timed = {rival: seconds for rival in rivals if (seconds := self.seconds(rival, measure))}
+        return min(timed, key=timed.__getitem__) if timed else None
 
     def bandwidth(self, measure: str) -> float | None:
         """The bytes that must move in our time, as a fraction of what a plain copy moves in it."""
@@ -125,7 +124,8 @@ def run(case: Case, contestants: dict[str, Callable], budget: Budget, device: Cp
         if case.latency:
             entries[name].launches = device.launches(call, logits)
             try:
-                parties[name, GRAPHED] = Party(device.graphed(actions["step"], non_leaf(logits)), clock, True)
+                graphed = device.graphed(actions["step"], non_leaf(logits))  # type: ignore[union-attr]  # a GPU
+                parties[name, GRAPHED] = Party(graphed, clock, True)
             except RuntimeError as error:  # a contestant that waits for the GPU cannot be captured
                 entries[name].not_graphed = first_line(error)
         for measure, action in actions.items():
@@ -144,7 +144,7 @@ def judge(case: Case, contestants: dict[str, Callable], logits: Tensor, target: 
     for name, contestant in contestants.items():
         start = time.perf_counter()
         try:
-            call = partial(contestant(case), target=target, **options, **reduction_of(case))
+            call: Callable = partial(contestant(case), target=target, **options, **reduction_of(case))
             call = under_autocast(call) if case.autocast else call
             results = outcome(case, call, logits, options)
         except CannotRun as reason:
@@ -209,7 +209,8 @@ def true_outcome(case: Case, logits: Tensor, target: Tensor, options: dict) -> d
     whole = case.reduction == "none"
     grad_output = true_grad_output(case, logits, target, wide)
     rows = rows_at_once(case.shape, logits.device.type)
-    losses, gradient, of_also = [], torch.empty_like(logits, dtype=torch.float64), [0.0] * len(also)
+    losses, gradient = [], torch.empty_like(logits, dtype=torch.float64)
+    of_also = [torch.zeros_like(value) for value in also.values()]
     for first in range(0, len(logits), rows):
         some = slice(first, first + rows)
         leaf = logits[some].double().detach().requires_grad_()
@@ -230,7 +231,9 @@ def true_grad_output(case: Case, logits: Tensor, target: Tensor, options: dict) 
         shape = logits.shape if case.loss.startswith("binary") else target.shape
         # Drawn in the type that the loss will have: what the contestants see.
         dtype = torch.float32 if case.autocast else logits.dtype
-        return case.draw_grad_output(torch.empty(shape, dtype=dtype, device=logits.device)).double()
+        drawn = case.draw_grad_output(torch.empty(shape, dtype=dtype, device=logits.device))
+        assert drawn is not None, "losses that are not reduced are differentiated with a tensor"
+        return drawn.double()
     return torch.ones((), dtype=torch.float64, device=logits.device) * case.grad_output / divisor(case, target, options)
 
 

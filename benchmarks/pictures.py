@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLORS = {"fusedloss": "#0b2545", "native": "#a9cbe8", "compiled": "#e0a458"}
-STYLE = {
+STYLE: dict = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
@@ -23,9 +23,9 @@ def speedups(results: list[dict], axes: Axes) -> None:
     rows = [result for result in results if usual(result, "float32") and step(result, "fusedloss")]
     for shift, rival in ((-0.2, "native"), (0.2, "compiled")):
         pairs = [
-            (place, step(result, rival) / step(result, "fusedloss"))
+            (place, theirs / ours)
             for place, result in enumerate(rows)
-            if step(result, rival)
+            if (theirs := step(result, rival)) and (ours := step(result, "fusedloss"))
         ]
         if pairs:
             places, ratios = zip(*pairs, strict=True)
@@ -72,7 +72,8 @@ def memory(results: list[dict], axes: Axes) -> None:
             if result["entries"].get(name, {}).get("peak_bytes") is not None
         ]
         if pairs:
-            axes.barh(*zip(*pairs, strict=True), 0.26, color=COLORS[name], label=name)
+            places, sizes = zip(*pairs, strict=True)
+            axes.barh(places, sizes, 0.26, color=COLORS[name], label=name)
     axes.set_yticks(range(len(rows)), [result["name"].removesuffix(" bfloat16") for result in rows], fontsize=8)
     axes.set(xlabel="peak memory of a step beside the logits, in sizes of the logits; bfloat16")
     axes.invert_yaxis()

@@ -51,12 +51,12 @@ def shown(result: dict) -> bool:
 
 
 def row(result: dict) -> list[str]:
-    seconds = {name: step(result, name) for name in ("native", "compiled", "fusedloss")}
+    native, compiled, ours = (step(result, name) for name in ("native", "compiled", "fusedloss"))
     peaks = [result["entries"].get(name, {}).get("peak_bytes") for name in ("native", "fusedloss")]
     return [
         result["name"],
-        *(duration(value) if value else NOTHING for value in seconds.values()),
-        times(seconds["native"] / seconds["fusedloss"] if seconds["native"] else None),
+        *(duration(value) if value else NOTHING for value in (native, compiled, ours)),
+        times(native / ours if native and ours else None),
         *(NOTHING if peak is None else size(peak) for peak in peaks),
     ]
 
@@ -69,7 +69,7 @@ def defeats(folder: Path) -> str:
         timed = {name: entry["times"] for name, entry in result["entries"].items() if entry["times"]}
         for measure, ours in timed.pop("fusedloss", {}).items():
             rivals = {name: taken[measure]["median"] for name, taken in timed.items() if measure in taken}
-            best = min(rivals, key=rivals.get, default=None)
+            best = min(rivals, key=rivals.__getitem__, default=None)
             if best and rivals[best] < ours["median"]:
                 ratio = rivals[best] / ours["median"]
                 rows.append([f"{result['name']}, {measure}", str(result["threads"]), best, times(ratio)])

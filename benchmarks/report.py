@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,8 @@ MANY = 4  # cases of one reason why a contestant does not take part; the JSON ha
 
 def notes(results: list[Result], left_out: dict[str, str]) -> str:
     """What went wrong or was left out: each reason once, with its cases."""
-    found, refusals = {}, set()
+    found: dict[str, list[str]] = {}
+    refusals = set()
     for result in results:
         for name, entry in result.entries.items():
             if entry.problem:
@@ -111,7 +112,7 @@ def notes(results: list[Result], left_out: dict[str, str]) -> str:
 
 
 def goals_table(results: list[Result]) -> str:
-    show = {"percent": percent, "times": times, "launches": str}
+    show: dict[str, Callable] = {"percent": percent, "times": times, "launches": str}
     rows = []
     for verdict in (judge(goal, results) for goal in GOALS):
         number = show[verdict["unit"]]
@@ -180,8 +181,9 @@ def beside_native() -> list[tuple]:
 
 def least_peak(result: Result) -> str:
     """Of the peers; where there is a linear layer, not to hold its logits is what they are for."""
-    peaks = {name: result.entries[name].peak_bytes for name in PEERS if peak(result, name) != NOTHING}
-    name = min(peaks, key=peaks.get, default=None)
+    entries = [(name, result.entries[name]) for name in PEERS if name in result.entries]
+    peaks = {name: entry.peak_bytes for name, entry in entries if entry.peak_bytes is not None}
+    name = min(peaks, key=peaks.__getitem__, default=None)
     return f"{size(peaks[name])} {name}" if name else NOTHING
 
 
@@ -332,13 +334,13 @@ def means(results: list[Result]) -> list[dict]:
 def as_json(facts: dict, results: dict[int | None, list[Result]], left_out: dict[str, str]) -> str:
     """Everything, in seconds and bytes."""
     if "gpu" in facts:
-        summary = {"goals": [judge(goal, some) for some in results.values() for goal in GOALS], "left_out": left_out}
+        summary: dict = {"goals": [judge(goal, some) for some in results.values() for goal in GOALS]}
     else:
-        means_by_threads = {threads: means(some) for threads, some in results.items()}
-        summary = {"geometric_means": means_by_threads, "left_out": left_out}
+        summary = {"geometric_means": {threads: means(some) for threads, some in results.items()}}
     data = {
         "machine": facts,
         **summary,
+        "left_out": left_out,
         "results": [{"name": str(r.case), **asdict(r)} for some in results.values() for r in some],
     }
     return json.dumps(data, indent=1, default=str)

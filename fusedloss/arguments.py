@@ -5,6 +5,7 @@ Errors are of the types that native raises, name the argument and show its value
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch.overrides import handle_torch_function
 try:
     from numpy import bool_, number
 
-    _NUMPY_SCALARS = (number, bool_)
+    _NUMPY_SCALARS: tuple[Any, ...] = (number, bool_)
 except ImportError:  # torch does without it
     _NUMPY_SCALARS = ()
+_FLOATS: tuple[Any, ...] = (int, float, torch.SymFloat, torch.SymInt)
 
 
 def hand_over(function, *arguments):
@@ -65,7 +67,7 @@ def is_symbol(value) -> bool:
 
 def as_float(loss: str, name: str, value) -> float:
     """Of a number, a numpy scalar, or a tensor of no dimensions that does not require grad."""
-    if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, _FLOATS):
         return value
     if isinstance(value, _NUMPY_SCALARS) or (isinstance(value, Tensor) and not (value.dim() or value.requires_grad)):
         return float(value)

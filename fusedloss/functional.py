@@ -12,7 +12,7 @@ would let pass and that needs a closer look: DTensors among tensors, bools and a
 
 import functools
 import math
-from typing import Literal, TypedDict, get_args, overload
+from typing import Any, Literal, TypedDict, get_args, overload
 
 import torch
 from torch import Tensor
@@ -156,8 +156,6 @@ def cross_entropy(
     """
     if has_torch_function_variadic(input, target, weight, grad_scale):
         return hand_over(cross_entropy, *locals().values())
-    if size_average is not None or reduce is not None:
-        reduction = native_reduction.legacy_get_string(size_average, reduce)
     if not (input.__class__ is target.__class__ is Tensor and (weight is None or weight.__class__ is Tensor)):
         backend = _checked_tensors("cross_entropy", backend, input, target, weight)
     if ignore_index.__class__ is not int or ignore_index != -100:
@@ -172,11 +170,11 @@ def cross_entropy(
             raise ValueError(f"cross_entropy: logit_softcap must be positive, got {logit_softcap}")
     if return_lse is not False:
         check_bool("cross_entropy", "return_lse", return_lse)
-    code = _reduction_code(reduction)
+    code = _reduction_code(reduction, size_average, reduce)
     options = _gradient_options("cross_entropy", input, grad_in_forward, grad_scale, inplace)
     kernels = operators(backend, input)
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
-        added = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
+        added: dict[str, Any] = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
         return reference.cross_entropy(input, target, weight, ignore_index, _NAMES[code], label_smoothing, **added)
     cap = logit_softcap or 0.0
     loss, lse, _, _, _ = kernels.cross_entropy.default(
@@ -218,13 +216,11 @@ def nll_loss(
     """
     if has_torch_function_variadic(input, target, weight):
         return hand_over(nll_loss, *locals().values())
-    if size_average is not None or reduce is not None:
-        reduction = native_reduction.legacy_get_string(size_average, reduce)
     if not (input.__class__ is target.__class__ is Tensor and (weight is None or weight.__class__ is Tensor)):
         backend = _checked_tensors("nll_loss", backend, input, target, weight)
     if ignore_index.__class__ is not int or ignore_index != -100:
         ignore_index = as_int("nll_loss", "ignore_index", ignore_index)
-    code = _reduction_code(reduction)
+    code = _reduction_code(reduction, size_average, reduce)
     kernels = operators(backend, input)
     if _native_road():
         return reference.nll_loss(input, target, weight, ignore_index, _NAMES[code])
@@ -271,8 +267,6 @@ def binary_cross_entropy_with_logits(
     """
     if has_torch_function_variadic(input, target, weight, pos_weight, grad_scale):
         return hand_over(binary_cross_entropy_with_logits, *locals().values())
-    if size_average is not None or reduce is not None:
-        reduction = native_reduction.legacy_get_string(size_average, reduce)
     if not (
         (input.__class__ is target.__class__ is Tensor)
         and (weight is None or weight.__class__ is Tensor)
@@ -281,7 +275,7 @@ def binary_cross_entropy_with_logits(
         backend = _checked_tensors("binary_cross_entropy_with_logits", backend, input, target, weight, pos_weight)
     if ignore_index is not None:
         ignore_index = as_int("binary_cross_entropy_with_logits", "ignore_index", ignore_index)
-    code = _reduction_code(reduction)
+    code = _reduction_code(reduction, size_average, reduce)
     options = _gradient_options("binary_cross_entropy_with_logits", input, grad_in_forward, grad_scale, inplace)
     kernels = operators(backend, input)
     if _native_road():
@@ -328,13 +322,11 @@ def binary_cross_entropy(
     """
     if has_torch_function_variadic(input, target, weight, grad_scale):
         return hand_over(binary_cross_entropy, *locals().values())
-    if size_average is not None or reduce is not None:
-        reduction = native_reduction.legacy_get_string(size_average, reduce)
     if not (input.__class__ is target.__class__ is Tensor and (weight is None or weight.__class__ is Tensor)):
         backend = _checked_tensors("binary_cross_entropy", backend, input, target, weight)
     if ignore_index is not None:
         ignore_index = as_int("binary_cross_entropy", "ignore_index", ignore_index)
-    code = _reduction_code(reduction)
+    code = _reduction_code(reduction, size_average, reduce)
     options = _gradient_options("binary_cross_entropy", input, grad_in_forward, grad_scale)[:3]
     kernels = operators(backend, input)
     if _native_road():
@@ -351,7 +343,9 @@ def _native_road() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
-def _reduction_code(reduction: str) -> int:
+def _reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
+    if size_average is not None or reduce is not None:
+        reduction = native_reduction.legacy_get_string(size_average, reduce)
     code = _REDUCTIONS.get(reduction) if reduction.__class__ is str else None
     # Native's function raises for an unknown reduction, and warns of one that it has renamed.
     return native_reduction.get_enum(reduction) if code is None else code

@@ -34,7 +34,7 @@ def _calls(function: Callable) -> Callable[[_Loss], _Loss]:
     forward = eval(f"lambda self, input, target: functional.{function.__name__}(input, target, {options})")
     forward.__annotations__ = {name: function.__annotations__[name] for name in ("input", "target", "return")}
 
-    def complete(loss: _Loss) -> _Loss:
+    def complete(loss):
         constructor = loss.__init__
         added = constructor.__kwdefaults__
 

@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import threading
 import types
+from collections.abc import Callable
 
 from torch import nn
 from torch.overrides import has_torch_function
@@ -29,6 +30,8 @@ class _StandIn:
     nothing is patched. And kept for longer than the patch, it calls native's.
     """
 
+    __name__: str
+
     def __init__(self, name: str) -> None:
         self.native, self.fused = getattr(native, name), getattr(functional, name)
         functools.update_wrapper(self, self.native)
@@ -44,7 +47,7 @@ class _StandIn:
             return hand_over(self, *call.arguments.values())
         return self.fused(*arguments, **options)
 
-    @property
+    @property  # type: ignore[misc]  # other objects may be given another class
     def __class__(self):
         return types.FunctionType
 
@@ -77,7 +80,7 @@ _STAND_INS = {name: _StandIn(name) for name in native.__all__}
 _lock = threading.RLock()
 _in_force: set["patch"] = set()
 _patched = False  # whether there are any; a compiler can watch this, and not a set
-_replaced = {}  # what the stand-ins have taken the place of
+_replaced: dict[str, Callable] = {}  # what the stand-ins have taken the place of
 
 
 class patch:

@@ -26,8 +26,7 @@ def cross_entropy(
     input = capped(input, logit_softcap)
     target = _class_indices(target)
     is_indices = not target.is_floating_point()
-    options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    loss = native.cross_entropy(input, target, reduction=reduction, **options)
+    loss = native.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if z_loss == 0 and not return_lse:
         return loss
     wide = input if input.dtype == torch.float64 else input.float()
