@@ -5,7 +5,7 @@ PYTHON ?= python3
 
 bootstrap = $(PYTHON) tools/bootstrap.py --torch '$(TORCH)'
 in-env = PATH="$$(dirname "$$(cat build/python-path)"):$$PATH"
-cpp-files = $(shell find csrc tests/cpp tests/kernels docs/tutorial -name '*.[ch]*' -not -name '*.pyc' -o -name '*.inl')
+cpp-files = $(shell find csrc include tests/cpp tests/kernels docs/tutorial -name '*.[ch]*' -not -name '*.pyc' -o -name '*.inl')
 cmake := $(shell command -v cmake 2> /dev/null)
 
 .PHONY: help demo test sanitize bench docs check-links lint format clean

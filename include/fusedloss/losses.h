@@ -1,0 +1,233 @@
+// The losses for libtorch programs, in the style of torch::nn::functional:
+//
+//   auto loss = fusedloss::cross_entropy(logits, target, fusedloss::CrossEntropyOptions().label_smoothing(0.1));
+//
+// A call goes through the dispatcher to the operators, which libfusedloss.so registers (CMake's fusedloss::fusedloss),
+// or, in a process that has imported it, the Python package. What they refuse, they refuse with the exceptions that
+// native torch throws: c10::IndexError for a class that does not exist, c10::ValueError for options that contradict
+// each other, c10::NotImplementedError for a type or a device without kernels, and c10::Error for shapes that do not
+// fit.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <torch/arg.h>
+#include <torch/enum.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <variant>
+
+namespace fusedloss {
+
+// torch::kNone, torch::kSum, or torch::kMean: over what counts.
+using Reduction = std::variant<torch::enumtype::kNone, torch::enumtype::kMean, torch::enumtype::kSum>;
+
+// Whose kernels run: those compiled for the tensors' device, or Triton's, which a process has that imported the Python
+// package.
+enum class Backend { compiled, triton };
+
+// The grad_output that backward will be called with: a number, or a tensor of one element on the device of the input.
+class GradScale {
+ public:
+  GradScale() = default;
+  GradScale(double value) : value_(value) {}
+  GradScale(at::Tensor tensor) : tensor_(std::move(tensor)) {}
+
+  std::optional<at::Tensor> on(const at::Device& device) const {
+    return value_ ? at::scalar_tensor(*value_, at::TensorOptions(at::kDouble).device(device)) : tensor_;
+  }
+
+ private:
+  std::optional<double> value_;
+  std::optional<at::Tensor> tensor_;
+};
+
+struct CrossEntropyOptions {
+  // A weight for each class, of shape (C); with class indices in the type of the logits.
+  TORCH_ARG(at::Tensor, weight);
+  // torch::kMean: over the weights of the targets that count, or over all positions for probabilities.
+  TORCH_ARG(Reduction, reduction) = torch::kMean;
+  // Class indices equal to it give no loss and no gradient. Not for probabilities.
+  TORCH_ARG(std::int64_t, ignore_index) = -100;
+  // The part of the mass that is spread evenly over the classes, at most 1 (arXiv:1512.00567).
+  TORCH_ARG(double, label_smoothing) = 0;
+  // Adds z_loss * lse^2 to the loss of each position that counts (arXiv:2204.02311, section 5).
+  TORCH_ARG(double, z_loss) = 0;
+  // Replaces the logits by cap * tanh(logits / cap) first (arXiv:2408.00118, section 2); 0: does not.
+  TORCH_ARG(double, logit_softcap) = 0;
+  // Whether forward also writes the gradient, so that the logits are read once. Absent: where the loss is reduced,
+  // nothing but the logits requires grad, lse is not returned, no hooks take what is saved, and, for float16,
+  // grad_scale is given. Another grad_output than grad_scale costs backward a pass over the gradient.
+  TORCH_ARG(std::optional<bool>, grad_in_forward);
+  // A hint, such as 1 / accumulation steps: then backward needs no pass. Absent: 1.
+  TORCH_ARG(GradScale, grad_scale);
+  // Write the gradient over the logits, which must not be used afterwards; autograd throws where something needs their
+  // former values.
+  TORCH_ARG(bool, inplace) = false;
+  TORCH_ARG(Backend, backend) = Backend::compiled;
+};
+
+struct NLLLossOptions {
+  // A weight for each class, of shape (C), in the type of the input.
+  TORCH_ARG(at::Tensor, weight);
+  // torch::kMean: over the weights of the targets that count.
+  TORCH_ARG(Reduction, reduction) = torch::kMean;
+  // Targets equal to it give no loss and no gradient.
+  TORCH_ARG(std::int64_t, ignore_index) = -100;
+  TORCH_ARG(Backend, backend) = Backend::compiled;
+};
+
+struct BinaryCrossEntropyWithLogitsOptions {
+  // Multiplies the loss; broadcasts to the shape of the input.
+  TORCH_ARG(at::Tensor, weight);
+  // Multiplies the loss of the positive part; broadcasts to the shape of the input.
+  TORCH_ARG(at::Tensor, pos_weight);
+  // torch::kMean: over the elements that are not ignored.
+  TORCH_ARG(Reduction, reduction) = torch::kMean;
+  // Elements whose target equals it give no loss and no gradient, and do not count in the mean.
+  TORCH_ARG(std::optional<std::int64_t>, ignore_index);
+  // These are as for cross entropy.
+  TORCH_ARG(std::optional<bool>, grad_in_forward);
+  TORCH_ARG(GradScale, grad_scale);
+  TORCH_ARG(bool, inplace) = false;
+  TORCH_ARG(Backend, backend) = Backend::compiled;
+};
+
+struct BinaryCrossEntropyOptions {
+  // Multiplies the loss; broadcasts to the shape of the input.
+  TORCH_ARG(at::Tensor, weight);
+  // torch::kMean: over the elements that are not ignored.
+  TORCH_ARG(Reduction, reduction) = torch::kMean;
+  // Elements whose target equals it give no loss and no gradient, and do not count in the mean.
+  TORCH_ARG(std::optional<std::int64_t>, ignore_index);
+  // These are as for cross entropy; in float16, whose range it exceeds, the gradient is never written in forward.
+  TORCH_ARG(std::optional<bool>, grad_in_forward);
+  TORCH_ARG(GradScale, grad_scale);
+  TORCH_ARG(Backend, backend) = Backend::compiled;
+};
+
+// How the operators (csrc/register.cpp) are called.
+namespace detail {
+
+inline constexpr char kCrossEntropy[] = "cross_entropy";
+inline constexpr char kNLL[] = "nll";
+inline constexpr char kBCEWithLogits[] = "bce_with_logits";
+inline constexpr char kBCE[] = "bce";
+
+using CrossEntropyOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using LossAndDivisor = std::tuple<at::Tensor, at::Tensor>;
+
+// The dispatcher takes tensors by reference, and all else by value.
+template <class T>
+struct Parameter {
+  using Type = T;
+};
+template <>
+struct Parameter<at::Tensor> {
+  using Type = const at::Tensor&;
+};
+template <>
+struct Parameter<std::optional<at::Tensor>> {
+  using Type = const std::optional<at::Tensor>&;
+};
+
+// Calls an operator with all arguments of its schema. The signature is made of what is passed, and compared with the
+// operator's once: after a change of the schema alone, `typed` throws, where a call would read arguments from the wrong
+// places.
+template <const char* kName, class Result, class... Arguments>
+Result call(Backend backend, const Arguments&... arguments) {
+  using Signature = Result(typename Parameter<Arguments>::Type...);
+  const auto find = [](const std::string& name_space) {
+    const std::string name = name_space + "::" + kName;
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").typed<Signature>();
+  };
+  static const std::array handles{find("fusedloss"), find("fusedloss_triton")};
+  return handles[static_cast<std::size_t>(backend)].call(arguments...);
+}
+
+inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
+inline std::optional<c10::SymInt> symbolic(std::optional<std::int64_t> number) {
+  return number ? std::optional<c10::SymInt>(*number) : std::nullopt;
+}
+
+inline std::int64_t code(const Reduction& reduction) { return torch::enumtype::reduction_get_enum(reduction); }
+
+inline CrossEntropyOutputs cross_entropy(const at::Tensor& logits, const at::Tensor& target,
+                                         const CrossEntropyOptions& options, bool return_lse) {
+  return call<kCrossEntropy, CrossEntropyOutputs>(
+      options.backend(), logits, target, optional(options.weight()), code(options.reduction()),
+      c10::SymInt(options.ignore_index()), options.label_smoothing(), options.z_loss(), options.logit_softcap(),
+      return_lse, /*upcast=*/false, options.grad_in_forward(), options.grad_scale().on(logits.device()),
+      options.inplace(), /*statistics=*/false);
+}
+
+}  // namespace detail
+
+// Cross entropy between logits and targets; torch::nn::functional::cross_entropy in one pass.
+//
+// logits: (C), (N, C) or (N, C, d1, d2, ...); float32, float64, bfloat16 or float16, any strides.
+// target: class indices of shape (), (N) or (N, d1, d2, ...) in int64, int32 or uint8; or probabilities in the shape of
+//   the logits.
+// Returns the loss in the type of the logits (promoted with probabilities' and weight's; float32 under autocast), a
+//   scalar or, unreduced, of the shape of the logits without C.
+inline at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target,
+                                const CrossEntropyOptions& options = {}) {
+  return std::get<0>(detail::cross_entropy(logits, target, options, /*return_lse=*/false));
+}
+
+// The loss, and the log-sum-exp of each position's logits, ignored or not: differentiable, float32, or float64 for
+// float64 logits.
+inline std::pair<at::Tensor, at::Tensor> cross_entropy_with_lse(const at::Tensor& logits, const at::Tensor& target,
+                                                                const CrossEntropyOptions& options = {}) {
+  const auto outputs = detail::cross_entropy(logits, target, options, /*return_lse=*/true);
+  return {std::get<0>(outputs), std::get<1>(outputs)};
+}
+
+// Negative log likelihood of log-probabilities; torch::nn::functional::nll_loss.
+//
+// input: log-probabilities, (C), (N, C) or (N, C, d1, d2, ...); float32, float64, bfloat16 or float16.
+// target: class indices of shape (), (N) or (N, d1, d2, ...) in int64, int32 or uint8.
+// Returns the loss in the type of the input (float32 under autocast), a scalar or of the shape of the target.
+inline at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target, const NLLLossOptions& options = {}) {
+  return std::get<0>(detail::call<detail::kNLL, detail::LossAndDivisor>(
+      options.backend(), input, target, detail::optional(options.weight()), detail::code(options.reduction()),
+      c10::SymInt(options.ignore_index()), /*upcast=*/false));
+}
+
+// Binary cross entropy on logits; torch::nn::functional::binary_cross_entropy_with_logits.
+//
+// input: logits of any shape; float32, float64, bfloat16 or float16, any strides.
+// target: of the same shape; any floating-point type, or integer or bool.
+// Returns the loss in the type of a floating-point target, else of the input (float32 under autocast).
+inline at::Tensor binary_cross_entropy_with_logits(const at::Tensor& input, const at::Tensor& target,
+                                                   const BinaryCrossEntropyWithLogitsOptions& options = {}) {
+  return std::get<0>(detail::call<detail::kBCEWithLogits, detail::LossAndDivisor>(
+      options.backend(), input, target, detail::optional(options.weight()), detail::optional(options.pos_weight()),
+      detail::code(options.reduction()), detail::symbolic(options.ignore_index()), /*upcast=*/false,
+      options.grad_in_forward(), options.grad_scale().on(input.device()), options.inplace()));
+}
+
+// Binary cross entropy on probabilities, logarithms no smaller than -100; torch::nn::functional::binary_cross_entropy.
+//
+// input: probabilities of any shape; float32, float64, bfloat16 or float16, any strides.
+// target: of the same shape and type, in [0, 1]; or integer or bool.
+// Returns the loss in the type of the input (float32 under CPU autocast; CUDA autocast refuses, as native does).
+inline at::Tensor binary_cross_entropy(const at::Tensor& input, const at::Tensor& target,
+                                       const BinaryCrossEntropyOptions& options = {}) {
+  return std::get<0>(detail::call<detail::kBCE, detail::LossAndDivisor>(
+      options.backend(), input, target, detail::optional(options.weight()), detail::code(options.reduction()),
+      detail::symbolic(options.ignore_index()), /*upcast=*/false, options.grad_in_forward(),
+      options.grad_scale().on(input.device())));
+}
+
+}  // namespace fusedloss
