@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "ops/backend.h"
+#include "ops/double_backward.h"
 #include "ops/losses.h"
 
 namespace fusedloss {
@@ -89,6 +90,9 @@ static void implement_autograd(torch::Library& m) {
   m.impl("nll", Under<kBackend, &autograd::nll>::call);
   m.impl("bce_with_logits", Under<kBackend, &autograd::bce_with_logits>::call);
   m.impl("bce", Under<kBackend, &autograd::bce>::call);
+  for (const char* name : {"cross_entropy_backward", "nll_backward", "bce_with_logits_backward", "bce_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&autograd::backward_operator>());
+  }
 }
 
 TORCH_LIBRARY(fusedloss, m) { define(m); }

@@ -4,7 +4,7 @@ The functions have the signatures of torch.nn.functional, the modules those of t
 modules.py -> functional.py -> the operators in csrc/register.cpp -> csrc/ops -> csrc/kernels -> csrc/math.
 """
 
-from fusedloss import decompositions, double_backward, reference
+from fusedloss import decompositions, reference
 from fusedloss._library import build_info
 from fusedloss.backend import backends, use_backend
 from fusedloss.functional import (
@@ -36,5 +36,4 @@ __all__ = [
     "use_backend",
 ]
 
-double_backward.register()
 decompositions.register()

@@ -1,0 +1,260 @@
+// Second derivatives: the gradient of the backward operators.
+//
+// A backward operator computes, in one fused pass, what differentiating its loss computes step by step. Under
+// create_graph=True its own gradient is wanted, which is rare: the loss is rebuilt of ATen's operators and
+// differentiated twice, so derivatives of any order are native's. No kernel is launched, and both namespaces share the
+// formulas.
+//
+// The arguments may depend on each other: the gradient that flows into loss^2 depends on the logits, and so may the
+// target. Each formula therefore starts from fresh aliases of its arguments. Differentiated by the arguments
+// themselves, it would count those paths, which autograd adds by itself, a second time.
+
+#include "double_backward.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace fusedloss::autograd {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+bool is_defined(const c10::IValue& value) { return value.isTensor() && value.toTensor().defined(); }
+
+// What a backward operator is given for each output of its loss.
+const std::vector<std::string> kFlows{"grad_loss", "grad_lse"};
+
+// The arguments of a backward operator by their names in the schema (csrc/register.cpp).
+class Arguments {
+ public:
+  c10::IValue& operator[](const std::string& name) { return values_[name]; }
+  const c10::IValue& at(const std::string& name) const { return values_.at(name); }
+
+  // Undefined where there is none: the operator has no such argument, or the call has left it out.
+  Tensor tensor(const std::string& name) const {
+    const auto found = values_.find(name);
+    return found != values_.end() && found->second.isTensor() ? found->second.toTensor() : Tensor();
+  }
+  // A float32 loss of half precision is autocast's, where native casts every operand first.
+  Tensor operand(const std::string& name) const {
+    const Tensor value = tensor(name);
+    const bool widens = value.defined() && tensor("grad_loss").scalar_type() == at::kFloat &&
+                        (value.scalar_type() == at::kHalf || value.scalar_type() == at::kBFloat16);
+    return widens ? value.to(at::kFloat) : value;
+  }
+  std::optional<Tensor> weight(const std::string& name = "weight") const {
+    const Tensor value = operand(name);
+    return value.defined() ? std::optional(value) : std::nullopt;
+  }
+  int64_t reduction() const { return at("reduction").toInt(); }
+
+  variable_list tensors(const std::vector<std::string>& names) const {
+    variable_list found;
+    for (const std::string& name : names) found.push_back(tensor(name));
+    return found;
+  }
+  // Whether the operator has not been asked for its result i.
+  bool is_masked(size_t i) const {
+    const auto mask = values_.find("output_mask");
+    return mask != values_.end() && !mask->second.toBoolList()[i];
+  }
+
+ private:
+  std::unordered_map<std::string, c10::IValue> values_;
+};
+
+// The losses in plain torch, like fusedloss/reference.py: each takes its backward operator's arguments, and returns the
+// differentiable outputs, for which these operators are given grad_loss and grad_lse.
+
+Tensor reduced(const Tensor& loss, int64_t reduction, const Tensor& divisor) {
+  if (reduction == at::Reduction::None) return loss;
+  const Tensor total = loss.sum();
+  return reduction == at::Reduction::Sum ? total : total / divisor.to(total.scalar_type());
+}
+
+// Native takes uint8 for (N, C) only, and int32 never.
+Tensor class_indices(const Tensor& target) {
+  return at::isFloatingType(target.scalar_type()) ? target : target.to(at::kLong);
+}
+
+variable_list cross_entropy(const Arguments& of) {
+  Tensor logits = of.operand("logits");
+  const Tensor target = class_indices(of.operand("target"));
+  const double z_loss = of.at("z_loss").toDouble(), cap = of.at("logit_softcap").toDouble();
+  const c10::SymInt ignore_index = of.at("ignore_index").toSymInt();
+  if (cap != 0) logits = cap * at::tanh(logits / cap);
+  Tensor loss = at::cross_entropy_loss_symint(logits, target, of.weight(), of.reduction(), ignore_index,
+                                              of.at("label_smoothing").toDouble());
+  const Tensor lse =
+      at::logsumexp(logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat), logits.dim() == 1 ? 0 : 1);
+  if (z_loss == 0) return {loss, lse};
+
+  Tensor counts = at::ones_like(lse, at::kBool), weights = at::ones_like(lse, at::kDouble);
+  if (!at::isFloatingType(target.scalar_type())) {
+    const Tensor indices = target.reshape_symint(lse.sym_sizes());
+    counts = indices.ne(ignore_index);
+    weights = counts.to(at::kDouble);
+    if (of.weight()) {
+      const Tensor zero = at::zeros_like(indices);
+      weights = weights * of.weight()->to(at::kDouble).flatten().take(indices.where(counts, zero));
+    }
+  }
+  const Tensor added = at::where(counts, z_loss * lse.square(), at::zeros_like(lse));
+  return {loss + reduced(added, of.reduction(), weights.sum()).to(loss.scalar_type()), lse};
+}
+
+variable_list nll(const Arguments& of) {
+  // Native's own backward refuses channels_last.
+  return {at::nll_loss_nd_symint(of.operand("log_probs").contiguous(), class_indices(of.operand("target")), of.weight(),
+                                 of.reduction(), of.at("ignore_index").toSymInt())};
+}
+
+// A loss of one element: native's, without the elements whose target is ignored.
+template <class Native>
+variable_list elementwise(const Arguments& of, Native native) {
+  Tensor input = of.operand("input"), target = of.operand("target");
+  const auto ignore_index = of.at("ignore_index").toOptional<c10::SymInt>();
+  const Tensor ignored = ignore_index ? target.eq(*ignore_index) : Tensor();
+  if (!at::isFloatingType(target.scalar_type())) target = target.to(input.scalar_type());
+  if (!ignore_index) return {native(input, target, of.reduction())};
+  // A value that every loss accepts, so that nothing an ignored element holds, NaN included, meets a formula.
+  input = at::where(ignored, at::full({}, 0.5, input.options()), input);
+  target = at::where(ignored, at::full({}, 0.5, target.options()), target);
+  const Tensor loss = native(input, target, at::Reduction::None);
+  const Tensor counted = at::where(ignored, at::zeros_like(loss), loss);
+  return {reduced(counted, of.reduction(), ignored.logical_not().sum())};
+}
+
+variable_list bce_with_logits(const Arguments& of) {
+  return elementwise(of, [&](const Tensor& input, const Tensor& target, int64_t reduction) {
+    return at::binary_cross_entropy_with_logits(input, target, of.weight(), of.weight("pos_weight"), reduction);
+  });
+}
+
+variable_list bce(const Arguments& of) {
+  return elementwise(of, [&](const Tensor& input, const Tensor& target, int64_t reduction) {
+    auto weight = of.weight();
+    if (weight) weight = weight->expand_symint(at::infer_size_symint(target.sym_sizes(), weight->sym_sizes()));
+    return at::binary_cross_entropy(input, target, weight, reduction);
+  });
+}
+
+using Loss = variable_list (*)(const Arguments&);
+
+const std::unordered_map<std::string, Loss> kLosses{{"cross_entropy_backward", cross_entropy},
+                                                    {"nll_backward", nll},
+                                                    {"bce_with_logits_backward", bce_with_logits},
+                                                    {"bce_backward", bce}};
+
+bool requires_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+// torch::autograd::grad, where outputs and cotangents may be absent and outputs may be constants.
+variable_list differentiate(const variable_list& outputs, const variable_list& inputs, const variable_list& cotangents,
+                            bool create_graph) {
+  variable_list of, given;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!requires_grad(outputs[i]) || !cotangents[i].defined()) continue;
+    of.push_back(outputs[i]);
+    given.push_back(cotangents[i].to(outputs[i].scalar_type()));
+  }
+  if (of.empty() || inputs.empty()) return variable_list(inputs.size());
+  return torch::autograd::grad(of, inputs, given, create_graph, create_graph, /*allow_unused=*/true);
+}
+
+struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
+  // tensors: those among the operator's arguments, which the stack holds.
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const c10::OperatorHandle& op,
+                               torch::jit::Stack* stack) {
+    const auto& arguments = op.schema().arguments();
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      const c10::IValue& value = torch::jit::peek(*stack, i, arguments.size());
+      if (!is_defined(value)) ctx->saved_data[arguments[i].name()] = value;
+    }
+    ctx->saved_data["operator"] = op.schema().name();
+    ctx->save_for_backward(tensors.vec());
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    op.callBoxed(stack);
+    variable_list results;
+    for (const c10::IValue& value : torch::jit::pop(*stack, op.schema().returns().size())) {
+      results.push_back(value.toTensor());
+    }
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const bool create_graph = at::GradMode::is_enabled();
+    at::AutoGradMode building_graphs(true);
+    const std::string& name = ctx->saved_data["operator"].toStringRef();
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+    const auto& schema = op.schema();
+
+    Arguments values;
+    std::vector<std::string> tensors;
+    const auto saved = ctx->get_saved_variables();
+    for (const c10::Argument& argument : schema.arguments()) {
+      const auto option = ctx->saved_data.find(argument.name());
+      if (option != ctx->saved_data.end()) {
+        values[argument.name()] = option->second;
+      } else {
+        const Tensor& tensor = saved[tensors.size()];
+        values[argument.name()] = tensor.view_as(tensor);
+        tensors.push_back(argument.name());
+      }
+    }
+
+    // A result named grad_NAME is the gradient of the argument NAME.
+    std::vector<std::string> wanted, sources(kFlows.begin(), kFlows.end());
+    variable_list cotangents_of_wanted;
+    for (size_t i = 0; i < cotangents.size(); ++i) {
+      sources.push_back(schema.returns()[i].name().substr(std::strlen("grad_")));
+      if (!values.is_masked(i)) {
+        wanted.push_back(sources.back());
+        cotangents_of_wanted.push_back(cotangents[i]);
+      }
+    }
+    std::erase_if(sources, [&](const std::string& source) { return !requires_grad(values.tensor(source)); });
+    const variable_list from = values.tensors(sources);
+
+    for (const std::string& input : wanted) {
+      const Tensor value = values.tensor(input);
+      if (!value.requires_grad()) values[input] = value.detach().requires_grad_();
+    }
+    const auto loss = kLosses.at(name.substr(name.rfind(':') + 1));
+    const variable_list first =
+        differentiate(loss(values), values.tensors(wanted), values.tensors(kFlows), /*create_graph=*/true);
+    const variable_list second = differentiate(first, from, cotangents_of_wanted, create_graph);
+
+    variable_list results(tensors.size() +
+                          2);  // undefined for what was not differentiated, and for forward's op and stack
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const auto source = std::find(sources.begin(), sources.end(), tensors[i]);
+      if (source != sources.end()) results[i] = second[source - sources.begin()];
+    }
+    return results;
+  }
+};
+
+}  // namespace
+
+void backward_operator(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  variable_list tensors;
+  for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (is_defined(value)) tensors.push_back(value.toTensor());
+  }
+  const variable_list results = DoubleBackward::apply(at::TensorList(tensors), op, stack);
+  for (const Tensor& result : results) torch::jit::push(*stack, result);
+}
+
+}  // namespace fusedloss::autograd
