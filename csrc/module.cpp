@@ -10,6 +10,7 @@
 #include <array>
 
 #include "ops/class_borders.h"
+#include "ops/double_backward.h"
 #include "triton.h"
 
 namespace {
@@ -53,9 +54,17 @@ std::vector<std::int64_t> cuda_class_borders(const std::string& dtype, const std
       {named<Dtype>(kDtypes, dtype), named<Pass>(kPasses, pass), columns, general, positions}, most);
 }
 
+// Compiled autograd calls backward with the interpreter's lock, which autograd's engine refuses to be entered with.
+void enter_engine_without_lock(const std::function<void()>& run) {
+  if (!PyGILState_Check()) return run();
+  const py::gil_scoped_release no_lock;
+  run();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  fusedloss::autograd::enter_engine = &enter_engine_without_lock;
   m.def("build_info", &build_info);
   m.def("install_triton", &fusedloss::install_triton);
   m.def("cuda_class_borders", &cuda_class_borders, py::kw_only(), py::arg("dtype"), py::arg("pass_"),

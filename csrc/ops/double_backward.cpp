@@ -170,7 +170,10 @@ variable_list differentiate(const variable_list& outputs, const variable_list& i
     given.push_back(cotangents[i].to(outputs[i].scalar_type()));
   }
   if (of.empty() || inputs.empty()) return variable_list(inputs.size());
-  return torch::autograd::grad(of, inputs, given, create_graph, create_graph, /*allow_unused=*/true);
+  variable_list gradients;
+  enter_engine(
+      [&] { gradients = torch::autograd::grad(of, inputs, given, create_graph, create_graph, /*allow_unused=*/true); });
+  return gradients;
 }
 
 struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
@@ -247,6 +250,8 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
 };
 
 }  // namespace
+
+EnterEngine enter_engine = [](const std::function<void()>& run) { run(); };
 
 void backward_operator(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   variable_list tensors;
