@@ -15,13 +15,16 @@ import torch
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.export import exported_program
 
-from fusedloss import double_backward, reference
+from fusedloss import reference
 from fusedloss.backend import NAMESPACES
 
 _AUTOGRAD_KEYS = [
     getattr(torch._C.DispatchKey, f"Autograd{kind}") for kind in ("Functionality", "Other", "NestedTensor")
 ]
 _HALF = (torch.float16, torch.bfloat16)
+_REDUCTIONS = ("none", "mean", "sum")
+_FLOWS = ("grad_loss", "grad_lse")  # what a backward operator is given for each output of its loss
+_OF_BACKWARD = {*_FLOWS, "row_max", "row_log_sum", "divisor", "output_mask"}
 _NOT_OF_THE_LOSS = {"return_lse", "upcast", "grad_in_forward", "grad_scale", "inplace", "statistics"}
 
 
@@ -57,6 +60,29 @@ def _upcast(value):
     return value.float() if isinstance(value, torch.Tensor) and value.dtype in _HALF else value
 
 
+# Each takes the arguments of its operators that are the loss's own, by the names that the reference has for them, and
+# returns its differentiable outputs.
+
+
+def _cross_entropy(logits, *, logit_softcap, **options):
+    return reference.cross_entropy(logits, logit_softcap=logit_softcap or None, return_lse=True, **options)
+
+
+def _nll(log_probs, **options):
+    return (reference.nll_loss(log_probs.contiguous(), **options),)  # native's own backward refuses channels_last
+
+
+def _bce_with_logits(input, **options):
+    return (reference.binary_cross_entropy_with_logits(input, **options),)
+
+
+def _bce(input, **options):
+    return (reference.binary_cross_entropy(input, **options),)
+
+
+_LOSSES = {"cross_entropy": _cross_entropy, "nll": _nll, "bce_with_logits": _bce_with_logits, "bce": _bce}
+
+
 def _forward(name, loss):
     """The decomposition of a loss, which is given the operator's arguments by their names."""
     schema = getattr(torch.ops.fusedloss, name).default._schema.arguments
@@ -66,7 +92,7 @@ def _forward(name, loss):
     def decomposition(*arguments, **options):
         values = {**defaults, **dict(zip(names, arguments, strict=False)), **options}
         given = {name: value for name, value in values.items() if name not in _NOT_OF_THE_LOSS}
-        given["reduction"] = double_backward.REDUCTIONS[given["reduction"]]
+        given["reduction"] = _REDUCTIONS[given["reduction"]]
         if values["upcast"]:
             given = {name: _upcast(value) for name, value in given.items()}
         return _RESULTS[name](values, *loss(**given))
@@ -118,6 +144,16 @@ def rescale_grad(grad, grad_output, scale, keep_zeros):
     return (torch.where(grad == 0, torch.zeros_like(result), result) if keep_zeros else result).to(grad.dtype)
 
 
+def _differentiate(outputs, inputs, flows):
+    """torch.autograd.grad, where flows may be absent and outputs may be constants."""
+    pairs = [(y, v) for y, v in zip(outputs, flows, strict=False) if y.requires_grad and v is not None]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs = [y for y, _ in pairs]
+    flows = [v.to(y.dtype) for y, v in pairs]
+    return torch.autograd.grad(outputs, inputs, flows, allow_unused=True)
+
+
 @contextlib.contextmanager
 def _autograd():
     """A graph may be built within, also where a tracer has left autograd behind."""
@@ -132,25 +168,25 @@ def _backward(name, loss):
     """The decomposition of a backward operator, by the derivatives of its loss."""
     schema = getattr(torch.ops.fusedloss, f"{name}_backward").default._schema
     names = [argument.name for argument in schema.arguments]
-    of_the_loss = [name for name in names if name not in double_backward.NOT_OF_THE_LOSS]
+    of_the_loss = [name for name in names if name not in _OF_BACKWARD]
     differentiable = of_the_loss[: len(schema.returns)]
 
     def decomposition(*arguments):
         values = dict(zip(names, arguments, strict=True))
         mask = values.get("output_mask", [True])
         wanted = [name for name, used in zip(differentiable, mask, strict=True) if used]
-        flows = [values.get(name) for name in double_backward.FLOWS]
+        flows = [values.get(name) for name in _FLOWS]
         # A float32 loss of half precision is autocast's, where native casts every operand first.
         upcast = values["grad_loss"].dtype == torch.float32
 
         def outputs(*primals):
             given = {name: values[name] for name in of_the_loss} | dict(zip(wanted, primals, strict=True))
-            given["reduction"] = double_backward.REDUCTIONS[given["reduction"]]
+            given["reduction"] = _REDUCTIONS[given["reduction"]]
             return loss(**{name: _upcast(value) if upcast else value for name, value in given.items()})
 
         with _autograd():
             leaves = [values[name].detach().requires_grad_() for name in wanted]
-            grads = double_backward.differentiate(outputs(*leaves), leaves, flows, create_graph=False)
+            grads = _differentiate(outputs(*leaves), leaves, flows)
         grads = {n: torch.zeros_like(x) if g is None else g for n, x, g in zip(wanted, leaves, grads, strict=True)}
         results = [grads[name] if name in grads else values[name].new_empty(0) for name in differentiable]
         return results[0] if len(results) == 1 else tuple(results)
@@ -160,6 +196,6 @@ def _backward(name, loss):
 
 _DECOMPOSITIONS = {
     "rescale_grad": rescale_grad,
-    **{name: _forward(name, loss) for name, loss in double_backward.LOSSES.items()},
-    **{f"{name}_backward": _backward(name, loss) for name, loss in double_backward.LOSSES.items()},
+    **{name: _forward(name, loss) for name, loss in _LOSSES.items()},
+    **{f"{name}_backward": _backward(name, loss) for name, loss in _LOSSES.items()},
 }

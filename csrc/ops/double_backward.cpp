@@ -31,23 +31,52 @@ using torch::autograd::variable_list;
 
 namespace {
 
-bool is_defined(const c10::IValue& value) { return value.isTensor() && value.toTensor().defined(); }
-
 // What a backward operator is given for each output of its loss.
 const std::vector<std::string> kFlows{"grad_loss", "grad_lse"};
+
+bool is_defined(const c10::IValue& value) { return value.isTensor() && value.toTensor().defined(); }
 
 // The arguments of a backward operator by their names in the schema (csrc/register.cpp).
 class Arguments {
  public:
-  c10::IValue& operator[](const std::string& name) { return values_[name]; }
-  const c10::IValue& at(const std::string& name) const { return values_.at(name); }
+  // As forward has saved them, the tensors as aliases.
+  Arguments(AutogradContext* ctx, const c10::FunctionSchema& schema) {
+    const variable_list saved = ctx->get_saved_variables();
+    for (const c10::Argument& argument : schema.arguments()) {
+      const auto option = ctx->saved_data.find(argument.name());
+      if (option != ctx->saved_data.end()) {
+        values_[argument.name()] = option->second;
+      } else {
+        const Tensor& tensor = saved[tensors_.size()];
+        values_[argument.name()] = tensor.view_as(tensor);
+        tensors_.push_back(argument.name());
+      }
+    }
+  }
+
+  // Of what is a tensor.
+  const std::vector<std::string>& names() const { return tensors_; }
+  const c10::IValue& option(const std::string& name) const { return values_.at(name); }
+  int64_t reduction() const { return option("reduction").toInt(); }
+  // Whether the operator was asked for its result i.
+  bool is_wanted(size_t i) const {
+    const auto mask = values_.find("output_mask");
+    return mask == values_.end() || mask->second.toBoolList()[i];
+  }
 
   // Undefined where there is none: the operator has no such argument, or the call has left it out.
   Tensor tensor(const std::string& name) const {
     const auto found = values_.find(name);
-    return found != values_.end() && found->second.isTensor() ? found->second.toTensor() : Tensor();
+    return found != values_.end() && is_defined(found->second) ? found->second.toTensor() : Tensor();
   }
-  // A float32 loss of half precision is autocast's, where native casts every operand first.
+  variable_list tensors(const std::vector<std::string>& names) const {
+    variable_list found;
+    for (const std::string& name : names) found.push_back(tensor(name));
+    return found;
+  }
+  void set(const std::string& name, const Tensor& tensor) { values_[name] = tensor; }
+
+  // A tensor of the loss. A float32 loss of half precision is autocast's, where native casts every operand first.
   Tensor operand(const std::string& name) const {
     const Tensor value = tensor(name);
     const bool widens = value.defined() && tensor("grad_loss").scalar_type() == at::kFloat &&
@@ -58,21 +87,10 @@ class Arguments {
     const Tensor value = operand(name);
     return value.defined() ? std::optional(value) : std::nullopt;
   }
-  int64_t reduction() const { return at("reduction").toInt(); }
-
-  variable_list tensors(const std::vector<std::string>& names) const {
-    variable_list found;
-    for (const std::string& name : names) found.push_back(tensor(name));
-    return found;
-  }
-  // Whether the operator has not been asked for its result i.
-  bool is_masked(size_t i) const {
-    const auto mask = values_.find("output_mask");
-    return mask != values_.end() && !mask->second.toBoolList()[i];
-  }
 
  private:
   std::unordered_map<std::string, c10::IValue> values_;
+  std::vector<std::string> tensors_;
 };
 
 // The losses in plain torch, like fusedloss/reference.py: each takes its backward operator's arguments, and returns the
@@ -92,11 +110,11 @@ Tensor class_indices(const Tensor& target) {
 variable_list cross_entropy(const Arguments& of) {
   Tensor logits = of.operand("logits");
   const Tensor target = class_indices(of.operand("target"));
-  const double z_loss = of.at("z_loss").toDouble(), cap = of.at("logit_softcap").toDouble();
-  const c10::SymInt ignore_index = of.at("ignore_index").toSymInt();
+  const double z_loss = of.option("z_loss").toDouble(), cap = of.option("logit_softcap").toDouble();
+  const c10::SymInt ignore_index = of.option("ignore_index").toSymInt();
   if (cap != 0) logits = cap * at::tanh(logits / cap);
   Tensor loss = at::cross_entropy_loss_symint(logits, target, of.weight(), of.reduction(), ignore_index,
-                                              of.at("label_smoothing").toDouble());
+                                              of.option("label_smoothing").toDouble());
   const Tensor lse =
       at::logsumexp(logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat), logits.dim() == 1 ? 0 : 1);
   if (z_loss == 0) return {loss, lse};
@@ -118,14 +136,14 @@ variable_list cross_entropy(const Arguments& of) {
 variable_list nll(const Arguments& of) {
   // Native's own backward refuses channels_last.
   return {at::nll_loss_nd_symint(of.operand("log_probs").contiguous(), class_indices(of.operand("target")), of.weight(),
-                                 of.reduction(), of.at("ignore_index").toSymInt())};
+                                 of.reduction(), of.option("ignore_index").toSymInt())};
 }
 
 // A loss of one element: native's, without the elements whose target is ignored.
 template <class Native>
 variable_list elementwise(const Arguments& of, Native native) {
   Tensor input = of.operand("input"), target = of.operand("target");
-  const auto ignore_index = of.at("ignore_index").toOptional<c10::SymInt>();
+  const auto ignore_index = of.option("ignore_index").toOptional<c10::SymInt>();
   const Tensor ignored = ignore_index ? target.eq(*ignore_index) : Tensor();
   if (!at::isFloatingType(target.scalar_type())) target = target.to(input.scalar_type());
   if (!ignore_index) return {native(input, target, of.reduction())};
@@ -198,53 +216,39 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const bool create_graph = at::GradMode::is_enabled();
-    at::AutoGradMode building_graphs(true);
+    const at::AutoGradMode building_graphs(true);
     const std::string& name = ctx->saved_data["operator"].toStringRef();
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
-    const auto& schema = op.schema();
-
-    Arguments values;
-    std::vector<std::string> tensors;
-    const auto saved = ctx->get_saved_variables();
-    for (const c10::Argument& argument : schema.arguments()) {
-      const auto option = ctx->saved_data.find(argument.name());
-      if (option != ctx->saved_data.end()) {
-        values[argument.name()] = option->second;
-      } else {
-        const Tensor& tensor = saved[tensors.size()];
-        values[argument.name()] = tensor.view_as(tensor);
-        tensors.push_back(argument.name());
-      }
-    }
+    Arguments values(ctx, op.schema());
 
     // A result named grad_NAME is the gradient of the argument NAME.
-    std::vector<std::string> wanted, sources(kFlows.begin(), kFlows.end());
-    variable_list cotangents_of_wanted;
+    std::vector<std::string> wanted, sources = kFlows;
+    variable_list of_wanted;
     for (size_t i = 0; i < cotangents.size(); ++i) {
-      sources.push_back(schema.returns()[i].name().substr(std::strlen("grad_")));
-      if (!values.is_masked(i)) {
-        wanted.push_back(sources.back());
-        cotangents_of_wanted.push_back(cotangents[i]);
-      }
+      sources.push_back(op.schema().returns()[i].name().substr(std::strlen("grad_")));
+      if (!values.is_wanted(i)) continue;
+      wanted.push_back(sources.back());
+      of_wanted.push_back(cotangents[i]);
     }
     std::erase_if(sources, [&](const std::string& source) { return !requires_grad(values.tensor(source)); });
     const variable_list from = values.tensors(sources);
 
+    // What the operator has returned, as a differentiable function of its arguments.
     for (const std::string& input : wanted) {
       const Tensor value = values.tensor(input);
-      if (!value.requires_grad()) values[input] = value.detach().requires_grad_();
+      if (!value.requires_grad()) values.set(input, value.detach().requires_grad_());
     }
-    const auto loss = kLosses.at(name.substr(name.rfind(':') + 1));
+    const Loss loss = kLosses.at(name.substr(name.rfind(':') + 1));
     const variable_list first =
         differentiate(loss(values), values.tensors(wanted), values.tensors(kFlows), /*create_graph=*/true);
-    const variable_list second = differentiate(first, from, cotangents_of_wanted, create_graph);
+    const variable_list second = differentiate(first, from, of_wanted, create_graph);
 
-    variable_list results(tensors.size() +
-                          2);  // undefined for what was not differentiated, and for forward's op and stack
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      const auto source = std::find(sources.begin(), sources.end(), tensors[i]);
-      if (source != sources.end()) results[i] = second[source - sources.begin()];
+    variable_list results;
+    for (const std::string& tensor : values.names()) {
+      const auto source = std::find(sources.begin(), sources.end(), tensor);
+      results.push_back(source == sources.end() ? Tensor() : second[source - sources.begin()]);
     }
+    results.resize(results.size() + 2);  // forward's other arguments are no tensors
     return results;
   }
 };
