@@ -1,6 +1,7 @@
 // The bridge to the Triton kernels, which are Python (fusedloss/triton). They are handed what the CUDA kernels are
-// handed: the structs of csrc/kernels, field by field and by the same names. A pointer becomes a tensor of one element,
-// since Triton takes an address and a type from a tensor; a null pointer becomes None.
+// handed: the structs of csrc/kernels, as the dataclasses of fusedloss/triton/arguments.py, field by field and by the
+// same names. A pointer becomes a tensor of one element, since Triton takes an address and a type from a tensor; what is
+// absent becomes None.
 
 #include "triton.h"
 
@@ -31,10 +32,28 @@ at::ScalarType scalar_type(Dtype dtype) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-template <class... Fields>
-py::object object(Fields&&... fields) {
-  static const py::handle type = py::object(py::module_::import("types").attr("SimpleNamespace")).release();
-  return type(std::forward<Fields>(fields)...);
+const char* name_of(Pass pass) {
+  switch (pass) {
+    case Pass::forward: return "forward";
+    case Pass::forward_with_gradient: return "forward_with_gradient";
+    case Pass::backward: return "backward";
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+const char* name_of(Reduction reduction) {
+  switch (reduction) {
+    case Reduction::none: return "none";
+    case Reduction::mean: return "mean";
+    case Reduction::sum: return "sum";
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+// Of fusedloss/triton/arguments.py.
+py::object named(const char* name) {
+  static const py::handle arguments = py::module_::import("fusedloss.triton.arguments").release();
+  return arguments.attr(name);
 }
 
 class ToPython {
@@ -44,45 +63,51 @@ class ToPython {
       : device_(input.device()), accumulate_(ops::accumulate_type(scalar_type(dtype))) {}
 
   py::object operator()(const CrossEntropyArgs& a) const {
-    return object("device"_a = device_, "shape"_a = shape(a.shape), "logits"_a = input(a.logits),
-                  "has_probabilities"_a = a.has_probabilities,
-                  "target"_a = a.has_probabilities ? absent_target() : target(a.target),
-                  "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight),
-                  "label_smoothing"_a = a.label_smoothing, "z_loss"_a = a.z_loss, "logit_softcap"_a = a.logit_softcap,
-                  "every_lse"_a = a.every_lse, "row_max"_a = sums(a.row_max), "row_log_sum"_a = sums(a.row_log_sum),
-                  "loss"_a = tensor(a.loss), "lse"_a = sums(a.lse), "total"_a = total(a.total), "flow"_a = flow(a.flow),
-                  "grad_lse"_a = sums(a.grad_lse), "grad_logits"_a = tensor(a.grad_logits),
-                  "grad_probabilities"_a = tensor(a.grad_probabilities));
+    return named("CrossEntropyArgs")(
+        "device"_a = device_, "shape"_a = shape(a.shape), "logits"_a = input(a.logits),
+        "has_probabilities"_a = a.has_probabilities, "target"_a = a.has_probabilities ? py::none() : target(a.target),
+        "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight),
+        "label_smoothing"_a = a.label_smoothing, "z_loss"_a = a.z_loss, "logit_softcap"_a = a.logit_softcap,
+        "every_lse"_a = a.every_lse, "row_max"_a = sums(a.row_max), "row_log_sum"_a = sums(a.row_log_sum),
+        "loss"_a = tensor(a.loss), "lse"_a = sums(a.lse), "total"_a = total(a.total), "flow"_a = flow(a.flow),
+        "grad_lse"_a = sums(a.grad_lse), "grad_logits"_a = tensor(a.grad_logits),
+        "grad_probabilities"_a = tensor(a.grad_probabilities));
   }
 
   py::object operator()(const NllArgs& a) const {
-    return object("device"_a = device_, "shape"_a = shape(a.shape), "log_probs"_a = input(a.log_probs),
-                  "target"_a = target(a.target), "weight"_a = sums(a.weight), "loss"_a = tensor(a.loss),
-                  "total"_a = total(a.total), "flow"_a = flow(a.flow), "grad_log_probs"_a = tensor(a.grad_log_probs));
+    return named("NllArgs")("device"_a = device_, "shape"_a = shape(a.shape), "log_probs"_a = input(a.log_probs),
+                            "target"_a = target(a.target), "weight"_a = sums(a.weight), "loss"_a = tensor(a.loss),
+                            "total"_a = total(a.total), "flow"_a = flow(a.flow),
+                            "grad_log_probs"_a = tensor(a.grad_log_probs));
   }
 
   py::object operator()(const ElementwiseArgs& a) const {
-    const auto with_strides = [&](const ElementwiseTensor& t, const py::object& data) {
-      py::tuple strides(a.shape.dims);
-      for (int d = 0; d < a.shape.dims; ++d) strides[d] = t.strides[d];
-      return object("data"_a = data, "linear"_a = t.linear, "strides"_a = strides);
+    const auto numbers = [&](const std::array<std::int64_t, kMaxDims>& values) {
+      py::tuple tuple(a.shape.dims);
+      for (int d = 0; d < a.shape.dims; ++d) tuple[d] = values[d];
+      return tuple;
     };
-    const auto tensor = [&](const ElementwiseTensor& t) { return with_strides(t, pointer(t.data, t.dtype)); };
-    const auto input = [&](const ElementwiseTensor& t) { return with_strides(t, present(t.data, t.dtype)); };
-    py::tuple sizes(a.shape.dims);
-    for (int d = 0; d < a.shape.dims; ++d) sizes[d] = a.shape.sizes[d];
-    return object("device"_a = device_, "shape"_a = object("numel"_a = a.shape.numel, "sizes"_a = sizes),
-                  "input"_a = input(a.input), "target"_a = input(a.target), "weight"_a = tensor(a.weight),
-                  "pos_weight"_a = tensor(a.pos_weight), "has_ignore_index"_a = a.has_ignore_index,
-                  "ignore_index"_a = a.ignore_index, "loss"_a = tensor(a.loss), "total"_a = total(a.total),
-                  "flow"_a = object("grad_loss"_a = tensor(a.flow.grad_loss), "divisor"_a = float64(a.flow.divisor)),
-                  "grad_input"_a = tensor(a.grad_input), "grad_target"_a = tensor(a.grad_target));
+    const auto given = [&](const ElementwiseTensor& t, const py::object& data) {
+      return named("ElementwiseTensor")("data"_a = data, "linear"_a = t.linear, "strides"_a = numbers(t.strides));
+    };
+    const auto input = [&](const ElementwiseTensor& t) { return given(t, present(t.data, t.dtype)); };
+    const auto tensor = [&](const ElementwiseTensor& t) { return t.data ? input(t) : py::none(); };
+    return named("ElementwiseArgs")(
+        "device"_a = device_,
+        "shape"_a = named("ElementwiseShape")("numel"_a = a.shape.numel, "sizes"_a = numbers(a.shape.sizes)),
+        "input"_a = input(a.input), "target"_a = input(a.target), "weight"_a = tensor(a.weight),
+        "pos_weight"_a = tensor(a.pos_weight), "has_ignore_index"_a = a.has_ignore_index,
+        "ignore_index"_a = a.ignore_index, "loss"_a = tensor(a.loss), "total"_a = total(a.total),
+        "flow"_a =
+            named("ElementwiseFlow")("grad_loss"_a = tensor(a.flow.grad_loss), "divisor"_a = float64(a.flow.divisor)),
+        "grad_input"_a = tensor(a.grad_input), "grad_target"_a = tensor(a.grad_target));
   }
 
   py::object operator()(const cuda::RescaleArgs& a) const {
-    return object("device"_a = device_, "grad"_a = pointer(a.grad, a.dtype), "numel"_a = a.numel,
-                  "grad_output"_a = pointer(a.grad_output, a.grad_output_dtype), "scale"_a = float64(a.scale),
-                  "keep_zeros"_a = a.keep_zeros);
+    return named("RescaleArgs")("device"_a = device_, "grad"_a = pointer(a.grad, scalar_type(a.dtype)),
+                                "numel"_a = a.numel,
+                                "grad_output"_a = pointer(a.grad_output, scalar_type(a.grad_output_dtype)),
+                                "scale"_a = float64(a.scale), "keep_zeros"_a = a.keep_zeros);
   }
 
  private:
@@ -94,40 +119,37 @@ class ToPython {
                         .target_device(device_)
                         .make_tensor());
   }
-  py::object pointer(const void* data, Dtype dtype) const { return pointer(data, scalar_type(dtype)); }
   // An empty tensor's data is null, and it is not absent.
   py::object present(const void* data, Dtype dtype) const {
-    if (data) return pointer(data, dtype);
+    if (data) return pointer(data, scalar_type(dtype));
     return py::cast(at::empty({0}, at::TensorOptions(scalar_type(dtype)).device(device_)));
   }
   py::object sums(const void* data) const { return pointer(data, accumulate_); }
   py::object float64(const double* data) const { return pointer(data, at::kDouble); }
 
   static py::object shape(const ClassShape& s) {
-    return object("outer"_a = s.outer, "classes"_a = s.classes, "inner"_a = s.inner, "positions"_a = s.positions());
+    return named("ClassShape")("outer"_a = s.outer, "classes"_a = s.classes, "inner"_a = s.inner);
   }
-  static py::object with_strides(const ClassTensor& t, const py::object& data) {
-    return object("data"_a = data, "outer_stride"_a = t.outer_stride, "class_stride"_a = t.class_stride,
-                  "inner_stride"_a = t.inner_stride);
+  py::object input(const ClassTensor& t) const {
+    return named("ClassTensor")("data"_a = present(t.data, t.dtype), "outer_stride"_a = t.outer_stride,
+                                "class_stride"_a = t.class_stride, "inner_stride"_a = t.inner_stride);
   }
-  py::object tensor(const ClassTensor& t) const { return with_strides(t, pointer(t.data, t.dtype)); }
-  py::object input(const ClassTensor& t) const { return with_strides(t, present(t.data, t.dtype)); }
-  py::object tensor(const PositionTensor& t) const {
-    return object("data"_a = pointer(t.data, t.dtype), "stride"_a = t.stride);
+  py::object input(const PositionTensor& t) const {
+    return named("PositionTensor")("data"_a = present(t.data, t.dtype), "stride"_a = t.stride);
+  }
+  template <class Tensor>
+  py::object tensor(const Tensor& t) const {
+    return t.data ? input(t) : py::none();
   }
   py::object target(const ClassTarget& t) const {
-    return object("index"_a = object("data"_a = present(t.index.data, t.index.dtype), "stride"_a = t.index.stride),
-                  "ignore_index"_a = t.ignore_index);
-  }
-  static py::object absent_target() {
-    return object("index"_a = object("data"_a = py::none(), "stride"_a = 0), "ignore_index"_a = 0);
+    return named("ClassTarget")("index"_a = input(t.index), "ignore_index"_a = t.ignore_index);
   }
   py::object flow(const ClassFlow& f) const {
-    return object("grad_loss"_a = tensor(f.grad_loss), "divisor"_a = float64(f.divisor));
+    return named("ClassFlow")("grad_loss"_a = tensor(f.grad_loss), "divisor"_a = float64(f.divisor));
   }
   py::object total(const Total& t) const {
-    return object("is_mean"_a = t.reduction == Reduction::mean, "loss"_a = pointer(t.loss, t.dtype),
-                  "divisor"_a = float64(t.divisor));
+    return named("Total")("reduction"_a = named("Reduction").attr(name_of(t.reduction)),
+                          "loss"_a = pointer(t.loss, scalar_type(t.dtype)), "divisor"_a = float64(t.divisor));
   }
 
   const at::Device device_;
@@ -137,15 +159,6 @@ class ToPython {
 Dtype dtype_of(const CrossEntropyArgs& args) { return args.logits.dtype; }
 Dtype dtype_of(const NllArgs& args) { return args.log_probs.data ? args.log_probs.dtype : args.grad_log_probs.dtype; }
 Dtype dtype_of(const ElementwiseArgs& args) { return args.dtype; }
-
-const char* name_of(Pass pass) {
-  switch (pass) {
-    case Pass::forward: return "forward";
-    case Pass::forward_with_gradient: return "forward_with_gradient";
-    case Pass::backward: return "backward";
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
 
 // Calls Python from a thread of any kind; what is raised there is raised here.
 template <class Call>
@@ -168,7 +181,7 @@ void install_triton(const py::object& launchers) {
   static_cast<Losses<ops::TritonLaunch>&>(kernels) = kernels.map<ops::TritonLaunch>(
       [&]<class Args>(const char* name, const ops::TritonLaunch<Args>&) -> ops::TritonLaunch<Args> {
         return [launch = py::object(launchers.attr(name))](const Args& args, Pass pass, const at::Tensor& input) {
-          in_python([&] { launch(ToPython(input, dtype_of(args))(args), name_of(pass)); });
+          in_python([&] { launch(ToPython(input, dtype_of(args))(args), named("Pass").attr(name_of(pass))); });
         };
       });
   kernels.rescale = [launch = py::object(launchers.attr("rescale"))](const cuda::RescaleArgs& args,

@@ -13,10 +13,26 @@ def kernel(function):
     """Declares a kernel: like triton.jit, with device_assert in force, and compiled for types and constexprs alone.
 
     Numbers are annotated with their type and not specialised: Triton would compile once for 1, once for multiples of
-    16, once for each other number; and it would take a float for a float32.
+    16, once for each other number; and it would take a float for a float32. In a NamedTuple it does so whatever is
+    annotated, so that a number is there `hidden`, and no float.
     """
     numbers = [name for name, kind in function.__annotations__.items() if kind in (tl.int64, tl.float64)]
     return triton.jit(function, debug=True, do_not_specialize=numbers)
+
+
+_HIDING = 2**62 + 1
+_HIDDEN = tl.constexpr(_HIDING)
+
+
+def hidden(number):
+    """A number of 0 to 2^60 as one that is neither 1 nor a multiple of 16, and takes 64 bits."""
+    return number * 2 + _HIDING
+
+
+@triton.jit
+def shown(number):
+    """What `hidden` has hidden."""
+    return (number - _HIDDEN) >> 1
 
 
 def start(function, programs, *arguments, warps=4, **constants):

@@ -1,240 +1,30 @@
 """The formulas: twins of csrc/math, function for function, by the same names and in the same order.
 
 What each formula is, and where it comes from, stands there. Here is what Triton needs in place of C++: the accumulate
-type is a tensor's own, a template parameter is a constexpr, a struct of two results is a tuple.
+type is a tensor's own, a template parameter is a constexpr, a struct is a NamedTuple, and of the functions in which an
+`if` would be decided at run time some take `o`, which a kernel is compiled for (rows.py: Options).
 tests/test_triton_math.py compares the twins.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-# --- portable.h ------------------------------------------------------------------------------------------------
-#
-# On the device the C++ side takes CUDA's functions; Triton has one for each that is accurate enough, but for exp and
-# tanh, which are the C++ host's (there, the reductions and series are explained).
+from fusedloss.triton.portable import (
+    constant,
+    divide,
+    exp_nonpositive,
+    log1p,
+    log1p_unit,
+    number,
+    quotient,
+    tanh,
+    times_exp,
+    zero_if,
+)
 
 _INFINITY = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
-
-
-@triton.jit
-def number(value, dtype: tl.constexpr):
-    """A number in a type. A Python float that meets a float64 would be one rounded to float32."""
-    return tl.full((), value, dtype)
-
-
-@triton.jit
-def constant(value, like):
-    """A number in the type of `like`."""
-    return tl.full((), value, like.dtype)
-
-
-@triton.jit
-def converted(x, pointer):
-    """x in the type of what a pointer points to."""
-    if x.dtype == tl.float64 and pointer.dtype.element_ty == tl.bfloat16:
-        return x.to(tl.float32).to(tl.bfloat16)  # no device converts this at once
-    else:
-        return x.to(pointer.dtype.element_ty)
-
-
-@triton.jit
-def larger(a, b):
-    """The larger number; NaN in `a` is passed over."""
-    return tl.where(a > b, a, b)
-
-
-@triton.jit
-def clamp(a, low, high):
-    """NaN in `a` wins."""
-    raised = tl.where(a < low, low, a)
-    return tl.where(raised > high, high, raised)
-
-
-@triton.jit
-def zero_if(condition, value):
-    return tl.where(condition, 0.0, value)
-
-
-@triton.jit
-def quotient(a, b):
-    """a / b, for a b that is neither denormal nor close to overflow."""
-    return a / b
-
-
-@triton.jit
-def divide(a, b):
-    """a / b, rounded once. C++ has an operator for it; Triton's is an approximation in float32."""
-    if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    else:
-        return a / b
-
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-
-_EXP_SERIES_32: tl.constexpr = tl.constexpr(
-    (0.5, 0.166665769896987757, 0.0416665546172045742, 0.00836317905272257737, 0.00139261835877134945)
-)
-_EXP_SERIES_64: tl.constexpr = tl.constexpr(
-    (
-        0.500000000000000102,
-        0.166666666666666675,
-        0.0416666666666241279,
-        0.00833333333333006183,
-        0.00138888889172137169,
-        0.000198412698630536169,
-        0.0000248015212959543751,
-        2.75572684599970648e-6,
-        2.76200884454097482e-7,
-        2.51003854955103191e-8,
-    )
-)
-_LOG1P_SERIES_32: tl.constexpr = tl.constexpr(
-    (
-        -0.499999995222237707,
-        0.33333237346213987,
-        -0.249967599082639252,
-        0.199567079522518358,
-        -0.163651528692055351,
-        0.130333642382428156,
-        -0.0913941377401492021,
-        0.0493099734345496944,
-        -0.0171842669824487093,
-        0.00280164199280334992,
-    )
-)
-_LOG1P_SERIES_64: tl.constexpr = tl.constexpr(
-    (
-        -0.49999999999999994,
-        0.333333333333285468,
-        -0.249999999993596206,
-        0.199999999658224018,
-        -0.166666656967697302,
-        0.142856973681769039,
-        -0.124998021936408679,
-        0.111094697271044939,
-        -0.0998994097833761753,
-        0.0904403840581878174,
-        -0.0816358369873179002,
-        0.072060527838905025,
-        -0.060245718496051139,
-        0.0457183288742196421,
-        -0.0300062489220241489,
-        0.0161774482920837739,
-        -0.0067614194988498022,
-        0.0020308462484097632,
-        -0.000387011110858030387,
-        0.0000349649999951775279,
-    )
-)
-
-
-@triton.jit
-def polynomial(coefficients: tl.constexpr, COUNT: tl.constexpr, x):
-    """coefficients[0] + coefficients[1] x + ..., the highest first."""
-    result = constant(coefficients[COUNT - 1], x)
-    for i in tl.static_range(1, COUNT):
-        result = result * x + constant(coefficients[COUNT - 1 - i], x)
-    return result
-
-
-@triton.jit
-def reduce_exp(x):
-    """(biased_n, r): x = n ln 2 + r with |r| <= ln(2) / 2, and n + bias in the lowest bits of the mantissa."""
-    if x.dtype == tl.float64:
-        rounder = constant(6755399441055744.0 + 1023.0, x)
-        high = constant(6.93147180369123816490e-01, x)
-        low = constant(1.90821492927058770002e-10, x)
-    else:
-        rounder = constant(12582912.0 + 127.0, x)
-        high = constant(0.693359375, x)
-        low = constant(-2.12194440e-4, x)
-    biased_n = x * constant(_LOG2_E, x) + rounder
-    n = biased_n - rounder
-    r = (x - n * high) - n * low
-    return biased_n, r
-
-
-@triton.jit
-def exp_rest(r):
-    """exp(r) - 1 for a reduced r."""
-    if r.dtype == tl.float64:
-        series = polynomial(_EXP_SERIES_64, 10, r)
-    else:
-        series = polynomial(_EXP_SERIES_32, 5, r)
-    return (series * r + 1.0) * r
-
-
-@triton.jit
-def exp_scale(biased_n):
-    """2^n, for n in the range of normal numbers."""
-    if biased_n.dtype == tl.float64:
-        return (biased_n.to(tl.int64, bitcast=True) << 52).to(tl.float64, bitcast=True)
-    else:
-        return (biased_n.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exp_nonpositive(x):
-    """exp(x) for x <= 0. Results below the smallest normal number are 0.
-
-    tl.exp in float32 is an approximation of 2^(x log2(e)), whose product alone rounds off x times half a unit in the
-    last place; the rest r of the reduction is small enough for it.
-    """
-    if x.dtype == tl.float64:
-        return zero_if(x < constant(-708.396418532264, x), tl.exp(x))
-    else:
-        biased_n, r = reduce_exp(x)
-        result = tl.exp2(r * constant(_LOG2_E, x)) * exp_scale(biased_n)
-        return zero_if(x < -87.33654, result)
-
-
-@triton.jit
-def exp_roughly(x):
-    """exp(x) for x <= 0, where half precision will hide what it loses."""
-    return tl.exp(x)
-
-
-@triton.jit
-def times_exp(factor, x):
-    """factor * exp(x) for x <= 0 where exp is normal, rounded about once."""
-    biased_n, r = reduce_exp(x)
-    rest = exp_rest(r)
-    high = rest + 1.0
-    low = rest - (high - 1.0)
-    product = factor * high
-    # An infinite factor stays one: times a low of 0 or less it would be NaN.
-    finite = tl.abs(product) < _INFINITY
-    return tl.where(finite, product + factor * low, product) * exp_scale(biased_n)
-
-
-@triton.jit
-def tanh(x):
-    biased_n, r = reduce_exp(clamp(-2.0 * tl.abs(x), constant(-40.0, x), constant(0.0, x)))
-    scale = exp_scale(biased_n)
-    t = exp_rest(r) * scale + (scale - 1.0)
-    result = divide(-t, t + 2.0)
-    return tl.where(x < 0, -result, result)
-
-
-@triton.jit
-def log1p_unit(x):
-    """log(1 + x) for x in [0, 1]."""
-    if x.dtype == tl.float64:
-        series = polynomial(_LOG1P_SERIES_64, 20, x)
-    else:
-        series = polynomial(_LOG1P_SERIES_32, 10, x)
-    return series * (x * x) + x
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x in [-1, 1]."""
-    y = 1.0 + x
-    lost = x - (y - 1.0)
-    return tl.where(y == 0, -_INFINITY, tl.log(y) + divide(lost, y))
-
 
 # --- reduction.h -----------------------------------------------------------------------------------------------
 
@@ -277,9 +67,42 @@ def log_sum_exp(max, log_sum):
 # --- cross_entropy.h -------------------------------------------------------------------------------------------
 
 
+class RowProblem(NamedTuple):
+    """The numbers of it; `dense` and `probabilities` are o's."""
+
+    keep: tl.tensor
+    spread: tl.tensor
+    spread_mass: tl.tensor
+    z_loss: tl.tensor
+    has_classes: tl.tensor
+
+
 @triton.jit
-def probability_mass(keep, spread, probability, weight):
-    return weight * (keep * probability + spread)
+def row_problem(label_smoothing, z_loss, classes, weight_sum, o: tl.constexpr):
+    """label_smoothing and z_loss: float64 on a GPU, Python's in the interpreter."""
+    smoothing = number(label_smoothing, tl.float64)
+    spread = (smoothing / classes.to(tl.float64)).to(o.acc)
+    problem = RowProblem((1.0 - smoothing).to(o.acc), spread, spread, number(z_loss, o.acc), classes > 0)
+    return with_weight_sum(problem, weight_sum, o)
+
+
+@triton.jit
+def with_weight_sum(problem, weight_sum, o: tl.constexpr):
+    """The problem of rows whose weights' sum forward knows only when it has read them."""
+    spread_mass = number(0.0, o.acc)
+    if o.dense and not o.probabilities:
+        spread_mass = (problem.spread.to(tl.float64) * weight_sum).to(o.acc)
+    return RowProblem(problem.keep, problem.spread, spread_mass, problem.z_loss, problem.has_classes)
+
+
+@triton.jit
+def index_mass(problem, weight):
+    return problem.keep * weight
+
+
+@triton.jit
+def probability_mass(problem, probability, weight):
+    return weight * (problem.keep * probability + problem.spread)
 
 
 @triton.jit
@@ -292,9 +115,81 @@ def entry_loss_at_max(shifted, mass):
     return zero_if(shifted == 0, -mass * shifted)
 
 
+class RowStatistics(NamedTuple):
+    """The last two are not there, or are not to be used, where not every class has mass."""
+
+    max: tl.tensor
+    sum: tl.tensor
+    dense_loss: tl.tensor
+    mass: tl.tensor  # float64
+
+
+@triton.jit
+def relative_to(max, statistics, o: tl.constexpr):
+    """Statistics relative to a maximum that is no smaller than their own. Those of one maximum are merged by adding."""
+    sum = rescale(statistics.sum, statistics.max, max)
+    dense_loss = statistics.dense_loss
+    if o.dense:
+        apart = finite_shift(statistics.max) - finite_shift(max)
+        dense_loss += entry_loss_at_max(apart, statistics.mass.to(o.acc))
+    return RowStatistics(max, sum, dense_loss, statistics.mass)
+
+
+@triton.jit
+def merge(parts, o: tl.constexpr):
+    """C++ merges two parts. Here are many, along the last of two axes, which share the search for their maximum."""
+    max = tl.max(parts.max, 1)
+    parts = relative_to(max[:, None], parts, o)
+    if o.dense:
+        return RowStatistics(max, tl.sum(parts.sum, 1), tl.sum(parts.dense_loss, 1), tl.sum(parts.mass, 1))
+    else:
+        return RowStatistics(max, tl.sum(parts.sum, 1), None, None)
+
+
+class FinishedRow(NamedTuple):
+    max: tl.tensor
+    log_sum: tl.tensor
+    dense_loss: tl.tensor
+    mass: tl.tensor
+
+
+@triton.jit
+def finished(statistics, o: tl.constexpr):
+    """A row's statistics as they are saved for backward; the mass is wanted in the accumulate type from here on."""
+    log_sum = tl.log(statistics.sum)
+    if o.dense:
+        return FinishedRow(statistics.max, log_sum, statistics.dense_loss, statistics.mass.to(o.acc))
+    else:
+        return FinishedRow(statistics.max, log_sum, None, None)
+
+
+@triton.jit
+def row_lse(row):
+    """FinishedRow::lse."""
+    return log_sum_exp(row.max, row.log_sum)
+
+
+class RowTarget(NamedTuple):
+    counts: tl.tensor
+    mass: tl.tensor
+    shifted: tl.tensor
+
+
 @triton.jit
 def z_term(lse, z_loss):
     return z_loss * lse * lse
+
+
+@triton.jit
+def row_loss(problem, row, target, o: tl.constexpr):
+    loss = entry_loss(target.shifted, row.log_sum, target.mass)
+    if o.probabilities:
+        loss += row.dense_loss + row.mass * row.log_sum
+    elif o.dense:
+        loss += problem.spread * row.dense_loss + problem.spread_mass * row.log_sum
+    if o.has_z:
+        loss += z_term(row_lse(row), problem.z_loss)
+    return tl.where(target.counts & problem.has_classes, loss, 0.0)
 
 
 @triton.jit
@@ -308,6 +203,32 @@ def normaliser_grad(grad_loss, grad_lse, mass, lse, z_loss, HAS_Z: tl.constexpr)
 @triton.jit
 def logit_grad(e, softmax_grad, target_grad):
     return e * softmax_grad - target_grad
+
+
+class RowGradient(NamedTuple):
+    factor: tl.tensor
+    on_target: tl.tensor
+    on_all: tl.tensor
+
+
+@triton.jit
+def row_gradient(problem, row, target, grad_loss, grad_lse, o: tl.constexpr):
+    g = tl.where(target.counts, grad_loss, 0.0)
+    on_all = g * problem.spread
+    mass = target.mass
+    if o.probabilities:
+        on_all = g
+        mass = row.mass
+    elif o.dense:
+        mass += problem.spread_mass
+    mass = tl.where(target.counts, mass, 0.0)
+    factor = normaliser_grad(g, grad_lse, mass, row_lse(row), problem.z_loss, o.has_z)
+    return RowGradient(factor, g * target.mass, on_all)
+
+
+@triton.jit
+def over_sum(x, log_sum):
+    return tl.where(log_sum >= 0, times_exp(x, -log_sum), log_sum - log_sum)
 
 
 @triton.jit

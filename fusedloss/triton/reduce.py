@@ -6,11 +6,15 @@ the same way.
 No floating-point atomics: a result is bitwise the same from run to run. Parts are float64, as on the other backends.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from fusedloss.triton import math
+from fusedloss.triton.arguments import Reduction, Total
 from fusedloss.triton.launch import ceil_div, kernel, start, workspace
+from fusedloss.triton.portable import converted, number
 
 _BLOCK = 1024
 # The parts that a program adds up, in one block after the other: four take about as long as another launch, which fewer
@@ -18,23 +22,25 @@ _BLOCK = 1024
 RUN = 4096
 
 
-@triton.jit
-def _write(loss, divisor, loss_sum, divisor_sum, IS_MEAN: tl.constexpr):
-    if divisor is not None:
-        tl.store(divisor, divisor_sum)
-    if loss is not None:
-        tl.store(loss, math.converted(math.reduced(IS_MEAN, loss_sum, divisor_sum), loss))
+class Totals(NamedTuple):
+    """Where a program's sums go: to the parts; where there are none, the program is alone, and they are the total."""
+
+    parts: tl.tensor
+    loss: tl.tensor
+    divisor: tl.tensor
 
 
 @triton.jit
-def finish(parts, total_loss, total_divisor, loss_sum, divisor_sum, IS_MEAN: tl.constexpr, ALONE: tl.constexpr):
-    """What a program does with its sums. ALONE: there is no other, and its sums are the total."""
-    if ALONE:
-        _write(total_loss, total_divisor, loss_sum, divisor_sum, IS_MEAN)
-    elif parts is not None:
+def store_sums(total, loss_sum, divisor_sum, IS_MEAN: tl.constexpr):
+    if total.parts is not None:
         program = tl.program_id(0)
-        tl.store(parts + program, loss_sum)
-        tl.store(parts + tl.num_programs(0) + program, divisor_sum)
+        tl.store(total.parts + program, loss_sum)
+        tl.store(total.parts + tl.num_programs(0) + program, divisor_sum)
+    else:
+        if total.divisor is not None:
+            tl.store(total.divisor, divisor_sum)
+        if total.loss is not None:
+            tl.store(total.loss, converted(math.reduced(IS_MEAN, loss_sum, divisor_sum), total.loss))
 
 
 @triton.jit
@@ -49,30 +55,31 @@ def sum_of_parts(parts, count, BLOCK: tl.constexpr):
 @kernel
 def _sum_runs(
     parts,
-    sums,
-    total_loss,
-    total_divisor,
+    total: Totals,
     count: tl.int64,
     IS_MEAN: tl.constexpr,
-    ALONE: tl.constexpr,
     BLOCK: tl.constexpr,
     RUN: tl.constexpr,
 ):
     begin = tl.program_id(0).to(tl.int64) * RUN
     in_run = tl.minimum(count - begin, RUN)
     loss_sum = sum_of_parts(parts + begin, in_run, BLOCK)
-    divisor_sum = math.number(0.0, tl.float64)
-    if IS_MEAN or total_divisor is not None:
+    divisor_sum = number(0.0, tl.float64)
+    if IS_MEAN or total.divisor is not None:
         divisor_sum = sum_of_parts(parts + count + begin, in_run, BLOCK)
-    finish(sums, total_loss, total_divisor, loss_sum, divisor_sum, IS_MEAN, ALONE)
+    store_sums(total, loss_sum, divisor_sum, IS_MEAN)
 
 
 def add_up(parts, count, total, device):
     """Writes the total of so many parts: of the loss and, where it is wanted, of the divisor behind them."""
     sums = Parts(total, ceil_div(count, RUN), device)
-    constants = {"IS_MEAN": total.is_mean, "ALONE": sums.alone, "BLOCK": _BLOCK, "RUN": RUN}
-    start(_sum_runs, sums.programs, parts, *sums.pointers, count, **constants)
+    start(_sum_runs, sums.programs, parts, sums.totals, count, IS_MEAN=total.is_mean, BLOCK=_BLOCK, RUN=RUN)
     sums.add_up()
+
+
+def sum_into(result, values, count, device):
+    """Writes the sum of so many values."""
+    add_up(values, count, Total(Reduction.sum, result, None), device)
 
 
 class Parts:
@@ -80,14 +87,10 @@ class Parts:
 
     def __init__(self, total, programs, device):
         wanted = total.loss is not None or total.divisor is not None
+        parts = workspace(device, 2 * programs) if wanted and programs != 1 else None
+        self.totals = Totals(parts, total.loss, total.divisor)
         self.total, self.programs, self.device = total, programs, device
-        self.alone = wanted and programs == 1
-        self.parts = workspace(device, 2 * programs) if wanted and programs != 1 else None
-
-    @property
-    def pointers(self):
-        return self.parts, self.total.loss, self.total.divisor
 
     def add_up(self):
-        if self.parts is not None:
-            add_up(self.parts, self.programs, self.total, self.device)
+        if self.totals.parts is not None:
+            add_up(self.totals.parts, self.programs, self.total, self.device)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fusedloss.triton import math
 from fusedloss.triton.launch import accumulate_type, ceil_div, index_type, kernel, start
+from fusedloss.triton.portable import converted
 
 _BLOCK = 2048
 
@@ -28,10 +29,10 @@ def _rescale(
         # A block that is full has no mask, so that 16 bytes are moved at once whatever the number of elements.
         if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel:
             values = math.rescaled(tl.load(grad + i).to(ACC), factor.to(ACC), KEEP_ZEROS)
-            tl.store(grad + i, math.converted(values, grad))
+            tl.store(grad + i, converted(values, grad))
         else:
             values = math.rescaled(tl.load(grad + i, mask=i < numel).to(ACC), factor.to(ACC), KEEP_ZEROS)
-            tl.store(grad + i, math.converted(values, grad), mask=i < numel)
+            tl.store(grad + i, converted(values, grad), mask=i < numel)
 
 
 def launch(args):
