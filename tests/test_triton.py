@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +21,8 @@ import fusedloss
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 if HAS_TRITON:
-    from fusedloss.triton import class_loss, cross_entropy, elementwise, launch, nll, reduce, rescale
-    from fusedloss.triton.cross_entropy import Geometry
+    from fusedloss.triton import arguments, class_loss, cross_entropy, elementwise, geometry, launch, nll, reduce, rescale
+    from fusedloss.triton.geometry import Geometry, TileShape
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,12 +40,12 @@ def backend():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that few classes are many."""
-    monkeypatch.setattr(cross_entropy, "ROWS", [])
-    monkeypatch.setattr(cross_entropy, "COLUMNS", [])
-    monkeypatch.setattr(cross_entropy, "SWEPT_ROWS", Geometry(ANY, 64, 4))
-    monkeypatch.setattr(cross_entropy, "SWEPT_COLUMNS", Geometry(ANY, 64, 4))
-    monkeypatch.setattr(cross_entropy, "SWEPT_CLASSES", 4)
-    monkeypatch.setattr(cross_entropy, "BACKWARD", Geometry(ANY, 64, 4))
+    monkeypatch.setattr(geometry, "ROWS", [])
+    monkeypatch.setattr(geometry, "COLUMNS", [])
+    monkeypatch.setattr(geometry, "SWEPT_ROWS", Geometry(ANY, 64, 4))
+    monkeypatch.setattr(geometry, "SWEPT_COLUMNS", Geometry(ANY, 64, 4))
+    monkeypatch.setattr(geometry, "SWEPT_CLASSES", 4)
+    monkeypatch.setattr(geometry, "GRADIENT", Geometry(ANY, 64, 4))
 
 
 def slices(monkeypatch, count):
@@ -129,10 +128,10 @@ def launches(monkeypatch):
 
 def total_of(losses, divisors, is_mean):
     """(loss, divisor), both float64, of the parts that so many programs have left."""
-    total = SimpleNamespace(is_mean=is_mean)
-    total.loss, total.divisor = torch.empty(2, 1, dtype=torch.float64, device=DEVICE)
+    reduction = arguments.Reduction.mean if is_mean else arguments.Reduction.sum
+    total = arguments.Total(reduction, *torch.empty(2, 1, dtype=torch.float64, device=DEVICE))
     parts = reduce.Parts(total, len(losses), torch.device(DEVICE))
-    parts.parts.copy_(torch.cat([losses, divisors]))
+    parts.totals.parts.copy_(torch.cat([losses, divisors]))
     parts.add_up()
     return total.loss.item(), total.divisor.item()
 
@@ -169,7 +168,8 @@ def test_parts_are_added_up_run_by_run(run, count, programs, is_mean, launches, 
 @pytest.fixture
 def small_programs(monkeypatch):
     """Programs of 8 positions, of up to 8 classes, or of 8 elements."""
-    monkeypatch.setattr(cross_entropy, "_geometry", lambda share: lambda entries, wide: (8, 1, 8, 1, False))
+    geometry = TileShape(positions=8, chunk=1, lanes=8, warps=1, sweeps=False)
+    monkeypatch.setattr(cross_entropy, "forward_geometry", lambda share: lambda entries, wide: geometry)
     monkeypatch.setattr(nll, "_BLOCK", 8)
     monkeypatch.setattr(elementwise, "BLOCK", 8)
 
@@ -234,7 +234,7 @@ def test_counting_in_a_launch_before(loss, monkeypatch):
     """The divisor of a mean, where there are many positions, and totals of many programs."""
     monkeypatch.setattr(class_loss, "COUNTED_INLINE", 4)
     monkeypatch.setattr(class_loss, "_COUNT_BLOCK", 16)
-    monkeypatch.setattr(cross_entropy, "ROWS", [Geometry(ANY, 64, 1)])
+    monkeypatch.setattr(geometry, "ROWS", [Geometry(ANY, 64, 1)])
     check(loss, (70, 5), torch.float32, LAYOUTS["contiguous"])
 
 
@@ -273,12 +273,12 @@ def test_alignment_of_rows(classes, stride, offset, expected):
     """(elements of 16 bytes, 0) where all is aligned; (1, them) where rows are long enough to have packets inside."""
     shape = Shape()
     shape.classes = classes
-    assert class_loss.alignment(shape, "rows", [tensor(classes, stride, offset)]) == expected
+    assert geometry.alignment(shape, "rows", [tensor(classes, stride, offset)]) == expected
 
 
 def test_tensors_that_lie_differently_share_no_packets():
     pair = [tensor(103, 103), tensor(103, 103, offset=1)]
-    assert class_loss.alignment(Shape(), "rows", pair) == (1, 0)
+    assert geometry.alignment(Shape(), "rows", pair) == (1, 0)
 
 
 def test_a_program_has_as_many_threads_on_every_gpu(monkeypatch):
