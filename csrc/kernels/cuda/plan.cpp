@@ -1,3 +1,5 @@
+// Which traversal suits a problem, and how it is launched: tiles, rows or columns, and the divisor before them.
+
 #include "plan.h"
 
 #include <optional>
