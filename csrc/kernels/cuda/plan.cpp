@@ -188,7 +188,8 @@ CrossEntropyPlan plan_cross_entropy(const CrossEntropyArgs& args, Pass pass, con
   std::optional<Step> step = columns ? plan_columns(problem, workspace) : plan_tiles(problem, workspace);
   if (!step) step = plan_rows(problem, workspace);
 
-  if (!step) {  // rows are read twice, and statistics and divisor go through the workspace
+  plan.reads_twice = !step;
+  if (plan.reads_twice) {  // statistics and divisor go through the workspace
     const std::size_t accumulate_bytes = std::max<std::size_t>(problem.logit_bytes, sizeof(float));
     if (!args.row_max) plan.row_max = workspace.take(problem.positions, accumulate_bytes);
     if (!args.row_log_sum) plan.row_log_sum = workspace.take(problem.positions, accumulate_bytes);

@@ -145,8 +145,8 @@ struct Step {
 
 struct CrossEntropyPlan {
   std::vector<Step> steps;
-  // What a step leaves for the next: the divisor that was counted, or what backward reads of forward, where rows are
-  // read twice for a gradient in forward.
+  bool reads_twice = false;  // a gradient in forward takes two steps, forward and backward
+  // What a step leaves for the next: the divisor that was counted, or what backward reads where rows are read twice.
   Piece counted, row_max, row_log_sum, divisor;
   Workspace workspace;
 };
