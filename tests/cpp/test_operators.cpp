@@ -16,8 +16,10 @@ namespace {
 
 using Function = std::function<Tensor(const Tensor& input)>;
 
-// The same loss, and the same gradients of it and of its square, which need a grad_output that is not 1.
-void expect_same(const char* name, const Tensor& data, const Function& ours, const Function& native) {
+// The same loss, the same gradients of it and of its square, which need a grad_output that is not 1, and the same
+// derivative of the square of a gradient, where it is not written over the input.
+void expect_same(const char* name, const Tensor& data, const Function& ours, const Function& native,
+                 bool inplace = false) {
   const auto grad_of = [&](const Function& loss, bool squared) {
     const Tensor input = data.clone().requires_grad_();
     const Tensor value = loss(input * 1);  // which inplace may overwrite
@@ -29,6 +31,16 @@ void expect_same(const char* name, const Tensor& data, const Function& ours, con
     EXPECT(torch::allclose(grad_of(ours, squared), grad_of(native, squared), 1e-5, 1e-8), "%s, the gradient%s", name,
            squared ? " of the square" : "");
   }
+  const auto grad_of_penalty = [&](const Function& loss) {
+    const Tensor input = data.clone().requires_grad_();
+    const Tensor value = loss(input * 1).square().sum();
+    const Tensor grad = torch::autograd::grad({value}, {input}, {}, true, /*create_graph=*/true)[0];
+    return torch::autograd::grad({grad.square().sum()}, {input})[0];
+  };
+  if (inplace) return;
+  const Tensor penalty = grad_of_penalty(native);
+  EXPECT(torch::allclose(grad_of_penalty(ours), penalty, 1e-4, 1e-4 * penalty.abs().max().item<double>()),
+         "%s, the second derivative", name);
 }
 
 void test_cross_entropy() {
@@ -38,7 +50,7 @@ void test_cross_entropy() {
   const auto test = [&](const char* name, const Options& options, const Native& native) {
     expect_same(
         name, logits, [&](const Tensor& x) { return fusedloss::cross_entropy(x, target, options); },
-        [&](const Tensor& x) { return F::cross_entropy(x, target, native); });
+        [&](const Tensor& x) { return F::cross_entropy(x, target, native); }, options.inplace());
   };
   test("the defaults", {}, {});
   test("weight", Options().weight(weight), Native().weight(weight));
@@ -95,7 +107,7 @@ void test_binary_cross_entropy_with_logits() {
   const auto test = [&](const char* name, const Options& options, const Native& native) {
     expect_same(
         name, input, [&](const Tensor& x) { return fusedloss::binary_cross_entropy_with_logits(x, target, options); },
-        [&](const Tensor& x) { return F::binary_cross_entropy_with_logits(x, target, native); });
+        [&](const Tensor& x) { return F::binary_cross_entropy_with_logits(x, target, native); }, options.inplace());
   };
   test("with logits", {}, {});
   test("with logits, weight", Options().weight(weight), Native().weight(weight));
