@@ -1,8 +1,8 @@
 """The four losses in plain torch: native's functions, composed with what fusedloss adds to them.
 
-This is the specification. Tests judge the kernels by it (in float64), benchmarks measure against it, double backward
-differentiates it, and calls under functorch transforms and forward-mode AD are routed to it. Outside those it is never
-a fallback. The arguments are those of fusedloss.functional, without native's legacy size_average and reduce.
+This is the specification. Tests judge the kernels by it (in float64), benchmarks measure against it, exported programs
+are decomposed into it, and calls under functorch transforms and forward-mode AD are routed to it. Outside those it is
+never a fallback. The arguments are those of fusedloss.functional, without native's legacy size_average and reduce.
 """
 
 import torch
