@@ -1,0 +1,70 @@
+"""Each header of csrc compiles alone: it includes what it uses, in whatever order it is included itself."""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+CSRC = Path(__file__).parents[1] / "csrc"
+HEADERS = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".inl"})
+PART = re.compile(r"// Part of (\S+)[,:.]")  # begins a file that another includes in its middle
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+NVCC = shutil.which("nvcc")
+
+
+INCLUDE = re.compile(r'#include (["<])([^">]+)[">]')
+
+
+def is_of_torch(path):
+    return path.parent.name in ("ops", "csrc")
+
+
+def is_of_cuda(path):
+    """Whether it includes CUDA's headers, through others or not."""
+    included = INCLUDE.findall(path.read_text())
+    others = ((path.parent / name).resolve() for quote, name in included if quote == '"')
+    return any(name.startswith("cuda") for quote, name in included if quote == "<") or any(map(is_of_cuda, others))
+
+
+def compiled(path, folder):
+    """Nothing but the header, parsed; those without torch have no path to it."""
+    alone = folder / f"{'_'.join(path.relative_to(CSRC).parts)}.cu"
+    alone.write_text(f'#include "{path}"\n')
+    if is_of_cuda(path):
+        command = [NVCC, "-std=c++20", "--expt-relaxed-constexpr", "-arch=sm_90", "-ptx", "-o", os.devnull, alone]
+    else:
+        paths = [*cpp_extension.include_paths(), sysconfig.get_path("include")] if is_of_torch(path) else []
+        includes = [word for folder in paths for word in ("-isystem", folder)]
+        command = [*COMPILER.split(), "-std=c++20", "-fsyntax-only", "-x", "c++", *includes, alone]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def compilers(request, tmp_path_factory):
+    """All headers that are asked for, at once, on all cores."""
+    asked = {item.callspec.params["path"] for item in request.session.items if item.fspath == request.path}
+    folder = tmp_path_factory.mktemp("headers")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {path: pool.submit(compiled, path, folder) for path in sorted(asked) if reason_to_skip(path) is None}
+
+
+def reason_to_skip(path):
+    if part := PART.match(path.read_text()):
+        return f"a part of {part[1]}, which includes it in its middle"
+    if is_of_cuda(path):
+        return None if NVCC else "there is no nvcc"
+    return None if COMPILER else "there is no C++ compiler"
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=[str(path.relative_to(CSRC)) for path in HEADERS])
+def test_a_header_compiles_alone(path, compilers):
+    if reason := reason_to_skip(path):
+        pytest.skip(reason)
+    done = compilers[path].result()
+    assert done.returncode == 0, done.stderr[-4000:]
