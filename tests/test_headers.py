@@ -26,7 +26,9 @@ def is_of_torch(path):
 
 
 def is_of_cuda(path):
-    """Whether it includes CUDA's headers, through others or not."""
+    """Whether nvcc is needed: for device code, and for what includes CUDA's headers, through others or not."""
+    if path.suffix == ".cuh":
+        return True
     included = INCLUDE.findall(path.read_text())
     others = ((path.parent / name).resolve() for quote, name in included if quote == '"')
     return any(name.startswith("cuda") for quote, name in included if quote == "<") or any(map(is_of_cuda, others))
