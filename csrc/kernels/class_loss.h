@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../math/cross_entropy.h"
 #include "types.h"
 
 namespace fusedloss {
@@ -39,17 +40,14 @@ struct ClassTarget {
   std::int64_t ignore_index = 0;  // any value; positions with it count for nothing
 };
 
-struct CrossEntropyArgs {
+struct CrossEntropyArgs : math::RowOptions {
   ClassShape shape;
   ClassTensor logits;
   bool has_probabilities = false;  // which of the next two the target is; a pointer would not tell, without classes
   ClassTarget target;
   ClassTensor probabilities;     // (outer, classes, inner)
   const void* weight = nullptr;  // (classes,) of the accumulate type, or null
-  double label_smoothing = 0;
-  double z_loss = 0;
-  double logit_softcap = 0;  // 0: none
-  bool every_lse = false;    // the lse of ignored positions is wanted too
+  bool every_lse = false;        // the lse of ignored positions is wanted too
 
   // Forward writes these, if they are there; backward reads them. All of the accumulate type.
   void* row_max = nullptr;      // (positions,)

@@ -28,7 +28,14 @@
 
 namespace fusedloss::math {
 
-// What the options make of the formulas above: the same for all rows of a launch.
+// What a caller may ask of the formulas above.
+struct RowOptions {
+  double label_smoothing = 0;  // s
+  double z_loss = 0;           // z
+  double logit_softcap = 0;    // the logits are capped first; 0: they are not
+};
+
+// What the options make of the formulas: the same for all rows of a launch.
 template <class Acc>
 struct RowProblem {
   Acc keep = Acc(1);         // 1 - s, of the mass on the target
@@ -43,11 +50,12 @@ struct RowProblem {
 
 // weight_sum: of the class weights, or the number of classes.
 template <class Acc>
-FUSEDLOSS_FN RowProblem<Acc> row_problem(double label_smoothing, double z_loss, bool probabilities, double classes,
+FUSEDLOSS_FN RowProblem<Acc> row_problem(const RowOptions& options, bool probabilities, double classes,
                                          double weight_sum) {
-  const Acc spread = label_smoothing == 0 ? Acc(0) : Acc(label_smoothing / classes);
+  const double s = options.label_smoothing;
+  const Acc spread = s == 0 ? Acc(0) : Acc(s / classes);
   const Acc spread_mass = probabilities || spread == Acc(0) ? Acc(0) : Acc(double(spread) * weight_sum);
-  return {Acc(1 - label_smoothing), spread, spread_mass, Acc(z_loss), probabilities};
+  return {Acc(1 - s), spread, spread_mass, Acc(options.z_loss), probabilities};
 }
 
 // The mass that a class index puts on its class alone.

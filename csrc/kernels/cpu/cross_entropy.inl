@@ -212,8 +212,7 @@ struct CrossEntropy {
  private:
   template <class Value>
   math::RowProblem<Value> problem_of(double weight_sum) const {
-    return math::row_problem<Value>(args.label_smoothing, args.z_loss, args.has_probabilities, double(classes),
-                                    weight_sum);
+    return math::row_problem<Value>(args, args.has_probabilities, double(classes), weight_sum);
   }
 };
 

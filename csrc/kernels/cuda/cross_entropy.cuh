@@ -68,8 +68,7 @@ class CrossEntropy {
         for (int c = threadIdx.x; c < classes_; c += blockDim.x) sums.loss += static_cast<double>(weight_[c]);
         weight_sum = block_sum_for_all(sums).loss;
       }
-      problem_ =
-          math::row_problem<Acc>(args.label_smoothing, args.z_loss, args.has_probabilities, classes_, weight_sum);
+      problem_ = math::row_problem<Acc>(args, args.has_probabilities, classes_, weight_sum);
     }
     if constexpr (kPass == Pass::backward) {
       scale_ = math::mean_scale(args.flow.divisor);
