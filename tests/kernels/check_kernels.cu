@@ -410,7 +410,7 @@ void check_straddling(const CpuReference& cpu, Dtype dtype) {
 
 // --- Launches that fail, or follow others ---
 
-__global__ void do_nothing(int) {}
+__global__ void do_nothing(int value) {}
 
 void check_launches() {
   ++cases();
