@@ -4,11 +4,14 @@ The gradient that flows into loss ** 2 depends on the logits again, and so may t
 derivative that differentiates its saved arguments themselves counts those paths twice, without an error.
 """
 
+import contextlib
+import logging
 from functools import partial
 
 import pytest
 import torch
 from support import LOSSES, each, each_dtype, each_reduction, unit
+from torch._dynamo import compiled_autograd
 from torch.autograd import gradcheck, gradgradcheck
 
 import fusedloss
@@ -121,6 +124,27 @@ def test_the_graph_need_not_be_kept(loss, road, device):
         return torch.autograd.grad(first.square().sum(), input)[0]
 
     torch.testing.assert_close(second(partial(loss.ours, **options)), second(loss.native))
+
+
+@pytest.mark.filterwarnings("ignore")
+@each_road
+@each()
+def test_compiled_autograd(loss, road, device):
+    """The last backward through a compiler, which calls it with Python's lock held."""
+    logging.disable(logging.WARNING)
+    input, target = sample(loss, device, 3, 4)
+    options = on(road, loss, "mean")
+    gradients = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        leaf = input.detach().requires_grad_()
+        (first,) = torch.autograd.grad(loss.ours(leaf * 0.75, target, **options).square(), leaf, create_graph=True)
+        compiler = compiled_autograd._enable(partial(torch.compile, backend="eager"))
+        with compiler if compiles else contextlib.nullcontext():
+            first.square().sum().backward()
+        gradients.append(leaf.grad)
+    logging.disable(logging.NOTSET)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 # --- Accuracy ----------------------------------------------------------------------------------------------

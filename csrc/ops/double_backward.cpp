@@ -96,10 +96,11 @@ class Arguments {
 // The losses in plain torch, like fusedloss/reference.py: each takes its backward operator's arguments, and returns the
 // differentiable outputs, for which these operators are given grad_loss and grad_lse.
 
-Tensor reduced(const Tensor& loss, int64_t reduction, const Tensor& divisor) {
-  if (reduction == at::Reduction::None) return loss;
+// The divisor of the mean is among the arguments: forward has counted.
+Tensor reduced(const Arguments& of, const Tensor& loss) {
+  if (of.reduction() == at::Reduction::None) return loss;
   const Tensor total = loss.sum();
-  return reduction == at::Reduction::Sum ? total : total / divisor.to(total.scalar_type());
+  return of.reduction() == at::Reduction::Sum ? total : total / of.tensor("divisor").to(total.scalar_type());
 }
 
 // Native takes uint8 for (N, C) only, and int32 never.
@@ -113,24 +114,17 @@ variable_list cross_entropy(const Arguments& of) {
   const double z_loss = of.option("z_loss").toDouble(), cap = of.option("logit_softcap").toDouble();
   const c10::SymInt ignore_index = of.option("ignore_index").toSymInt();
   if (cap != 0) logits = cap * at::tanh(logits / cap);
-  Tensor loss = at::cross_entropy_loss_symint(logits, target, of.weight(), of.reduction(), ignore_index,
-                                              of.option("label_smoothing").toDouble());
+  const Tensor loss = at::cross_entropy_loss_symint(logits, target, of.weight(), of.reduction(), ignore_index,
+                                                    of.option("label_smoothing").toDouble());
   const Tensor lse =
       at::logsumexp(logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat), logits.dim() == 1 ? 0 : 1);
   if (z_loss == 0) return {loss, lse};
-
-  Tensor counts = at::ones_like(lse, at::kBool), weights = at::ones_like(lse, at::kDouble);
+  Tensor added = z_loss * lse.square();
   if (!at::isFloatingType(target.scalar_type())) {
-    const Tensor indices = target.reshape_symint(lse.sym_sizes());
-    counts = indices.ne(ignore_index);
-    weights = counts.to(at::kDouble);
-    if (of.weight()) {
-      const Tensor zero = at::zeros_like(indices);
-      weights = weights * of.weight()->to(at::kDouble).flatten().take(indices.where(counts, zero));
-    }
+    const Tensor counts = target.reshape_symint(lse.sym_sizes()).ne(ignore_index);
+    added = at::where(counts, added, at::zeros_like(added));
   }
-  const Tensor added = at::where(counts, z_loss * lse.square(), at::zeros_like(lse));
-  return {loss + reduced(added, of.reduction(), weights.sum()).to(loss.scalar_type()), lse};
+  return {loss + reduced(of, added).to(loss.scalar_type()), lse};
 }
 
 variable_list nll(const Arguments& of) {
@@ -151,8 +145,7 @@ variable_list elementwise(const Arguments& of, Native native) {
   input = at::where(ignored, at::full({}, 0.5, input.options()), input);
   target = at::where(ignored, at::full({}, 0.5, target.options()), target);
   const Tensor loss = native(input, target, at::Reduction::None);
-  const Tensor counted = at::where(ignored, at::zeros_like(loss), loss);
-  return {reduced(counted, of.reduction(), ignored.logical_not().sum())};
+  return {reduced(of, at::where(ignored, at::zeros_like(loss), loss))};
 }
 
 variable_list bce_with_logits(const Arguments& of) {
