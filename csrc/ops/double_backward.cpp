@@ -133,32 +133,32 @@ variable_list nll(const Arguments& of) {
                                  of.reduction(), of.option("ignore_index").toSymInt())};
 }
 
-// A loss of one element: native's, without the elements whose target is ignored.
-template <class Native>
-variable_list elementwise(const Arguments& of, Native native) {
-  Tensor input = of.operand("input"), target = of.operand("target");
-  const auto ignore_index = of.option("ignore_index").toOptional<c10::SymInt>();
-  const Tensor ignored = ignore_index ? target.eq(*ignore_index) : Tensor();
+// A loss of one element, without the elements whose target is ignored. `unreduced` is the loss of each of them.
+template <class Unreduced>
+variable_list elementwise(const Arguments& of, Unreduced unreduced) {
+  Tensor input = of.operand("input"), target = of.operand("target"), ignored;
+  if (const auto ignore_index = of.option("ignore_index").toOptional<c10::SymInt>()) ignored = target.eq(*ignore_index);
   if (!at::isFloatingType(target.scalar_type())) target = target.to(input.scalar_type());
-  if (!ignore_index) return {native(input, target, of.reduction())};
+  if (!ignored.defined()) return {reduced(of, unreduced(input, target))};
   // A value that every loss accepts, so that nothing an ignored element holds, NaN included, meets a formula.
   input = at::where(ignored, at::full({}, 0.5, input.options()), input);
   target = at::where(ignored, at::full({}, 0.5, target.options()), target);
-  const Tensor loss = native(input, target, at::Reduction::None);
+  const Tensor loss = unreduced(input, target);
   return {reduced(of, at::where(ignored, at::zeros_like(loss), loss))};
 }
 
 variable_list bce_with_logits(const Arguments& of) {
-  return elementwise(of, [&](const Tensor& input, const Tensor& target, int64_t reduction) {
-    return at::binary_cross_entropy_with_logits(input, target, of.weight(), of.weight("pos_weight"), reduction);
+  return elementwise(of, [&](const Tensor& input, const Tensor& target) {
+    return at::binary_cross_entropy_with_logits(input, target, of.weight(), of.weight("pos_weight"),
+                                                at::Reduction::None);
   });
 }
 
 variable_list bce(const Arguments& of) {
-  return elementwise(of, [&](const Tensor& input, const Tensor& target, int64_t reduction) {
+  return elementwise(of, [&](const Tensor& input, const Tensor& target) {
     auto weight = of.weight();
-    if (weight) weight = weight->expand_symint(at::infer_size_symint(target.sym_sizes(), weight->sym_sizes()));
-    return at::binary_cross_entropy(input, target, weight, reduction);
+    if (weight) weight = weight->expand_symint(target.sym_sizes());
+    return at::binary_cross_entropy(input, target, weight, at::Reduction::None);
   });
 }
 
