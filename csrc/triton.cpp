@@ -1,7 +1,7 @@
 // The bridge to the Triton kernels, which are Python (fusedloss/triton). They are handed what the CUDA kernels are
-// handed: the structs of csrc/kernels, as the dataclasses of fusedloss/triton/arguments.py, field by field and by the
-// same names. A pointer becomes a tensor of one element, since Triton takes an address and a type from a tensor; what is
-// absent becomes None.
+// handed: the structs of csrc/kernels, as the NamedTuples of fusedloss/triton/arguments.py, field by field and by the
+// same names. A pointer becomes a tensor of one element, since Triton takes an address and a type from a tensor; what
+// is absent becomes None.
 
 #include "triton.h"
 

@@ -1,6 +1,7 @@
 """The formulas in Triton (fusedloss/triton/math.py) beside those in C++ (csrc/math), function by function."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,28 +20,34 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from fusedloss.triton import math
+    from fusedloss.triton import math, portable
+    from fusedloss.triton.rows import Options
 
     @triton.jit
-    def _apply(FUNCTION: tl.constexpr, x, y, ARGUMENTS: tl.constexpr, RESULTS: tl.constexpr, COUNT: tl.constexpr):
+    def _apply(
+        FUNCTION: tl.constexpr,
+        x,
+        y,
+        ARGUMENTS: tl.constexpr,
+        RESULTS: tl.constexpr,
+        COUNT: tl.constexpr,
+        o: tl.constexpr,
+    ):
         """The function of the rows of x, (COUNT, ARGUMENTS), into those of y, (COUNT, RESULTS)."""
         x += tl.arange(0, COUNT) * ARGUMENTS
         y += tl.arange(0, COUNT) * RESULTS
-        if ARGUMENTS == 1:
-            result = FUNCTION(tl.load(x))
-        elif ARGUMENTS == 2:
-            result = FUNCTION(tl.load(x), tl.load(x + 1))
-        elif ARGUMENTS == 3:
-            result = FUNCTION(tl.load(x), tl.load(x + 1), tl.load(x + 2))
-        elif ARGUMENTS == 4:
-            result = FUNCTION(tl.load(x), tl.load(x + 1), tl.load(x + 2), tl.load(x + 3))
+        arguments = (tl.load(x),)
+        for i in tl.static_range(1, ARGUMENTS):
+            arguments = arguments + (tl.load(x + i),)
+        if o is None:
+            result = FUNCTION(*arguments)
         else:
-            result = FUNCTION(tl.load(x), tl.load(x + 1), tl.load(x + 2), tl.load(x + 3), tl.load(x + 4))
+            result = FUNCTION(*arguments, o)
         if RESULTS == 1:
             tl.store(y, result)
         else:
-            tl.store(y, result[0])
-            tl.store(y + 1, result[1])
+            for i in tl.static_range(RESULTS):
+                tl.store(y + i, result[i])
 
     @triton.jit
     def _normaliser_grad(grad_loss, grad_lse, mass, lse, z_loss):
@@ -50,12 +57,80 @@ if HAS_TRITON:
     def _rescaled(grad, factor):
         return math.rescaled(grad, factor, True)
 
+    @triton.jit
+    def _row_problem(label_smoothing, z_loss, classes, weight_sum, o: tl.constexpr):
+        return math.row_problem(label_smoothing.to(tl.float64), z_loss.to(tl.float64), classes, weight_sum, o)
+
+    @triton.jit
+    def _index_mass(keep, weight):
+        return math.index_mass(math.RowProblem(keep, keep, keep, keep), weight)
+
+    @triton.jit
+    def _probability_mass(keep, spread, probability, weight):
+        return math.probability_mass(math.RowProblem(keep, spread, spread, spread), probability, weight)
+
+    @triton.jit
+    def _row_lse(max, log_sum):
+        return math.row_lse(math.FinishedRow(max, log_sum, max, max))
+
+    @triton.jit
+    def _merge_of_index(max, sum, other_max, other_sum, o: tl.constexpr):
+        max = tl.join(max, other_max)
+        sum = tl.join(sum, other_sum)
+        return math.merge(math.RowStatistics(max, sum, None, None), o)
+
+    @triton.jit
+    def _merge(max, sum, dense_loss, mass, other_max, other_sum, other_dense_loss, other_mass, o: tl.constexpr):
+        max = tl.join(max, other_max)
+        sum = tl.join(sum, other_sum)
+        dense_loss = tl.join(dense_loss, other_dense_loss)
+        mass = tl.join(mass, other_mass).to(tl.float64)
+        return math.merge(math.RowStatistics(max, sum, dense_loss, mass), o)
+
+    @triton.jit
+    def _row_loss(
+        spread, spread_mass, z_loss, max, log_sum, dense_loss, mass, counts, target_mass, shifted, o: tl.constexpr
+    ):
+        problem = math.RowProblem(spread, spread, spread_mass, z_loss)
+        row = math.FinishedRow(max, log_sum, dense_loss, mass)
+        return math.row_loss(problem, row, math.RowTarget(counts > 0.5, target_mass, shifted), o)
+
+    @triton.jit
+    def _row_gradient(
+        spread, spread_mass, z_loss, counts, target_mass, mass, lse, grad_loss, grad_lse, o: tl.constexpr
+    ):
+        problem = math.RowProblem(spread, spread, spread_mass, z_loss)
+        target = math.RowTarget(counts > 0.5, target_mass, target_mass)
+        return math.row_gradient(problem, target, mass, lse, grad_loss, grad_lse, o)
+
+    # Functions that are to be called with other arguments than a table has.
+    CALLED = {
+        "normaliser_grad": _normaliser_grad,
+        "rescaled": _rescaled,
+        "row_problem": _row_problem,
+        "index_mass": _index_mass,
+        "probability_mass": _probability_mass,
+        "row_lse": _row_lse,
+        "merge of index": _merge_of_index,
+        "merge": _merge,
+        "row_loss": _row_loss,
+        "row_gradient": _row_gradient,
+    }
+
 
 ROOT = Path(__file__).parents[1]
 COUNT = 4096
 INFINITY, NAN = float("inf"), float("nan")
 # Where a function's arguments lie, for those that are not any numbers; and what else is to be tried.
 NONPOSITIVE, UNIT, ANY = (-100.0, 0.0), (0.0, 1.0), (-20.0, 20.0)
+# A row: spread, spread_mass, z_loss, max, log_sum, dense_loss, mass, whether it counts, the target's mass and shifted.
+ROW = [UNIT, UNIT, (0.1, 1.0), ANY, UNIT, UNIT, UNIT, UNIT, UNIT, NONPOSITIVE]
+ROW_WITHOUT_Z = [*ROW[:2], (0.0, 0.0), *ROW[3:]]
+# What a gradient takes: spread, spread_mass, z_loss, whether the row counts, the target's mass, mass, lse, and two flows.
+FLOW = [UNIT, UNIT, (0.1, 1.0), UNIT, UNIT, UNIT, ANY, ANY, ANY]
+PART = [ANY, (1.0, 20.0)]  # max and sum
+DENSE_PART = [*PART, UNIT, UNIT]
+PROBLEM = [UNIT, UNIT, (1.0, 1000.0), (1.0, 1000.0)]  # label_smoothing, z_loss, classes, weight_sum
 FUNCTIONS = {
     "larger": ([ANY, ANY], 1),
     "clamp": ([ANY, (-5.0, -1.0), (1.0, 5.0)], 1),
@@ -70,9 +145,23 @@ FUNCTIONS = {
     "finite_shift": ([ANY], 1),
     "rescale": ([UNIT, (-20.0, 0.0), (0.0, 20.0)], 1),
     "log_sum_exp": ([ANY, UNIT], 1),
+    "row_problem of index": ([(0.0, 0.0), *PROBLEM[1:]], 4),
+    "row_problem of smoothed": (PROBLEM, 4),
+    "row_problem of probabilities": (PROBLEM, 4),
+    "index_mass": ([UNIT, UNIT], 1),
     "probability_mass": ([UNIT, UNIT, UNIT, UNIT], 1),
     "entry_loss": ([NONPOSITIVE, UNIT, UNIT], 1),
     "entry_loss_at_max": ([NONPOSITIVE, UNIT], 1),
+    "merge of index": ([*PART, *PART], 2),
+    "merge of smoothed": ([*DENSE_PART, *DENSE_PART], 4),
+    "row_lse": ([ANY, UNIT], 1),
+    "row_loss of index": (ROW_WITHOUT_Z, 1),
+    "row_loss of smoothed": (ROW, 1),
+    "row_loss of probabilities": (ROW, 1),
+    "row_gradient of index": ([(0.0, 0.0), UNIT, (0.0, 0.0), *FLOW[3:]], 3),
+    "row_gradient of smoothed": (FLOW, 3),
+    "row_gradient of probabilities": (FLOW, 3),
+    "over_sum": ([ANY, UNIT], 1),
     "z_term": ([ANY, UNIT], 1),
     "normaliser_grad": ([UNIT, UNIT, UNIT, ANY, (0.1, 1.0)], 1),
     "logit_grad": ([UNIT, UNIT, UNIT], 1),
@@ -85,6 +174,24 @@ FUNCTIONS = {
     "bce_evaluate": ([UNIT, UNIT, UNIT], 2),
     "bce_target_grad": ([(0.01, 0.99), UNIT, UNIT, ANY], 1),
 }
+# Rows of -inf and of inf, an ignored one of NaN, and one whose classes have an infinite distance.
+ROWS = [
+    [0.1, 0.5, 0.0, -INFINITY, -INFINITY, 0.0, 1.0, 1.0, 0.5, -1.0],
+    [0.1, 0.5, 0.0, INFINITY, NAN, 0.0, 1.0, 1.0, 0.5, -1.0],
+    [0.1, 0.5, 0.0, 1.0, NAN, NAN, NAN, 0.0, 0.5, NAN],
+    [0.1, 0.5, 0.0, 1.0, 0.5, INFINITY, 1.0, 1.0, 0.0, -1.0],
+    [0.1, 0.5, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0],
+    [0.1, 0.5, 0.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.5, -INFINITY],
+]
+ROWS_WITH_Z = [[*row[:2], 0.5, *row[3:]] for row in ROWS]
+FLOWS = [
+    [0.1, 0.5, 0.0, counts, 0.5, 0.7, lse, *flow]
+    for counts in (0.0, 1.0)
+    for lse in (1.0, INFINITY, NAN)
+    for flow in ([1.0, 0.0], [INFINITY, 1.0], [NAN, 1.0], [1.0, NAN], [0.0, INFINITY], [0.0, 1.0])
+]
+FLOWS_WITH_Z = [[*flow[:2], 0.5, *flow[3:]] for flow in FLOWS]
+EMPTY = [-INFINITY, 0.0]
 SPECIAL = {  # rows of arguments, for the functions that have to do something particular with them
     "larger": [[NAN, 1.0], [-INFINITY, 1.0], [1.0, -INFINITY], [INFINITY, 1.0]],
     "clamp": [[NAN, -1.0, 1.0], [INFINITY, -1.0, 1.0], [-INFINITY, -1.0, 1.0]],
@@ -97,6 +204,24 @@ SPECIAL = {  # rows of arguments, for the functions that have to do something pa
     "rescaled": [[0.0, INFINITY], [-0.0, NAN], [1.0, INFINITY], [1.0, NAN], [INFINITY, 0.0]],
     "finite_shift": [[-INFINITY], [INFINITY], [NAN]],
     "rescale": [[1.0, -INFINITY, -INFINITY], [1.0, -INFINITY, 1.0], [1.0, INFINITY, INFINITY], [0.0, 1.0, INFINITY]],
+    "merge of index": [[*EMPTY, 1.0, 2.0], [1.0, 2.0, *EMPTY], EMPTY * 2, [INFINITY, 1.0] * 2, [1.0, NAN, 2.0, 1.0]],
+    "merge of smoothed": [
+        [*EMPTY, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0],
+        [1.0, 2.0, 3.0, 4.0, *EMPTY, 0.0, 0.0],
+        [*EMPTY, 0.0, 0.0] * 2,
+        [*EMPTY, 0.0, 1.0, 1.0, 2.0, 3.0, 4.0],
+        [INFINITY, 1.0, 0.0, 1.0, 1.0, 1.0, 0.5, 1.0],
+        [1.0, 1.0, INFINITY, INFINITY, 1.0, 1.0, 0.5, 1.0],
+        [1.0, NAN, NAN, NAN, 2.0, 1.0, 0.5, 1.0],
+    ],
+    "row_lse": [[INFINITY, NAN], [-INFINITY, -INFINITY], [1.0, 0.0], [NAN, 1.0]],
+    "row_loss of index": ROWS,
+    "row_loss of smoothed": ROWS_WITH_Z,
+    "row_loss of probabilities": ROWS_WITH_Z,
+    "row_gradient of index": [[0.0, *flow[1:]] for flow in FLOWS],
+    "row_gradient of smoothed": FLOWS_WITH_Z,
+    "row_gradient of probabilities": FLOWS_WITH_Z,
+    "over_sum": [[1.0, -INFINITY], [1.0, NAN], [INFINITY, 1.0], [NAN, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, INFINITY]],
     "log_sum_exp": [[INFINITY, NAN], [-INFINITY, -INFINITY], [1.0, 0.0]],
     "entry_loss_at_max": [[0.0, INFINITY], [-INFINITY, 1.0], [-INFINITY, 0.0]],
     "bce_with_logits_evaluate": [
@@ -117,7 +242,7 @@ ROUGH_UNITS = 128  # of exp_roughly, which rounds off as many as its argument is
 # Functions that subtract: their units are those of the numbers that take part, which products of arguments bound.
 DIFFERENCES = {"soft_cap", "logit_grad", "normaliser_grad", "z_term", "entry_loss", "log_sum_exp", "probability_mass"}
 DIFFERENCES |= {"probability_grad", "bce_with_logits_evaluate", "bce_with_logits_target_grad"}
-DIFFERENCES |= {"bce_evaluate", "bce_target_grad"}
+DIFFERENCES |= {"bce_evaluate", "bce_target_grad", "row_problem", "row_lse", "row_loss", "row_gradient", "merge"}
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +272,26 @@ def in_cpp(library, name, x, results):
     return y
 
 
+def options_of(target, dtype):
+    """What a kernel for such targets is compiled for."""
+    return Options(
+        acc=tl.float64 if dtype == torch.float64 else tl.float32,
+        rough=False,
+        dense=target != "index",
+        probabilities=target == "probabilities",
+        capped=False,
+        has_z=target != "index",
+        every_lse=False,
+        is_mean=False,
+    )
+
+
 def in_triton(name, x, results):
-    function = {"normaliser_grad": _normaliser_grad, "rescaled": _rescaled}.get(name) or getattr(math, name)
+    plain, _, target = name.partition(" of ")
+    function = CALLED.get(name) or CALLED.get(plain) or getattr(math, plain, None) or getattr(portable, plain)
     x = x.cuda() if HAS_GPU else x
     y = torch.empty(len(x), results, dtype=x.dtype, device=x.device)
-    _apply[(1,)](function, x, y, x.shape[1], results, COUNT)
+    _apply[(1,)](function, x, y, x.shape[1], results, COUNT, options_of(target, x.dtype) if target else None)
     return y.cpu()
 
 
@@ -163,7 +303,7 @@ def test_twins_agree(name, dtype, library):
     theirs, ours = in_cpp(library, name, x, results), in_triton(name, x, results)
     units = ROUGH_UNITS if name == "exp_roughly" else UNITS
     size = theirs.abs()
-    if name in DIFFERENCES:
+    if name.partition(" of ")[0] in DIFFERENCES:
         size = size + x.abs().clamp_min(1).prod(1, keepdim=True)
     apart = (ours - theirs).abs()
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
@@ -172,11 +312,23 @@ def test_twins_agree(name, dtype, library):
 
 
 def test_every_function_has_a_twin():
-    """In both files by the same name; what Triton has beside them is what C++ has as operators and types."""
+    """In both languages by the same name; what Triton has beside them is what C++ has as operators, types and methods."""
     headers = " ".join(path.read_text() for path in (ROOT / "csrc/math").glob("*.h"))
     own = {"number", "constant", "converted", "divide", "exp_rest", "exp_scale", "reduce_exp", "polynomial", "zero_if"}
-    named = {name for name, value in vars(math).items() if isinstance(value, type(math.larger)) and name[0] != "_"}
+    own |= {"with_weight_sum", "relative_to", "finished"}
+    tested = {name.partition(" of ")[0] for name in FUNCTIONS}
+    members = {**vars(portable), **vars(math)}
+    named = {name for name, value in members.items() if isinstance(value, type(math.reduced)) and name[0] != "_"}
     for name in named - own:
         words = name.split("_")  # a struct's name comes first: Bce::evaluate is bce_evaluate
         assert any(f"{'_'.join(words[i:])}(" in headers for i in range(len(words))), f"csrc/math has no {name}"
-        assert name in FUNCTIONS or name.endswith("in_domain") or name in ("reduced", "at_least_minus_100")
+        assert name in tested or name.endswith("in_domain") or name in ("reduced", "at_least_minus_100")
+
+
+def test_every_struct_has_a_twin():
+    """By the same name, with fields of the same names, but for the one that o has."""
+    header = (ROOT / "csrc/math/cross_entropy.h").read_text()
+    for name in ("RowProblem", "FinishedRow", "RowTarget", "RowGradient"):
+        body = re.search(rf"\nstruct {name} {{\n(.*?)\n(?:\n.*?)?}};", header, re.DOTALL)[1]
+        fields = [found[1] for found in re.finditer(r"^  (?:Acc|bool) (\w+)(?: = [^;]*)?;", body, re.MULTILINE)]
+        assert list(getattr(math, name)._fields) == [field for field in fields if field != "probabilities"]

@@ -47,10 +47,10 @@ from fusedloss.triton.reduce import Parts, store_sums, sum_into
 from fusedloss.triton.rows import (
     Gradient,
     Inputs,
-    Options,
     Outputs,
     class_weights,
     masses_of,
+    options_of,
     read,
     row_target,
     rows_of,
@@ -101,13 +101,13 @@ def _forward(
         g = number(1.0, tl.float64)
         if o.is_mean:
             if o.probabilities:
-                divisor = tl.where(rows.problem.has_classes, rows.shape.positions, 0).to(tl.float64)
+                divisor = tl.where(rows.shape.classes > 0, rows.shape.positions, 0).to(tl.float64)
             else:
                 divisor = mean_divisor(gradient.counted, inputs.target, inputs.weight, rows.shape, ignore_index)
             g = 1.0 / divisor
         if gradient.grad_loss is not None:
             g *= tl.load(gradient.grad_loss).to(tl.float64)
-        shared = math.row_gradient(problem, row, target, g.to(o.acc), 0.0, o)
+        shared = math.row_gradient(problem, target, row.mass, math.row_lse(row), g.to(o.acc), 0.0, o)
         softmax = divide(shared.factor, statistics.sum)
         shift = math.finite_shift(row.max)
         view = tile_view(gradient.logits, rows.position, rows.shape, tile)
@@ -232,7 +232,8 @@ def _mass(
     """The mass of each row of probabilities, which the gradient has to know before it writes."""
     shape = sizes_of(inputs.shape)
     position, live = positions_of(tl.program_id(0), shape.positions, tile)
-    problem = math.row_problem(label_smoothing, 0.0, shape.classes, 0.0, o)
+    smoothing = number(label_smoothing, tl.float64)
+    problem = math.row_problem(smoothing, smoothing, shape.classes, shape.classes, o)  # with no use for the z loss
     view = tile_view(inputs.probabilities, position, shape, tile)
     count: tl.constexpr = tile.positions
     lanes: tl.constexpr = tile.lanes
@@ -278,8 +279,8 @@ def _gradient(
         mass = tl.load(saved.mass + position, mask=rows.live, other=0.0).to(o.acc)
     elif saved.mass is not None:
         problem = math.with_weight_sum(problem, tl.load(saved.mass), o)
-    row = math.FinishedRow(max, log_sum, None, mass)
-    shared = math.row_gradient(problem, row, row_target(rows, max, o), g.to(o.acc), grad_lse, o)
+    lse = math.log_sum_exp(max, log_sum)
+    shared = math.row_gradient(problem, row_target(rows, max, o), mass, lse, g.to(o.acc), grad_lse, o)
 
     part = read(rows, chunk * (tile.chunk * tile.lanes), tile, o)
     if gradients.probabilities is not None:
@@ -311,7 +312,7 @@ def launch(args, which):
 
 def _plan(args, geometry, every_lse):
     """(tile, options)"""
-    options = Options(
+    options = options_of(
         acc=accumulate_type(args.logits.data),
         rough=args.logits.data.dtype.itemsize == 2,
         dense=args.has_probabilities or args.label_smoothing != 0,
@@ -372,9 +373,9 @@ def _start_slices(args, tile, options, count, with_gradient):
         mass = workspace(device, positions) if options.probabilities else None
         row_max, row_log_sum = workspace(device, (2, positions), dtype)
         divisor = workspace(device, 1)
-        total = replace(args.total, divisor=divisor)
-        flow = replace(args.flow, divisor=divisor if options.is_mean else None)
-        args = replace(args, row_max=row_max, row_log_sum=row_log_sum, total=total, flow=flow)
+        total = args.total._replace(divisor=divisor)
+        flow = args.flow._replace(divisor=divisor if options.is_mean else None)
+        args = args._replace(row_max=row_max, row_log_sum=row_log_sum, total=total, flow=flow)
 
     chunks = ceil_div(tile.chunks(args.shape), count)
     count = ceil_div(tile.chunks(args.shape), chunks)  # none is empty

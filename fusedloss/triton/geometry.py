@@ -1,5 +1,6 @@
 """Which tile a program takes: its shape, and what is known of memory when a kernel is compiled."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +44,9 @@ class Tile:
         return ceil_div(shape.classes + max(self.shift - 1, 0), self.chunk * self.lanes)
 
 
+_tile = functools.cache(Tile)  # a kernel that is compiled for the very same object is found faster
+
+
 # --- What a tile has to know of tensors --------------------------------------------------------------------------
 
 
@@ -81,7 +85,7 @@ def tile_of(shape, tensors, geometry):
     tensors = [tensor for tensor in tensors if tensor is not None]
     order, wide = order_of(shape, tensors)
     align, shift = alignment(shape, order, tensors)
-    return Tile(
+    return _tile(
         *geometry(shape.classes + max(shift - 1, 0), wide),
         order=order,
         align=align,

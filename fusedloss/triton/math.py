@@ -68,21 +68,19 @@ def log_sum_exp(max, log_sum):
 
 
 class RowProblem(NamedTuple):
-    """The numbers of it; `dense` and `probabilities` are o's."""
+    """The numbers of it; `probabilities` and `dense` are o's."""
 
     keep: tl.tensor
     spread: tl.tensor
     spread_mass: tl.tensor
     z_loss: tl.tensor
-    has_classes: tl.tensor
 
 
 @triton.jit
 def row_problem(label_smoothing, z_loss, classes, weight_sum, o: tl.constexpr):
-    """label_smoothing and z_loss: float64 on a GPU, Python's in the interpreter."""
-    smoothing = number(label_smoothing, tl.float64)
-    spread = (smoothing / classes.to(tl.float64)).to(o.acc)
-    problem = RowProblem((1.0 - smoothing).to(o.acc), spread, spread, number(z_loss, o.acc), classes > 0)
+    """label_smoothing and z_loss are float64 tensors."""
+    spread = (label_smoothing / classes.to(tl.float64)).to(o.acc)
+    problem = RowProblem((1.0 - label_smoothing).to(o.acc), spread, spread, z_loss.to(o.acc))
     return with_weight_sum(problem, weight_sum, o)
 
 
@@ -92,7 +90,7 @@ def with_weight_sum(problem, weight_sum, o: tl.constexpr):
     spread_mass = number(0.0, o.acc)
     if o.dense and not o.probabilities:
         spread_mass = (problem.spread.to(tl.float64) * weight_sum).to(o.acc)
-    return RowProblem(problem.keep, problem.spread, spread_mass, problem.z_loss, problem.has_classes)
+    return RowProblem(problem.keep, problem.spread, spread_mass, problem.z_loss)
 
 
 @triton.jit
@@ -155,7 +153,7 @@ class FinishedRow(NamedTuple):
 
 @triton.jit
 def finished(statistics, o: tl.constexpr):
-    """A row's statistics as they are saved for backward; the mass is wanted in the accumulate type from here on."""
+    """From here on the mass is wanted in the accumulate type."""
     log_sum = tl.log(statistics.sum)
     if o.dense:
         return FinishedRow(statistics.max, log_sum, statistics.dense_loss, statistics.mass.to(o.acc))
@@ -189,7 +187,7 @@ def row_loss(problem, row, target, o: tl.constexpr):
         loss += problem.spread * row.dense_loss + problem.spread_mass * row.log_sum
     if o.has_z:
         loss += z_term(row_lse(row), problem.z_loss)
-    return tl.where(target.counts & problem.has_classes, loss, 0.0)
+    return tl.where(target.counts, loss, 0.0)
 
 
 @triton.jit
@@ -212,17 +210,17 @@ class RowGradient(NamedTuple):
 
 
 @triton.jit
-def row_gradient(problem, row, target, grad_loss, grad_lse, o: tl.constexpr):
+def row_gradient(problem, target, mass, lse, grad_loss, grad_lse, o: tl.constexpr):
     g = tl.where(target.counts, grad_loss, 0.0)
     on_all = g * problem.spread
-    mass = target.mass
+    on_classes = target.mass
     if o.probabilities:
         on_all = g
-        mass = row.mass
+        on_classes = mass
     elif o.dense:
-        mass += problem.spread_mass
-    mass = tl.where(target.counts, mass, 0.0)
-    factor = normaliser_grad(g, grad_lse, mass, row_lse(row), problem.z_loss, o.has_z)
+        on_classes += problem.spread_mass
+    on_classes = tl.where(target.counts, on_classes, 0.0)
+    factor = normaliser_grad(g, grad_lse, on_classes, lse, problem.z_loss, o.has_z)
     return RowGradient(factor, g * target.mass, on_all)
 
 

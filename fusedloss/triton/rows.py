@@ -3,6 +3,7 @@
 A row passes through four phases: its statistics, their merge, its finish and its gradient.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +47,9 @@ class Options:
     is_mean: bool
 
 
+options_of = functools.cache(Options)  # a kernel that is compiled for the very same object is found faster
+
+
 # --- What kernels are handed -------------------------------------------------------------------------------------
 
 
@@ -81,7 +85,7 @@ class Gradient(NamedTuple):
 
 class TargetClass(NamedTuple):
     index: tl.tensor
-    counts: tl.tensor  # whether the position does
+    counts: tl.tensor  # whether the position does; without classes none does
     weight: tl.tensor  # of the class, 0 where the position does not count
 
 
@@ -101,7 +105,8 @@ class Rows(NamedTuple):
 @triton.jit
 def _target_class(inputs, shape, position, live, ignore_index, o: tl.constexpr):
     if o.probabilities:
-        return TargetClass(tl.zeros(position.shape, tl.int32), live, tl.full(position.shape, 1.0, o.acc))
+        counts = live & (shape.classes > 0)
+        return TargetClass(tl.zeros(position.shape, tl.int32), counts, tl.where(counts, 1.0, 0.0).to(o.acc))
     else:
         index, counts = class_of(inputs.target, position, live, ignore_index, shape.classes)
         return TargetClass(index, counts, weights_of(inputs.weight, index, counts, o.acc))
@@ -123,7 +128,8 @@ def rows_of(inputs, block, ignore_index, label_smoothing, z_loss, logit_softcap,
     logits = tile_view(inputs.logits, position, shape, tile)
     masses = _masses_view(inputs, logits, position, shape, tile)
     readable = live & (target.counts | o.every_lse)
-    problem = math.row_problem(label_smoothing, z_loss, shape.classes, shape.classes, o)
+    smoothing = number(label_smoothing, tl.float64)
+    problem = math.row_problem(smoothing, number(z_loss, tl.float64), shape.classes, shape.classes, o)
     softcap = number(logit_softcap, tl.float64)
     return Rows(shape, position, live, readable, logits, masses, inputs.weight, target, problem, softcap)
 
@@ -278,8 +284,7 @@ def store_rows(rows, row, losses, out):
         tl.store(out.log_sum + rows.position, row.log_sum, mask=rows.live)
     if out.lse is not None:
         tl.store(out.lse + rows.position, math.row_lse(row), mask=rows.live)
-    divisors = tl.where(rows.target.counts & rows.problem.has_classes, rows.target.weight, 0.0)
-    return tl.sum(losses.to(tl.float64), 0), tl.sum(divisors.to(tl.float64), 0)
+    return tl.sum(losses.to(tl.float64), 0), tl.sum(rows.target.weight.to(tl.float64), 0)
 
 
 # --- Gradient ----------------------------------------------------------------------------------------------------

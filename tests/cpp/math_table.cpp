@@ -22,6 +22,60 @@ struct Row {
   void (*evaluate)(const Acc* x, Acc* y);
 };
 
+template <class Acc, std::size_t kCount>
+void store(Acc* y, const Acc (&results)[kCount]) {
+  for (std::size_t i = 0; i < kCount; ++i) y[i] = results[i];
+}
+
+// What the target of a row is. Other backends choose it when they are compiled.
+enum class Target { index, smoothed, probabilities };
+
+template <class Acc, Target kTarget>
+void problem_of(const Acc* x, Acc* y) {
+  const double smoothing = kTarget == Target::index ? 0 : x[0];
+  const RowProblem<Acc> p = row_problem<Acc>(smoothing, x[1], kTarget == Target::probabilities, x[2], x[3]);
+  store(y, {p.keep, p.spread, p.spread_mass, p.z_loss});
+}
+
+template <class Acc, bool kDense>
+void merged(const Acc* x, Acc* y) {
+  RowStatistics<Acc, kDense> parts[2];
+  for (auto& part : parts) {
+    part.max = *x++;
+    part.sum = *x++;
+    if constexpr (kDense) {
+      part.dense_loss = *x++;
+      part.mass = *x++;
+    }
+  }
+  parts[0].merge(parts[1]);
+  if constexpr (kDense) {
+    store(y, {parts[0].max, parts[0].sum, parts[0].dense_loss, Acc(parts[0].mass)});
+  } else {
+    store(y, {parts[0].max, parts[0].sum});
+  }
+}
+
+template <class Acc, Target kTarget>
+RowProblem<Acc> problem_from(const Acc* x) {
+  return {Acc(1), kTarget == Target::index ? Acc(0) : x[0], kTarget == Target::smoothed ? x[1] : Acc(0), x[2],
+          kTarget == Target::probabilities};
+}
+
+template <class Acc, Target kTarget>
+void loss_of(const Acc* x, Acc* y) {
+  const FinishedRow<Acc> row{x[3], x[4], x[5], x[6]};
+  const RowTarget<Acc> target{x[7] > Acc(0.5), x[8], x[9]};
+  y[0] = row_loss(problem_from<Acc, kTarget>(x), row, target);
+}
+
+template <class Acc, Target kTarget>
+void gradient_of(const Acc* x, Acc* y) {
+  const RowTarget<Acc> target{x[3] > Acc(0.5), x[4], Acc(0)};
+  const RowGradient<Acc> gradient = row_gradient(problem_from<Acc, kTarget>(x), target, x[5], x[6], x[7], x[8]);
+  store(y, {gradient.factor, gradient.on_target, gradient.on_all});
+}
+
 template <class Acc>
 constexpr std::array kTable{
     Row<Acc>{"larger", [](const Acc* x, Acc* y) { y[0] = larger(x[0], x[1]); }},
@@ -37,12 +91,26 @@ constexpr std::array kTable{
     Row<Acc>{"finite_shift", [](const Acc* x, Acc* y) { y[0] = finite_shift(x[0]); }},
     Row<Acc>{"rescale", [](const Acc* x, Acc* y) { y[0] = rescale(x[0], x[1], x[2]); }},
     Row<Acc>{"log_sum_exp", [](const Acc* x, Acc* y) { y[0] = log_sum_exp(x[0], x[1]); }},
+    Row<Acc>{"row_problem of index", problem_of<Acc, Target::index>},
+    Row<Acc>{"row_problem of smoothed", problem_of<Acc, Target::smoothed>},
+    Row<Acc>{"row_problem of probabilities", problem_of<Acc, Target::probabilities>},
+    Row<Acc>{"index_mass", [](const Acc* x, Acc* y) { y[0] = index_mass(RowProblem<Acc>{.keep = x[0]}, x[1]); }},
     Row<Acc>{"probability_mass",
              [](const Acc* x, Acc* y) {
                y[0] = probability_mass(RowProblem<Acc>{.keep = x[0], .spread = x[1]}, x[2], x[3]);
              }},
     Row<Acc>{"entry_loss", [](const Acc* x, Acc* y) { y[0] = entry_loss(x[0], x[1], x[2]); }},
     Row<Acc>{"entry_loss_at_max", [](const Acc* x, Acc* y) { y[0] = entry_loss_at_max(x[0], x[1]); }},
+    Row<Acc>{"merge of index", merged<Acc, false>},
+    Row<Acc>{"merge of smoothed", merged<Acc, true>},
+    Row<Acc>{"row_lse", [](const Acc* x, Acc* y) { y[0] = FinishedRow<Acc>{x[0], x[1], Acc(0), Acc(0)}.lse(); }},
+    Row<Acc>{"row_loss of index", loss_of<Acc, Target::index>},
+    Row<Acc>{"row_loss of smoothed", loss_of<Acc, Target::smoothed>},
+    Row<Acc>{"row_loss of probabilities", loss_of<Acc, Target::probabilities>},
+    Row<Acc>{"row_gradient of index", gradient_of<Acc, Target::index>},
+    Row<Acc>{"row_gradient of smoothed", gradient_of<Acc, Target::smoothed>},
+    Row<Acc>{"row_gradient of probabilities", gradient_of<Acc, Target::probabilities>},
+    Row<Acc>{"over_sum", [](const Acc* x, Acc* y) { y[0] = over_sum(x[0], x[1]); }},
     Row<Acc>{"z_term", [](const Acc* x, Acc* y) { y[0] = z_term(x[0], x[1]); }},
     Row<Acc>{"normaliser_grad", [](const Acc* x, Acc* y) { y[0] = normaliser_grad(x[0], x[1], x[2], x[3], x[4]); }},
     Row<Acc>{"logit_grad", [](const Acc* x, Acc* y) { y[0] = logit_grad(x[0], x[1], x[2]); }},
