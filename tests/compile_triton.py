@@ -217,6 +217,10 @@ LOOK_ALIKES = {  # calls for which everything has been compiled
     "as many classes, about": cross_entropy(512, 968),
     "as many odd classes, about": cross_entropy(512, 50259),
     "another number of rows": cross_entropy(301, 1000),
+    "other images": cross_entropy(3, 21, 48, 16),
+    "other images of odd sizes": cross_entropy(4, 17, 1, 9),
+    "other parts": cross_entropy(590_000, 10),
+    "other slices": cross_entropy(1, 131072),
 }
 WIDE = {  # calls whose kernels (all but these) load and store 16 bytes at once
     "swept rows": {"_sum_runs"},

@@ -7,6 +7,7 @@ that is not there.
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +306,35 @@ def test_values_out_of_bounds_stop_the_kernel(loss, reduction):
     target.view(-1)[2] = 3
     with pytest.raises(Exception, match=r"out of bounds|between 0 and 1"):
         loss.ours(input.requires_grad_() * 1, target, reduction=reduction)
+
+
+# --- Arguments ---------------------------------------------------------------------------------------------------
+
+
+def fields_of(struct):
+    """Of a struct of csrc/kernels, the names in order."""
+    headers = "".join(path.read_text() for path in (ROOT / "csrc/kernels").glob("**/*.h"))
+    body = re.search(rf"\nstruct {struct} {{\n(.*?)\n}};", headers, re.DOTALL)[1]
+    return re.findall(r"^  [\w:<>, *]+?[ *](\w+)(?: = [^;]*|{})?;", body, re.MULTILINE)
+
+
+STRUCTS = [name for name, value in vars(arguments).items() if hasattr(value, "_fields")] if HAS_TRITON else []
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
+def test_arguments_are_those_of_the_other_kernels(struct):
+    """But for the types and the dimensions, which a tensor and a tuple have, and the device, which a tensor has there."""
+    implied = {"dtype", "grad_output_dtype", "dims"}
+    mirrored = [name for name in vars(arguments)[struct]._fields if name != "device"]
+    assert mirrored == [name for name in fields_of(struct) if name not in implied]
+
+
+@each()
+def test_arguments_are_made_by_name(loss):
+    """A field that csrc/triton.cpp does not name, or names otherwise, raises in a forward or a backward pass."""
+    input, target = loss.sample(4, 3, device=DEVICE)
+    loss.ours(input.requires_grad_(), target).backward()
+    loss.ours(input.detach(), target)
 
 
 # --- In a process of its own --------------------------------------------------------------------------------------
