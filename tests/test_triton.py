@@ -22,7 +22,17 @@ import fusedloss
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 if HAS_TRITON:
-    from fusedloss.triton import arguments, class_loss, cross_entropy, elementwise, geometry, launch, nll, reduce, rescale
+    from fusedloss.triton import (
+        arguments,
+        class_loss,
+        cross_entropy,
+        elementwise,
+        geometry,
+        launch,
+        nll,
+        reduce,
+        rescale,
+    )
     from fusedloss.triton.geometry import Geometry, TileShape
 
 ROOT = Path(__file__).parents[1]
@@ -323,7 +333,7 @@ STRUCTS = [name for name, value in vars(arguments).items() if hasattr(value, "_f
 
 @pytest.mark.parametrize("struct", STRUCTS)
 def test_arguments_are_those_of_the_other_kernels(struct):
-    """But for the types and the dimensions, which a tensor and a tuple have, and the device, which a tensor has there."""
+    """But for types and dimensions, which a tensor and a tuple have, and the device, which a struct is not told."""
     implied = {"dtype", "grad_output_dtype", "dims"}
     mirrored = [name for name in vars(arguments)[struct]._fields if name != "device"]
     assert mirrored == [name for name in fields_of(struct) if name not in implied]

@@ -1,8 +1,8 @@
 """The arguments of a launch: the structs of csrc/kernels, by the same names. csrc/triton.cpp makes them.
 
 A pointer is a tensor of one element, since Triton takes an address and a type from a tensor; the tensor's type stands
-for the struct's dtype. What is absent is None. They are NamedTuples because a frozen dataclass takes three times as long
-to make, microseconds of each call.
+for the struct's dtype. What is absent is None. These are NamedTuples: frozen dataclasses would take
+three times as long to make, which is microseconds of each call.
 """
 
 from enum import Enum

@@ -2,8 +2,8 @@
 
 A program takes a tile of positions and classes. Where a tile holds whole rows, forward reads each logit once, and has
 it at hand for the gradient. Longer rows are swept tile by tile, with statistics for each lane; their gradient takes a
-second sweep, which finds much of the row in the cache. Where there are too few rows to keep a GPU busy, each is cut into
-slices with a program for each: statistics are one launch, their merge and finish another, and the gradient is a third.
+second sweep, which finds much of the row in the cache. Where there are too few rows to keep a GPU busy, each is cut
+into slices with a program for each: statistics are one launch, their merge and finish another, the gradient a third.
 """
 
 from dataclasses import replace
@@ -222,13 +222,7 @@ class Gradients(NamedTuple):
 
 
 @kernel
-def _mass(
-    inputs: Inputs,
-    mass,
-    label_smoothing: tl.float64,
-    tile: tl.constexpr,
-    o: tl.constexpr,
-):
+def _mass(inputs: Inputs, mass, label_smoothing: tl.float64, tile: tl.constexpr, o: tl.constexpr):
     """The mass of each row of probabilities, which the gradient has to know before it writes."""
     shape = sizes_of(inputs.shape)
     position, live = positions_of(tl.program_id(0), shape.positions, tile)

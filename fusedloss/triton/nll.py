@@ -48,8 +48,10 @@ def _forward(
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = position < sizes.positions
     index, counts = class_of(target, position, live, ignore_index, sizes.classes)
-    row = position // sizes.inner * shown(log_probs.outer_stride) + position % sizes.inner * shown(log_probs.inner_stride)
-    at = row + index.to(tl.int64) * shown(log_probs.class_stride)
+    at = position // sizes.inner * shown(log_probs.outer_stride) + position % sizes.inner * shown(
+        log_probs.inner_stride
+    )
+    at += index.to(tl.int64) * shown(log_probs.class_stride)
     log_probability = tl.load(log_probs.data + at, mask=counts, other=0.0).to(ACC)
     weights = weights_of(weight, index, counts, ACC)
     losses = tl.where(counts, math.nll_loss(log_probability, weights), 0.0)

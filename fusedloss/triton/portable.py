@@ -1,7 +1,7 @@
 """Functions of a number: twins of csrc/math/portable.h, by the same names.
 
-On the device the C++ side takes CUDA's functions. Triton has one for each that is accurate enough, but for exp and tanh,
-which are the C++ host's: their reductions and series are explained there.
+On the device the C++ side takes CUDA's functions. Triton has one for each that is accurate enough, but for exp and
+tanh, which are the C++ host's: their reductions and series are explained there.
 """
 
 import triton
