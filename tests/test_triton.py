@@ -322,10 +322,13 @@ def test_values_out_of_bounds_stop_the_kernel(loss, reduction):
 
 
 def fields_of(struct):
-    """Of a struct of csrc/kernels, the names in order."""
-    headers = "".join(path.read_text() for path in (ROOT / "csrc/kernels").glob("**/*.h"))
-    body = re.search(rf"\nstruct {struct} {{\n(.*?)\n}};", headers, re.DOTALL)[1]
-    return re.findall(r"^  [\w:<>, *]+?[ *](\w+)(?: = [^;]*|{})?;", body, re.MULTILINE)
+    """Of a struct of csrc, the names in order, those of its base first."""
+    headers = "".join(
+        path.read_text() for folder in ("math", "kernels") for path in (ROOT / "csrc" / folder).rglob("*.h")
+    )
+    base, body = re.search(rf"\nstruct {struct}(?: : math::(\w+))? {{\n(.*?)\n}};", headers, re.DOTALL).groups()
+    inherited = fields_of(base) if base else []
+    return inherited + re.findall(r"^  [\w:<>, *]+?[ *](\w+)(?: = [^;]*|{})?;", body, re.MULTILINE)
 
 
 STRUCTS = [name for name, value in vars(arguments).items() if hasattr(value, "_fields")] if HAS_TRITON else []

@@ -1,8 +1,8 @@
 """The arguments of a launch: the structs of csrc/kernels, by the same names. csrc/triton.cpp makes them.
 
 A pointer is a tensor of one element, since Triton takes an address and a type from a tensor; the tensor's type stands
-for the struct's dtype. What is absent is None. These are NamedTuples: frozen dataclasses would take
-three times as long to make, which is microseconds of each call.
+for the struct's dtype. What is absent is None. These are NamedTuples: frozen dataclasses would take three times as long
+to make, which is microseconds of each call.
 """
 
 from enum import Enum
@@ -61,15 +61,15 @@ class ClassTarget(NamedTuple):
 
 class CrossEntropyArgs(NamedTuple):
     device: torch.device
+    label_smoothing: float
+    z_loss: float
+    logit_softcap: float
     shape: ClassShape
     logits: ClassTensor
     has_probabilities: bool
     target: ClassTarget | None
     probabilities: ClassTensor | None
     weight: torch.Tensor | None
-    label_smoothing: float
-    z_loss: float
-    logit_softcap: float
     every_lse: bool
     row_max: torch.Tensor | None
     row_log_sum: torch.Tensor | None
