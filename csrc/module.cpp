@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
+#include <vector>
 
 #include "ops/class_borders.h"
 #include "ops/double_backward.h"

@@ -10,6 +10,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <utility>
+
 #include "ops/launch.h"
 
 namespace fusedloss {

@@ -16,6 +16,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <utility>
+
 #include "checks.h"
 #include "class_loss.h"
 #include "dispatch.h"

@@ -8,7 +8,9 @@
 #include <ATen/ops/ne.h>
 #include <ATen/ops/ones.h>
 
+#include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "checks.h"
 #include "launch.h"

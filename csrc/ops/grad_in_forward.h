@@ -8,6 +8,8 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <utility>
+
 #include "checks.h"
 #include "losses.h"
 

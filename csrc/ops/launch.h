@@ -10,6 +10,8 @@
 #include <c10/util/SmallVector.h>
 
 #include <functional>
+#include <string>
+#include <type_traits>
 
 #include "../kernels/cpu/cpu.h"
 #include "../kernels/cuda/cuda.h"

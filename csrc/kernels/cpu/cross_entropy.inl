@@ -11,6 +11,7 @@
 #include "../../math/reduction.h"
 #include "../class_loss.h"
 #include "blocks.h"
+#include "cpu.h"
 #include "memory.h"
 #include "scratch.h"
 

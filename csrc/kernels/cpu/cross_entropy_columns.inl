@@ -1,4 +1,4 @@
-// Cross entropy in column order: positions lie side by side, or a position has few classes.
+// Part of cross_entropy.inl: column order, where positions lie side by side, or a position has few classes.
 //
 // The logits of a group of positions are loaded into a tile of (classes, lanes) in scratch memory, which the
 // exponentials and then the gradient replace. Vector loops run along the lanes, so that none is idle however few the

@@ -1,4 +1,4 @@
-// Cross entropy in row order: the classes of a position lie side by side.
+// Part of cross_entropy.inl: row order, where the classes of a position lie side by side.
 //
 // A row is read once, in chunks: each is loaded, its maximum is found and its exponentials, relative to that maximum,
 // are added up and kept. When the row's own maximum is known the kept exponentials become the gradient: a factor for

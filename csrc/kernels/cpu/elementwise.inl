@@ -8,6 +8,7 @@
 #include "../../math/reduction.h"
 #include "../elementwise.h"
 #include "blocks.h"
+#include "cpu.h"
 #include "memory.h"
 
 namespace fusedloss::cpu {

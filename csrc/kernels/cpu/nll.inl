@@ -5,6 +5,7 @@
 #include "../../math/reduction.h"
 #include "../class_loss.h"
 #include "blocks.h"
+#include "cpu.h"
 #include "memory.h"
 
 namespace fusedloss::cpu {
