@@ -1,4 +1,7 @@
-"""Each header of csrc compiles alone: it includes what it uses, in whatever order it is included itself."""
+"""Each header of csrc compiles alone, and each file includes the standard headers of what it uses.
+
+What torch's or another compiler's headers happen to bring along is gone with their next version.
+"""
 
 import os
 import re
@@ -13,12 +16,37 @@ from torch.utils import cpp_extension
 
 CSRC = Path(__file__).parents[1] / "csrc"
 HEADERS = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".inl"})
+SOURCES = sorted([*HEADERS, *CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")])
 PART = re.compile(r"// Part of (\S+)[,:.]")  # begins a file that another includes in its middle
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc")
-
-
 INCLUDE = re.compile(r'#include (["<])([^">]+)[">]')
+
+STANDARD = {  # header: names of std that it defines, as a pattern
+    "algorithm": "(all|any|none)_of|adjacent_find|clamp|copy(_n)?|fill(_n)?|find(_if)?|is_sorted|(stable_)?sort"
+    "|(max|min)(_element)?|partition_point|transform|(lower|upper)_bound",
+    "array": "array",
+    "atomic": "atomic",
+    "bit": "bit_(cast|ceil|floor|width)|popcount",
+    "cmath": "abs|ceil|exp2?|floor|fma|is(finite|inf|nan)|ldexp|log(1p|2)?|pow|sqrt|tanh",
+    "cstdint": r"u?int(\d+|ptr)_t",
+    "cstring": "mem(cmp|cpy|set)|strlen",
+    "exception": "(current_|rethrow_)?exception(_ptr)?|terminate",
+    "functional": "function",
+    "initializer_list": "initializer_list",
+    "limits": "numeric_limits",
+    "memory": "(make_)?(shared|unique)(_ptr)?|addressof|weak_ptr",
+    "mutex": "(recursive_)?mutex|(lock_guard|scoped_lock|unique_lock)|call_once",
+    "numeric": "accumulate|gcd|iota",
+    "optional": "(make_)?optional|nullopt",
+    "string": "string|to_string",
+    "tuple": "(make_)?tuple(_cat)?|apply|ignore|tie",
+    "type_traits": r"\w+_v|(conditional|decay|enable_if|remove_\w+|type_identity|underlying_type)_t|bool_constant",
+    "unordered_map": "unordered_map",
+    "utility": r"exchange|forward|move|(make_)?pair|swap|(make_)?(index|integer)_sequence(_for)?",
+    "variant": "get_if|variant|visit",
+    "vector": "vector|erase_if",
+}
 
 
 def is_of_torch(path):
@@ -70,3 +98,22 @@ def test_a_header_compiles_alone(path, compilers):
         pytest.skip(reason)
     done = compilers[path].result()
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def reached(path, seen):
+    """The headers in <> that a file includes, itself or by way of others of csrc."""
+    seen.add(path)
+    included = INCLUDE.findall(path.read_text())
+    others = {(path.parent / name).resolve() for quote, name in included if quote == '"'} - seen
+    own = {name for quote, name in included if quote == "<"}
+    return own.union(*(reached(other, seen) for other in others if other.exists()))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(CSRC)) for path in SOURCES])
+def test_standard_headers_are_included(path):
+    code = re.sub(r"//.*", "", path.read_text())
+    if part := PART.match(path.read_text()):
+        path = path.parent / part[1]
+    names, headers = set(re.findall(r"\bstd::(?:ranges::)?(\w+)", code)), reached(path, set())
+    wanted = {header: sorted(n for n in names if re.fullmatch(pattern, n)) for header, pattern in STANDARD.items()}
+    assert {header: used for header, used in wanted.items() if used and header not in headers} == {}
