@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from sphinx.pycode import ModuleAnalyzer
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # autodoc imports the fusedloss of this checkout, built in place
 
@@ -18,3 +20,8 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = f"fusedloss {version}"
+
+# Overloads are for type checkers. A reader wants the defaults, which the function itself has.
+functional = ModuleAnalyzer.for_module("fusedloss.functional")
+functional.analyze()
+functional.overloads.clear()

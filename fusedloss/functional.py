@@ -343,7 +343,7 @@ def _native_road() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
-def _reduction_code(reduction: str, size_average: bool | None, reduce: bool | None) -> int:
+def _reduction_code(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
     code = _REDUCTIONS.get(reduction) if reduction.__class__ is str else None

@@ -29,6 +29,15 @@ def test_the_source_distribution_has_every_file(tmp_path):
     assert set(tracked.stdout.split()) - of_the_checkout_only <= packed
 
 
+def test_what_is_installed_has_its_types(tmp_path):
+    """A type checker believes the annotations of a package only if py.typed lies in it."""
+    made = run(sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path)
+    assert made.returncode == 0, made.stderr
+    installed = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"fusedloss/py.typed", "fusedloss/_C.pyi", "fusedloss/version.txt"} <= installed
+    assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fusedloss/**/*.py")} <= installed
+
+
 def test_building_without_torch_says_what_to_install():
     """-S hides the installed packages; setuptools itself is on the path, torch is not."""
     stub = "import sys, types; sys.modules['setuptools'] = types.SimpleNamespace(setup=None); import runpy; "

@@ -49,7 +49,7 @@ class Counted(NamedTuple):
     """Parts of the mean's divisor, which a launch before has counted."""
 
     parts: tl.tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides the method of tuples, which nothing calls
 
 
 def shape_of(shape):

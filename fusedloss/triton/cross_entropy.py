@@ -128,7 +128,7 @@ class Slices(NamedTuple):
 
     statistics: tl.tensor
     mass: tl.tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides the method of tuples, which nothing calls
     chunks: int  # of each: tiles
 
 
