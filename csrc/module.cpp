@@ -66,7 +66,7 @@ void enter_engine_without_lock(const std::function<void()>& run) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  fusedloss::autograd::enter_engine = &enter_engine_without_lock;
+  fusedloss::ops::enter_engine = &enter_engine_without_lock;
   m.def("build_info", &build_info);
   m.def("install_triton", &fusedloss::install_triton);
   m.def("cuda_class_borders", &cuda_class_borders, py::kw_only(), py::arg("dtype"), py::arg("pass_"),

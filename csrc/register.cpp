@@ -2,100 +2,126 @@
 
 #include <torch/library.h>
 
-#include "ops/backend.h"
+#include <string>
+
+#include "ops/autocast.h"
+#include "ops/dispatch.h"
 #include "ops/double_backward.h"
+#include "ops/elementwise.h"
 #include "ops/losses.h"
 
 namespace fusedloss {
 
-using ops::Backend;
-using ops::Under;
+using namespace ops;
 
+// The options as a schema lists them.
+template <class Options>
+static std::string words_of() {
+  std::string list;
+  for_each_option<Options>([&](const auto& option) { list += (list.empty() ? "" : ", ") + std::string(option.words); });
+  return list;
+}
+
+// Defines the operator that a function is. Each {} is filled by a list of options (csrc/ops/options.h).
+template <Backend kBackend, auto kFunction, class... Options>
+static void define(torch::Library& m, std::string schema) {
+  const std::string name = schema.substr(0, schema.find('('));
+  (schema.replace(schema.find("{}"), 2, words_of<Options>()), ...);
+  m.def(schema.c_str());
+  Operator<kFunction>::find(kBackend, name);
+}
+
+template <Backend kBackend, class Loss>
+static void define_elementwise(torch::Library& m, const std::string& name) {
+  using Weights = typename Loss::Weights;
+  define<kBackend, &Loss::forward, Weights, ElementwiseOptions, typename Loss::Training>(
+      m, name + "(Tensor input, Tensor target, {}, {}, {}) -> (Tensor loss, Tensor divisor)");
+  define<kBackend, &Loss::with_grad, Weights, ElementwiseOptions>(
+      m, name +
+             "_with_grad(Tensor input, Tensor target, {}, Tensor? grad_scale, {}, bool upcast, "
+             "Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
+  define<kBackend, &Loss::backward, Weights, ElementwiseOptions>(
+      m, name +
+             "_backward(Tensor grad_loss, Tensor input, Tensor target, {}, Tensor divisor, {}, bool[2] output_mask) "
+             "-> (Tensor grad_input, Tensor grad_target)");
+}
+
+// reduction: 0 none, 1 mean, 2 sum. Forward operators return what their backward needs behind the loss;
+// NAME_with_grad is forward and backward in one pass.
+template <Backend kBackend>
 static void define(torch::Library& m) {
-  // reduction: 0 none, 1 mean, 2 sum. Forward operators return what their backward needs behind the loss;
-  // NAME_with_grad is forward and backward in one pass.
-  m.def(
-      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, "
-      "float label_smoothing, float z_loss, float logit_softcap, bool return_lse, bool upcast=False, "
-      "bool? grad_in_forward=None, Tensor? grad_scale=None, bool inplace=False, bool statistics=False) "
+  define<kBackend, &CrossEntropy::forward, CrossEntropyOptions, TrainingOptions>(
+      m,
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, {}, bool return_lse, {}) "
       "-> (Tensor loss, Tensor lse, Tensor row_max, Tensor row_log_sum, Tensor divisor)");
-  m.def(
-      "cross_entropy_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? grad_scale, int reduction, "
-      "SymInt ignore_index, float label_smoothing, float z_loss, float logit_softcap, bool upcast, "
+  define<kBackend, &CrossEntropy::with_grad, CrossEntropyOptions>(
+      m,
+      "cross_entropy_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? grad_scale, {}, bool upcast, "
       "Tensor(a!) grad_logits, Tensor(b!)? scale=None) -> Tensor loss");
-  m.def(
+  define<kBackend, &CrossEntropy::backward, CrossEntropyOptions>(
+      m,
       "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor row_max, Tensor row_log_sum, Tensor divisor, int reduction, SymInt ignore_index, float label_smoothing, "
-      "float z_loss, float logit_softcap, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_target)");
-  m.def(
-      "nll(Tensor log_probs, Tensor target, Tensor? weight, int reduction, SymInt ignore_index, bool upcast=False) "
-      "-> (Tensor loss, Tensor divisor)");
-  m.def(
-      "nll_backward(Tensor grad_loss, Tensor log_probs, Tensor target, Tensor? weight, Tensor divisor, "
-      "int reduction, SymInt ignore_index) -> Tensor grad_log_probs");
-  m.def(
-      "bce_with_logits(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, int reduction, "
-      "SymInt? ignore_index, bool upcast=False, bool? grad_in_forward=None, Tensor? grad_scale=None, "
-      "bool inplace=False) -> (Tensor loss, Tensor divisor)");
-  m.def(
-      "bce_with_logits_with_grad(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? grad_scale, "
-      "int reduction, SymInt? ignore_index, bool upcast, Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor "
-      "loss");
-  m.def(
-      "bce_with_logits_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "Tensor divisor, int reduction, SymInt? ignore_index, bool[2] output_mask) "
-      "-> (Tensor grad_input, Tensor grad_target)");
-  m.def(
-      "bce(Tensor input, Tensor target, Tensor? weight, int reduction, SymInt? ignore_index, bool upcast=False, "
-      "bool? grad_in_forward=None, Tensor? grad_scale=None) -> (Tensor loss, Tensor divisor)");
-  m.def(
-      "bce_with_grad(Tensor input, Tensor target, Tensor? weight, Tensor? grad_scale, int reduction, "
-      "SymInt? ignore_index, bool upcast, Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
-  m.def(
-      "bce_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor divisor, int reduction, "
-      "SymInt? ignore_index, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_target)");
+      "Tensor row_max, Tensor row_log_sum, Tensor divisor, {}, bool[2] output_mask) "
+      "-> (Tensor grad_logits, Tensor grad_target)");
+  define<kBackend, &Nll::forward, Nll::Options, Nll::Training>(
+      m, "nll(Tensor log_probs, Tensor target, Tensor? weight, {}, {}) -> (Tensor loss, Tensor divisor)");
+  define<kBackend, &Nll::backward, Nll::Options>(
+      m,
+      "nll_backward(Tensor grad_loss, Tensor log_probs, Tensor target, Tensor? weight, Tensor divisor, {}) "
+      "-> Tensor grad_log_probs");
+  define_elementwise<kBackend, Elementwise<BceWithLogits>>(m, "bce_with_logits");
+  define_elementwise<kBackend, Elementwise<Bce>>(m, "bce");
+  define<kBackend, &rescale_grad_>(
+      m, "rescale_grad_(Tensor(a!) grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> ()");
+  define<kBackend, &rescale_grad>(
+      m, "rescale_grad(Tensor grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> Tensor");
+}
 
-  m.def("rescale_grad_(Tensor(a!) grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> ()");
-  m.def("rescale_grad(Tensor grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> Tensor");
+// Calls a function with each loss.
+template <class Call>
+static void for_each_loss(Call call) {
+  call(CrossEntropy());
+  call(Nll());
+  call(Elementwise<BceWithLogits>());
+  call(Elementwise<Bce>());
+}
+
+template <Backend kBackend, auto kOperator>
+static const char* name_of() {
+  return Operator<kOperator>::handle(kBackend)->operator_name().name.c_str();
+}
+
+// Makes a function answer for an operator; most operators are answered by the function that they are defined for.
+template <Backend kBackend, auto kOperator, auto kFunction = kOperator>
+static void answer(torch::Library& m) {
+  m.impl(name_of<kBackend, kOperator>(), Operator<kFunction>::template under<kBackend>);
 }
 
 template <Backend kBackend>
 static void implement(torch::Library& m) {
-  m.impl("cross_entropy", Under<kBackend, &ops::cross_entropy>::call);
-  m.impl("cross_entropy_with_grad", Under<kBackend, &ops::cross_entropy_with_grad>::call);
-  m.impl("cross_entropy_backward", Under<kBackend, &ops::cross_entropy_backward>::call);
-  m.impl("nll", Under<kBackend, &ops::nll>::call);
-  m.impl("nll_backward", Under<kBackend, &ops::nll_backward>::call);
-  m.impl("bce_with_logits", Under<kBackend, &ops::bce_with_logits>::call);
-  m.impl("bce_with_logits_with_grad", Under<kBackend, &ops::bce_with_logits_with_grad>::call);
-  m.impl("bce_with_logits_backward", Under<kBackend, &ops::bce_with_logits_backward>::call);
-  m.impl("bce", Under<kBackend, &ops::bce>::call);
-  m.impl("bce_with_grad", Under<kBackend, &ops::bce_with_grad>::call);
-  m.impl("bce_backward", Under<kBackend, &ops::bce_backward>::call);
-  m.impl("rescale_grad_", Under<kBackend, &ops::rescale_grad_>::call);
-  m.impl("rescale_grad", Under<kBackend, &ops::rescale_grad>::call);
+  for_each_loss([&]<class Loss>(Loss) {
+    answer<kBackend, &Loss::forward>(m);
+    answer<kBackend, &Loss::backward>(m);
+    if constexpr (requires { &Loss::with_grad; }) answer<kBackend, &Loss::with_grad>(m);
+  });
+  answer<kBackend, &rescale_grad_>(m);
+  answer<kBackend, &rescale_grad>(m);
 }
 
 template <Backend kBackend>
 static void implement_autocast(torch::Library& m) {
-  m.impl("cross_entropy", Under<kBackend, &autocast::cross_entropy>::call);
-  m.impl("nll", Under<kBackend, &autocast::nll>::call);
-  m.impl("bce_with_logits", Under<kBackend, &autocast::bce_with_logits>::call);
-  m.impl("bce", Under<kBackend, &autocast::bce>::call);
+  for_each_loss([&]<class Loss>(Loss) { answer<kBackend, &Loss::forward, &Autocast<Loss>::call>(m); });
 }
 
 template <Backend kBackend>
 static void implement_autograd(torch::Library& m) {
-  m.impl("cross_entropy", Under<kBackend, &autograd::cross_entropy>::call);
-  m.impl("nll", Under<kBackend, &autograd::nll>::call);
-  m.impl("bce_with_logits", Under<kBackend, &autograd::bce_with_logits>::call);
-  m.impl("bce", Under<kBackend, &autograd::bce>::call);
-  for (const char* name : {"cross_entropy_backward", "nll_backward", "bce_with_logits_backward", "bce_backward"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&autograd::backward_operator>());
-  }
+  for_each_loss([&]<class Loss>(Loss) {
+    answer<kBackend, &Loss::forward, &Loss::autograd>(m);
+    m.impl(name_of<kBackend, &Loss::backward>(), torch::CppFunction::makeFromBoxedFunction<&backward_operator>());
+  });
 }
 
-TORCH_LIBRARY(fusedloss, m) { define(m); }
+TORCH_LIBRARY(fusedloss, m) { define<Backend::compiled>(m); }
 TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { implement<Backend::compiled>(m); }
 #if defined(FUSEDLOSS_WITH_CUDA)
 TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) { implement<Backend::compiled>(m); }
@@ -106,7 +132,7 @@ TORCH_LIBRARY_IMPL(fusedloss, AutocastCUDA, m) { implement_autocast<Backend::com
 TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) { implement_autograd<Backend::compiled>(m); }
 
 // Whatever device Triton has a driver for; of the CPU, its interpreter.
-TORCH_LIBRARY(fusedloss_triton, m) { define(m); }
+TORCH_LIBRARY(fusedloss_triton, m) { define<Backend::triton>(m); }
 TORCH_LIBRARY_IMPL(fusedloss_triton, CPU, m) { implement<Backend::triton>(m); }
 TORCH_LIBRARY_IMPL(fusedloss_triton, CUDA, m) { implement<Backend::triton>(m); }
 TORCH_LIBRARY_IMPL(fusedloss_triton, XPU, m) { implement<Backend::triton>(m); }

@@ -26,16 +26,4 @@ class BackendGuard {
   const Backend outer_;
 };
 
-// A function as an operator of one backend's namespace: Under<backend, function>::call.
-template <Backend kBackend, auto kFunction, class Type = decltype(kFunction)>
-struct Under;
-
-template <Backend kBackend, auto kFunction, class Result, class... Arguments>
-struct Under<kBackend, kFunction, Result (*)(Arguments...)> {
-  static Result call(Arguments... arguments) {
-    const BackendGuard guard(kBackend);
-    return kFunction(static_cast<Arguments&&>(arguments)...);
-  }
-};
-
 }  // namespace fusedloss::ops

@@ -9,8 +9,7 @@
 #include <initializer_list>
 #include <optional>
 
-#include "../kernels/types.h"
-#include "losses.h"
+#include "options.h"
 
 namespace fusedloss::ops {
 
@@ -25,9 +24,9 @@ struct NamedTensor {
 
 inline bool is_present(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
 
-inline void check_reduction(const char* loss, int64_t reduction) {
-  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2, loss, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ",
-                    reduction);
+inline void check_reduction(const char* loss, Reduction reduction) {
+  TORCH_CHECK_VALUE(reduction >= Reduction::none && reduction <= Reduction::sum, loss,
+                    ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", static_cast<int64_t>(reduction));
 }
 
 // The first tensor's device is the expected one.
@@ -73,10 +72,10 @@ inline void check_weight(const char* loss, const char* name, const at::Tensor& w
 
 // What every backward operator is given: the gradient of the loss, in the loss's shape, and forward's divisor.
 inline void check_flow(const char* loss, const at::Tensor& input, const at::Tensor& grad_loss,
-                       const at::Tensor& divisor, int64_t reduction, c10::SymIntArrayRef unreduced_sizes) {
+                       const at::Tensor& divisor, Reduction reduction, c10::SymIntArrayRef unreduced_sizes) {
   check_devices(loss, {{"input", input}, {"grad_loss", grad_loss}, {"divisor", divisor}});
   check_floating(loss, "grad_loss", grad_loss);
-  const bool reduced = reduction != int64_t(Reduction::none);
+  const bool reduced = reduction != Reduction::none;
   TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : unreduced_sizes), loss,
               ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
   TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, loss, ": divisor must be one float64, got ",
@@ -85,9 +84,9 @@ inline void check_flow(const char* loss, const at::Tensor& input, const at::Tens
 
 // What every operator that computes loss and gradient in one pass is given.
 inline void check_with_grad(const char* loss, const at::Tensor& input, const at::Tensor& grad,
-                            OptionalTensor grad_scale, OptionalTensor scale, int64_t reduction) {
+                            OptionalTensor grad_scale, OptionalTensor scale, Reduction reduction) {
   check_devices(loss, {{"input", input}, {"grad", grad}, {"grad_scale", grad_scale}, {"scale", scale}});
-  TORCH_CHECK_VALUE(reduction != int64_t(Reduction::none), loss, ": an unreduced loss has no gradient in forward");
+  TORCH_CHECK_VALUE(reduction != Reduction::none, loss, ": an unreduced loss has no gradient in forward");
   TORCH_CHECK(grad.sym_sizes() == input.sym_sizes() && grad.scalar_type() == input.scalar_type(), loss,
               ": grad must have the input's type and shape ", input.sym_sizes(), ", got ", grad.scalar_type(),
               " of shape ", grad.sym_sizes());

@@ -29,9 +29,9 @@ bool has_probabilities(const Tensor& logits, const Tensor& target) {
   return target.dim() == logits.dim() && target.sym_sizes() == logits.sym_sizes();
 }
 
-void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
-           c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap, bool upcast) {
-  check_reduction(kName, reduction);
+void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, const CrossEntropyOptions& options,
+           bool upcast) {
+  check_reduction(kName, options.reduction);
   check_devices(kName, {{"input", logits}, {"target", target}, {"weight", weight}});
   const bool probabilities = has_probabilities(logits, target);
   if (probabilities) {
@@ -39,8 +39,8 @@ void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, in
                 ": target has the input's shape and so must hold probabilities in a floating-point type, got ",
                 target.scalar_type(), " of shape ", target.sym_sizes());
     TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
-    TORCH_CHECK(ignore_index < 0, kName, ": ignore_index is not supported for a target of probabilities, got ",
-                ignore_index);
+    TORCH_CHECK(options.ignore_index < 0, kName, ": ignore_index is not supported for a target of probabilities, got ",
+                options.ignore_index);
     check_floating(kName, "input", logits);
     if (is_present(weight)) check_weight(kName, "weight", *weight);
   } else {
@@ -50,10 +50,11 @@ void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, in
     check_weight_type(kName, logits, weight, upcast);
   }
   check_class_weight(kName, logits, weight, !probabilities);
-  TORCH_CHECK(!(label_smoothing > 1), kName, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
-  TORCH_CHECK_VALUE(std::isfinite(z_loss), kName, ": z_loss must be finite, got ", z_loss);
-  TORCH_CHECK_VALUE(std::isfinite(logit_softcap) && logit_softcap >= 0, kName,
-                    ": logit_softcap must be positive and finite, got ", logit_softcap);
+  TORCH_CHECK(!(options.label_smoothing > 1), kName, ": label_smoothing must be between 0 and 1, got ",
+              options.label_smoothing);
+  TORCH_CHECK_VALUE(std::isfinite(options.z_loss), kName, ": z_loss must be finite, got ", options.z_loss);
+  TORCH_CHECK_VALUE(std::isfinite(options.logit_softcap) && options.logit_softcap >= 0, kName,
+                    ": logit_softcap must be positive and finite, got ", options.logit_softcap);
   // Class indices are compared as 32-bit integers in the vector loops.
   TORCH_CHECK(logits.sym_size(class_dim(logits)) <= std::numeric_limits<int32_t>::max(), kName,
               ": input has more than 2^31 - 1 classes: ", logits.sym_sizes());
@@ -76,8 +77,8 @@ struct Problem {
   CrossEntropyArgs args;
   Tensor logits, target, weight;
 
-  Problem(const Tensor& logits_, const Tensor& target_, OptionalTensor weight_, c10::SymInt ignore_index,
-          double label_smoothing, double z_loss, double logit_softcap, Tensor grad_logits = {}, Tensor grad_target = {})
+  Problem(const Tensor& logits_, const Tensor& target_, OptionalTensor weight_, const CrossEntropyOptions& options,
+          Tensor grad_logits = {}, Tensor grad_target = {})
       : logits(addressable(logits_)), weight(accumulate_weight(weight_, logits_.scalar_type())) {
     // Without a gradient, the logits stand in: a second view of them changes nothing in what can be merged.
     const Tensor& logits_like = grad_logits.defined() ? grad_logits : logits;
@@ -93,35 +94,35 @@ struct Problem {
     } else {
       fill_class_views(args.shape, {{logits, args.logits}, {logits_like, args.grad_logits}});
       target = position_view(target_, args.target.index);
-      args.target.ignore_index = ignore_index.expect_int();
+      args.target.ignore_index = options.ignore_index.expect_int();
     }
     if (!grad_logits.defined()) args.grad_logits.data = nullptr;
     args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
-    args.label_smoothing = label_smoothing > 0 ? label_smoothing : 0;  // NaN and negative values count as 0
-    args.z_loss = z_loss;
-    args.logit_softcap = logit_softcap;
+    args.label_smoothing = options.label_smoothing > 0 ? options.label_smoothing : 0;  // NaN and negative ones are 0
+    args.z_loss = options.z_loss;
+    args.logit_softcap = options.logit_softcap;
   }
 };
 
 // For float16, in whose range a gradient must stay: no entry of it is larger, for a grad_output of 1. Undefined for
 // other types.
-Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                        c10::SymInt ignore_index, double z_loss) {
+Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTensor weight,
+                        const CrossEntropyOptions& options) {
   if (logits.scalar_type() != at::kHalf) return Tensor();
-  const auto options = logits.options().dtype(at::kDouble);
-  if (logits.numel() == 0) return at::ones({}, options);
-  const bool indices = !has_probabilities(logits, target), mean = reduction == int64_t(Reduction::mean);
+  const auto one_number = logits.options().dtype(at::kDouble);
+  if (logits.numel() == 0) return at::ones({}, one_number);
+  const bool indices = !has_probabilities(logits, target), mean = options.reduction == Reduction::mean;
   const Tensor weights = is_present(weight) ? weight->flatten().to(at::kDouble) : Tensor();
   // An entry is p A - a: masses may have both signs.
-  Tensor largest = weights.defined() ? weights.abs().amax() * 2 : at::full({}, 2, options);
+  Tensor largest = weights.defined() ? weights.abs().amax() * 2 : at::full({}, 2, one_number);
   // Smoothing adds the mass of one more distribution, at most.
   if (!indices) largest = largest * (target.to(at::kFloat).abs().sum(class_dim(logits)).amax() + 1);
   constexpr double kLargestLse = 0x1p16;
-  largest = largest + 2 * std::abs(z_loss) * kLargestLse;
+  largest = largest + 2 * std::abs(options.z_loss) * kLargestLse;
   if (!mean) return largest;
   const int64_t positions = logits.numel() / logits.size(class_dim(logits));
   if (!indices) return largest / static_cast<double>(positions);
-  const Tensor counts = target.ne(ignore_index.expect_int()).flatten();
+  const Tensor counts = target.ne(options.ignore_index.expect_int()).flatten();
   if (!weights.defined()) return largest / counts.sum();
   const Tensor classes = target.flatten().to(at::kLong).clamp(0, weights.numel() - 1);
   return largest / weights.index_select(0, classes).mul_(counts).sum().abs();
@@ -129,21 +130,20 @@ Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTens
 
 }  // namespace
 
-CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                                  c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
-                                  bool return_lse, bool upcast, OptionalBool, OptionalTensor, bool,
-                                  bool want_statistics) {
-  check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
+CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& target, OptionalTensor weight,
+                                            const CrossEntropyOptions& options, bool return_lse,
+                                            const TrainingOptions& training) {
+  check(logits, target, weight, options, training.upcast);
 
   const auto positions = position_sizes(logits);
-  const auto type = loss_type(logits, target, weight, upcast);
+  const auto type = loss_type(logits, target, weight, training.upcast);
   const auto statistics = logits.options().dtype(statistics_type(logits, type));
   const auto loss_options = logits.options().dtype(type);
-  const bool reduced = reduction != int64_t(Reduction::none);
+  const bool reduced = options.reduction != Reduction::none;
   Tensor loss = reduced ? at::empty({}, loss_options) : at::empty_symint(positions, loss_options);
   Tensor lse, row_max, row_log_sum, divisor;
   if (return_lse) lse = at::empty_symint(positions, statistics);
-  if (want_statistics) {
+  if (training.statistics) {
     if (!return_lse) lse = at::empty({0}, statistics);
     row_max = at::empty_symint(positions, statistics);
     row_log_sum = at::empty_symint(positions, statistics);
@@ -151,15 +151,15 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
   }
 
   if (!logits.is_meta()) {
-    Problem problem(widened(logits, type), target, weight, ignore_index, label_smoothing, z_loss, logit_softcap);
+    Problem problem(widened(logits, type), target, weight, options);
     CrossEntropyArgs& args = problem.args;
     args.every_lse = return_lse;
-    if (want_statistics) {
+    if (training.statistics) {
       args.row_max = row_max.data_ptr();
       args.row_log_sum = row_log_sum.data_ptr();
     }
     args.lse = return_lse ? lse.data_ptr() : nullptr;
-    set_results(args, loss, divisor, reduction);
+    set_results(args, loss, divisor, options.reduction);
     const int64_t invalid = run(kKernels, Pass::forward, args, logits);
     if (invalid >= 0) raise_target_out_of_bounds(kName, logits, target, invalid);
   }
@@ -167,26 +167,25 @@ CrossEntropyOutputs cross_entropy(const Tensor& logits, const Tensor& target, Op
   return {loss, lse, row_max, row_log_sum, divisor};
 }
 
-Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                               OptionalTensor grad_scale, int64_t reduction, c10::SymInt ignore_index,
-                               double label_smoothing, double z_loss, double logit_softcap, bool upcast,
+Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
+                               OptionalTensor grad_scale, const CrossEntropyOptions& options, bool upcast,
                                Tensor& grad_logits, OptionalTensor scale) {
-  check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
-  check_with_grad(kName, logits, grad_logits, grad_scale, scale, reduction);
+  check(logits, target, weight, options, upcast);
+  check_with_grad(kName, logits, grad_logits, grad_scale, scale, options.reduction);
   Tensor loss = at::empty({}, logits.options().dtype(loss_type(logits, target, weight, upcast)));
 
   if (!logits.is_meta()) {
     const Tensor wide = widened(logits, loss.scalar_type());
     const bool same_type = wide.scalar_type() == grad_logits.scalar_type();
     Tensor grad = same_type ? addressable(grad_logits) : empty_like_logits(wide);
-    Problem problem(wide, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad);
+    Problem problem(wide, target, weight, options, grad);
     CrossEntropyArgs& args = problem.args;
     if (is_present(scale)) {
-      const Tensor largest = largest_gradient(logits, target, weight, reduction, ignore_index, z_loss);
+      const Tensor largest = largest_gradient(logits, target, weight, options);
       scale->copy_(chosen_scale(grad_scale, logits, loss.scalar_type(), largest));
       args.flow.grad_loss = {scale->data_ptr(), Dtype::float64, 0};
     }
-    set_results(args, loss, Tensor(), reduction);
+    set_results(args, loss, Tensor(), options.reduction);
     const int64_t invalid = run(kKernels, Pass::forward_with_gradient, args, logits);
     if (invalid >= 0) raise_target_out_of_bounds(kName, logits, target, invalid);
     if (!grad.is_same(grad_logits)) grad_logits.copy_(grad);
@@ -194,17 +193,16 @@ Tensor cross_entropy_with_grad(const Tensor& logits, const Tensor& target, Optio
   return loss;
 }
 
-TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
+TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
                                 const Tensor& target, OptionalTensor weight, const Tensor& row_max,
-                                const Tensor& row_log_sum, const Tensor& divisor, int64_t reduction,
-                                c10::SymInt ignore_index, double label_smoothing, double z_loss, double logit_softcap,
+                                const Tensor& row_log_sum, const Tensor& divisor, const CrossEntropyOptions& options,
                                 std::array<bool, 2> output_mask) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
-  check(logits, target, weight, reduction, ignore_index, label_smoothing, z_loss, logit_softcap, upcast);
+  check(logits, target, weight, options, upcast);
   const auto positions = position_sizes(logits);
   const auto type = loss_type(logits, target, weight, upcast);
   const auto statistics = statistics_type(logits, type);
-  check_flow(kName, logits, grad_loss, divisor, reduction, positions);
+  check_flow(kName, logits, grad_loss, divisor, options.reduction, positions);
   check_devices(kName, {{"input", logits}, {"grad_lse", grad_lse}, {"row_max", row_max}, {"row_log_sum", row_log_sum}});
   const auto check_statistic = [&](const NamedTensor& statistic, at::ScalarType expected) {
     const auto& [name, tensor] = statistic;
@@ -223,8 +221,7 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
   Tensor grad_target = output_mask[1] ? with_huge_pages(empty_like_logits(target)) : Tensor();
 
   if (!logits.is_meta()) {
-    Problem problem(wide, target, weight, ignore_index, label_smoothing, z_loss, logit_softcap, grad_logits,
-                    grad_target);
+    Problem problem(wide, target, weight, options, grad_logits, grad_target);
     CrossEntropyArgs& args = problem.args;
     const Tensor max = row_max.contiguous(), sum = row_log_sum.contiguous();
     const Tensor lse = is_present(grad_lse) ? grad_lse->to(statistics).contiguous() : Tensor();
@@ -232,7 +229,7 @@ TwoGrads cross_entropy_backward(const Tensor& grad_loss, OptionalTensor grad_lse
     args.row_log_sum = sum.data_ptr();
     args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
     const Tensor flat_grad = position_view(grad_loss, args.flow.grad_loss);
-    args.flow.divisor = flow_divisor(divisor, reduction);
+    args.flow.divisor = flow_divisor(divisor, options.reduction);
     run(kKernels, Pass::backward, args, logits);
   }
   const auto absent = [](const Tensor& like) { return at::empty({0}, like.options()); };

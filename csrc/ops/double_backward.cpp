@@ -24,7 +24,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace fusedloss::autograd {
+namespace fusedloss::ops {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
@@ -260,4 +260,4 @@ void backward_operator(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   for (const Tensor& result : results) torch::jit::push(*stack, result);
 }
 
-}  // namespace fusedloss::autograd
+}  // namespace fusedloss::ops

@@ -10,7 +10,7 @@ namespace c10 {
 class OperatorHandle;
 }
 
-namespace fusedloss::autograd {
+namespace fusedloss::ops {
 
 // A boxed kernel for any of them: it calls the operator below autograd, and saves its arguments.
 void backward_operator(const c10::OperatorHandle& op, torch::jit::Stack* stack);
@@ -20,4 +20,4 @@ void backward_operator(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 using EnterEngine = void (*)(const std::function<void()>& run);
 extern EnterEngine enter_engine;
 
-}  // namespace fusedloss::autograd
+}  // namespace fusedloss::ops

@@ -39,7 +39,7 @@ bool is_number(const ElementwiseLoss& loss, const Tensor& weight) {
 }
 
 void check(const ElementwiseLoss& loss, const ElementwiseInputs& in, bool upcast) {
-  check_reduction(loss.name, in.reduction);
+  check_reduction(loss.name, in.options.reduction);
   const auto unless_number = [&](const Tensor& weight) {
     return std::optional<Tensor>(is_number(loss, weight) ? Tensor() : weight);
   };
@@ -161,8 +161,8 @@ class Operands {
 // What forward and backward tell the kernel alike.
 void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArgs& args) {
   args.dtype = dtype_of(in.input.scalar_type());
-  args.has_ignore_index = in.ignore_index.has_value();
-  args.ignore_index = in.ignore_index.value_or(0).expect_int();
+  args.has_ignore_index = in.options.ignore_index.has_value();
+  args.ignore_index = in.options.ignore_index.value_or(0).expect_int();
   operands.add(in.input, args.input);
   operands.add(in.target, args.target);
   operands.add(in.weight, args.weight);
@@ -180,10 +180,10 @@ Tensor largest_gradient(const ElementwiseInputs& in, at::ScalarType grad_type) {
   if (in.pos_weight.defined()) result = result * (largest(in.pos_weight) + 1);
   result = result * 2 + 1;
   if (in.weight.defined()) result = result * largest(in.weight);
-  if (in.reduction != int64_t(Reduction::mean)) return result;
-  const bool ignores = in.ignore_index.has_value();
-  return result /
-         (ignores ? in.target.ne(in.ignore_index->expect_int()).sum() : at::full({}, in.input.numel(), options));
+  if (in.options.reduction != Reduction::mean) return result;
+  const bool ignores = in.options.ignore_index.has_value();
+  return result / (ignores ? in.target.ne(in.options.ignore_index->expect_int()).sum()
+                           : at::full({}, in.input.numel(), options));
 }
 
 [[noreturn]] void raise_out_of_domain(const ElementwiseLoss& loss, const ElementwiseInputs& in) {
@@ -192,7 +192,7 @@ Tensor largest_gradient(const ElementwiseInputs& in, at::ScalarType grad_type) {
   const double* x = input.const_data_ptr<double>();
   const double* t = target.const_data_ptr<double>();
   for (int64_t i = 0; i < input.numel(); ++i) {
-    if (in.ignore_index.has_value() && t[i] == double(in.ignore_index->expect_int())) continue;
+    if (in.options.ignore_index.has_value() && t[i] == double(in.options.ignore_index->expect_int())) continue;
     TORCH_CHECK(x[i] >= 0 && x[i] <= 1, loss.name, ": all elements of input should be between 0 and 1, got ", x[i],
                 " at position ", i);
     TORCH_CHECK(t[i] >= 0 && t[i] <= 1, loss.name, ": all elements of target should be between 0 and 1, got ", t[i],
@@ -207,7 +207,7 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
   check(loss, in, upcast);
 
   const auto options = in.input.options().dtype(loss_type(in, upcast));
-  const bool reduced = in.reduction != int64_t(Reduction::none);
+  const bool reduced = in.options.reduction != Reduction::none;
   // Native torch's loss of logits starts from 1 - target.
   Tensor result = reduced ? at::empty({}, options) : at::empty_like(loss.probabilities ? in.input : in.target, options);
   Tensor divisor = at::empty({}, in.input.options().dtype(at::kDouble));
@@ -220,7 +220,7 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
     fill_inputs(in, operands, args);
     if (!reduced) operands.add(written, args.loss);
     operands.fill(args.shape);
-    args.total = total_of(result, divisor, in.reduction);
+    args.total = total_of(result, divisor, in.options.reduction);
     if (run(loss.kernels, Pass::forward, args, in.input) >= 0) raise_out_of_domain(loss, in);
     if (!written.is_same(result)) result.copy_(written);
   }
@@ -230,7 +230,7 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
 Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, OptionalTensor grad_scale, bool upcast,
                              Tensor& grad_input, OptionalTensor scale) {
   check(loss, in, upcast);
-  check_with_grad(loss.name, in.input, grad_input, grad_scale, scale, in.reduction);
+  check_with_grad(loss.name, in.input, grad_input, grad_scale, scale, in.options.reduction);
   Tensor result = at::empty({}, in.input.options().dtype(loss_type(in, upcast)));
 
   if (!in.input.is_meta()) {
@@ -247,7 +247,7 @@ Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, 
           chosen_scale(grad_scale, in.input, result.scalar_type(), largest_gradient(in, grad_input.scalar_type())));
       args.flow.grad_loss = {scale->data_ptr(), Dtype::float64};
     }
-    args.total = total_of(result, Tensor(), in.reduction);
+    args.total = total_of(result, Tensor(), in.options.reduction);
     if (run(loss.kernels, Pass::forward_with_gradient, args, in.input) >= 0) raise_out_of_domain(loss, in);
     if (!grad.is_same(grad_input)) grad_input.copy_(grad);
   }
@@ -258,7 +258,7 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in,
                               const Tensor& divisor, std::array<bool, 2> output_mask) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check(loss, in, upcast);
-  check_flow(loss.name, in.input, grad_loss, divisor, in.reduction, in.input.sym_sizes());
+  check_flow(loss.name, in.input, grad_loss, divisor, in.options.reduction, in.input.sym_sizes());
   TORCH_CHECK(!output_mask[1] || at::isFloatingType(in.target.scalar_type()), loss.name, ": a target of ",
               in.target.scalar_type(), " has no gradient");
 
@@ -278,7 +278,7 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in,
     if (output_mask[0]) operands.add(grad_input, args.grad_input);
     if (output_mask[1]) operands.add(grad_target, args.grad_target);
     operands.fill(args.shape);
-    args.flow.divisor = flow_divisor(divisor, in.reduction);
+    args.flow.divisor = flow_divisor(divisor, in.options.reduction);
     run(loss.kernels, Pass::backward, args, in.input);
   }
   return {grad_input.to(input_type), grad_target};

@@ -8,10 +8,11 @@
 
 #include "claims.h"
 #include "dispatch.h"
+#include "losses.h"
 #include "memory.h"
 #include "overlap.h"
 
-namespace fusedloss::autograd {
+namespace fusedloss::ops {
 namespace {
 
 // Whether there is no memory of its own behind a tensor: a subclass that wraps others, a fake, or a batch of vmap.
@@ -28,32 +29,30 @@ bool is_compiling() {
          (Modes::get_mode(Key::FAKE) || Modes::get_mode(Key::PROXY) || Modes::get_mode(Key::FUNCTIONAL));
 }
 
-bool grad_in_forward(const char* loss, OptionalBool wish, bool inplace, bool possible, const Tensor& input,
-                     OptionalTensor grad_scale) {
+bool grad_in_forward(const char* loss, const TrainingOptions& training, bool possible, const Tensor& input) {
   const bool plans_memory_itself = is_compiling() || is_wrapper(input);
-  const bool suits = input.scalar_type() != at::kHalf || ops::is_present(grad_scale);
-  const bool is_kept = has_hooks() && !inplace;
-  const bool result = wish.value_or(possible && suits && !plans_memory_itself && !is_kept);
+  const bool suits = input.scalar_type() != at::kHalf || is_present(training.grad_scale);
+  const bool is_kept = has_hooks() && !training.inplace;
+  const bool result = training.grad_in_forward.value_or(possible && suits && !plans_memory_itself && !is_kept);
   TORCH_CHECK_VALUE(!result || possible, loss,
                     ": grad_in_forward=True needs reduction 'mean' or 'sum', no return_lse, "
                     "and a target that does not require grad");
   TORCH_CHECK_VALUE(
-      !inplace || result || plans_memory_itself, loss,
+      !training.inplace || result || plans_memory_itself, loss,
       ": inplace=True writes the gradient over the input in forward, "
       "which needs reduction 'mean' or 'sum', no return_lse, a target that does not require grad, and for "
       "float16 grad_scale or grad_in_forward=True");
   return result;
 }
 
-GradientInForward::GradientInForward(const char* loss, const Tensor& input, bool inplace, OptionalTensor grad_scale,
-                                     Tensor (*empty_like)(const Tensor&),
-                                     std::initializer_list<ops::NamedTensor> others)
-    : input_(input), overwrites_(inplace && !is_compiling() && !is_wrapper(input)) {
-  if (ops::is_present(grad_scale) || input.scalar_type() == at::kHalf) {
+GradientInForward::GradientInForward(const char* loss, const Tensor& input, const TrainingOptions& training,
+                                     Tensor (*empty_like)(const Tensor&), std::initializer_list<NamedTensor> others)
+    : input_(input), overwrites_(training.inplace && !is_compiling() && !is_wrapper(input)) {
+  if (is_present(training.grad_scale) || input.scalar_type() == at::kHalf) {
     scale_ = at::empty({}, input.options().dtype(at::kDouble));
   }
   if (!overwrites_) {
-    grad_ = ops::with_huge_pages(empty_like(input));
+    grad_ = with_huge_pages(empty_like(input));
     return;
   }
   const at::TensorBase& base = input.is_view() ? input._base() : input;
@@ -61,17 +60,17 @@ GradientInForward::GradientInForward(const char* loss, const Tensor& input, bool
               ": inplace=True cannot overwrite an input that is a leaf and requires grad, or a view of one");
   TORCH_CHECK(!input.is_neg(), loss, ": inplace=True cannot overwrite a view that negates what lies in memory");
   for (const auto& [name, tensor] : others) {
-    TORCH_CHECK(!tensor || !ops::overlap(input, *tensor), loss,
-                ": inplace=True cannot overwrite an input that overlaps ", name, " in memory");
+    TORCH_CHECK(!tensor || !overlap(input, *tensor), loss, ": inplace=True cannot overwrite an input that overlaps ",
+                name, " in memory");
   }
-  ops::check_unclaimed(loss, input);
+  check_unclaimed(loss, input);
   grad_ = input;
 }
 
 std::pair<Tensor, Tensor> GradientInForward::to_save(AutogradContext* ctx) {
   if (overwrites_) {
     grad_ = input_.variable_data();
-    ctx->saved_data["claim"] = ops::claim(input_, grad_, has_hooks());
+    ctx->saved_data["claim"] = claim(input_, grad_, has_hooks());
     // A view's place in the graph is the one that it had: its new version would have it looked for behind its base.
     auto* view = torch::autograd::impl::get_view_autograd_meta(input_);
     if (view && view->has_bw_view()) view->set_attr_version(static_cast<uint32_t>(input_._version()));
@@ -84,18 +83,18 @@ Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const
                                    const Tensor& grad_output, bool keep_zeros) {
   const std::optional<Tensor> from = scale.defined() ? std::optional<Tensor>(scale) : std::nullopt;
   const auto claim = ctx->saved_data.find("claim");
-  if (claim != ctx->saved_data.end()) ops::check_claim(loss, claim->second.toInt());
+  if (claim != ctx->saved_data.end()) check_claim(loss, claim->second.toInt());
   // Else another backward will start from what is saved, or a hook has kept it.
   const bool is_ours_alone =
       !torch::autograd::get_current_graph_task_keep_graph() && ctx->saved_data.find("hooks") == ctx->saved_data.end();
   if (claim != ctx->saved_data.end() && !torch::autograd::get_current_graph_task_keep_graph()) {
-    ops::release_claim(claim->second.toInt());
+    release_claim(claim->second.toInt());
   }
   const bool in_place = is_ours_alone && !is_compiling() && !is_wrapper(grad) && !is_wrapper(grad_output);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  if (!in_place) return FUSEDLOSS_OPERATOR(rescale_grad).call(grad, grad_output, from, keep_zeros);
+  if (!in_place) return Operator<&rescale_grad>::call(grad, grad_output, from, keep_zeros);
   Tensor result = grad;
-  FUSEDLOSS_OPERATOR(rescale_grad_).call(result, grad_output, from, keep_zeros);
+  Operator<&rescale_grad_>::call(result, grad_output, from, keep_zeros);
   return result;
 }
 
@@ -131,4 +130,4 @@ Tensor from_forward(const char* loss, AutogradContext* ctx, const Tensor& saved)
   return input;
 }
 
-}  // namespace fusedloss::autograd
+}  // namespace fusedloss::ops

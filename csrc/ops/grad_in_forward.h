@@ -11,13 +11,10 @@
 #include <utility>
 
 #include "checks.h"
-#include "losses.h"
+#include "options.h"
 
-namespace fusedloss::autograd {
+namespace fusedloss::ops {
 
-using at::Tensor;
-using ops::OptionalBool;
-using ops::OptionalTensor;
 using torch::autograd::AutogradContext;
 
 // Whether a compiler traces what is called.
@@ -29,20 +26,19 @@ bool is_compiling();
 // - not where a compiler traces, which fuses the multiplication by an unknown grad_output better into a backward apart;
 // - not where hooks take what is saved: a checkpoint would throw the gradient away and write it again, others keep it,
 //   so that backward could not multiply it where it is.
-bool grad_in_forward(const char* loss, OptionalBool wish, bool inplace, bool possible, const Tensor& input,
-                     OptionalTensor grad_scale);
+bool grad_in_forward(const char* loss, const TrainingOptions& training, bool possible, const Tensor& input);
 
 class GradientInForward {
  public:
   // Where forward writes the gradient: over the input, or into a tensor like it. others: what must not be overwritten.
-  GradientInForward(const char* loss, const Tensor& input, bool inplace, OptionalTensor grad_scale,
-                    Tensor (*empty_like)(const Tensor&), std::initializer_list<ops::NamedTensor> others);
+  GradientInForward(const char* loss, const Tensor& input, const TrainingOptions& training,
+                    Tensor (*empty_like)(const Tensor&), std::initializer_list<NamedTensor> others);
 
   bool overwrites() const { return overwrites_; }
   Tensor& grad() { return grad_; }
   const std::optional<Tensor>& scale() const { return scale_; }
 
-  // What backward needs, once the gradient is there: to be saved as saved[0] and saved[1].
+  // What backward needs, once the gradient is there: the gradient and its scale, to be saved.
   std::pair<Tensor, Tensor> to_save(AutogradContext* ctx);
 
   // In backward: the gradient for this grad_output.
@@ -70,4 +66,4 @@ Tensor for_double_backward(AutogradContext* ctx, const Tensor& input);
 // In backward: the same, in the place that the input has in the graph, and with its version counter.
 Tensor from_forward(const char* loss, AutogradContext* ctx, const Tensor& saved);
 
-}  // namespace fusedloss::autograd
+}  // namespace fusedloss::ops

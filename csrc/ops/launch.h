@@ -132,17 +132,17 @@ int64_t run(const LossKernels<Args>& loss, Pass pass, const Args& args, const at
 }
 
 // Where a kernel writes the reduced loss, and the divisor if it is defined. An unreduced loss is not a total's.
-inline Total total_of(const at::Tensor& loss, const at::Tensor& divisor, int64_t reduction) {
-  const bool reduced = reduction != int64_t(Reduction::none);
-  return {.reduction = Reduction(reduction),
+inline Total total_of(const at::Tensor& loss, const at::Tensor& divisor, Reduction reduction) {
+  const bool reduced = reduction != Reduction::none;
+  return {.reduction = reduction,
           .loss = reduced ? loss.data_ptr() : nullptr,
           .dtype = dtype_of(loss.scalar_type()),
           .divisor = divisor.defined() ? divisor.mutable_data_ptr<double>() : nullptr};
 }
 
 // What flows into the losses is divided by the mean's divisor.
-inline const double* flow_divisor(const at::Tensor& divisor, int64_t reduction) {
-  return reduction == int64_t(Reduction::mean) ? divisor.const_data_ptr<double>() : nullptr;
+inline const double* flow_divisor(const at::Tensor& divisor, Reduction reduction) {
+  return reduction == Reduction::mean ? divisor.const_data_ptr<double>() : nullptr;
 }
 
 // The grad_output that forward assumes (csrc/ops/rescale.cpp): grad_scale, or the nearest number for which the gradient

@@ -1,9 +1,10 @@
-// Negative log likelihood over tensors.
+// Negative log likelihood over tensors, and its gradient.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "../kernels/class_loss.h"
+#include "autograd.h"
 #include "checks.h"
 #include "class_loss.h"
 #include "launch.h"
@@ -16,7 +17,7 @@ namespace {
 constexpr const char* kName = "nll_loss";
 constexpr LossKernels<NllArgs> kKernels = [](const auto& losses) -> const auto& { return losses.nll; };
 
-void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction, bool upcast) {
+void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, Reduction reduction, bool upcast) {
   check_reduction(kName, reduction);
   check_devices(kName, {{"input", log_probs}, {"target", target}, {"weight", weight}});
   check_class_target(kName, "input", log_probs, target);
@@ -25,15 +26,35 @@ void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
   check_class_weight(kName, log_probs, weight);
 }
 
+struct NllFunction : LossFunction<NllFunction> {
+  static Tensor evaluate(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
+                         const Nll::Options& options, const Nll::Training& training, LossAndDivisor* outputs) {
+    *outputs = call_below_autograd(
+        [&] { return Operator<&Nll::forward>::call(log_probs, target, weight, options, training); });
+    const auto& [loss, divisor] = *outputs;
+    save(ctx, {log_probs, target, weight.value_or(Tensor()), divisor}, options);
+    return loss;
+  }
+
+  static TwoGrads gradients(AutogradContext* ctx, const variable_list& grads, const std::array<bool, 2>& wanted) {
+    const auto [log_probs, target, weight, divisor] = saved_tensors<4>(ctx);
+    return {call_backward([&] {
+              return Operator<&Nll::backward>::call(grads[0], log_probs, target, to_optional(weight), divisor,
+                                                    saved_options<Nll::Options>(ctx));
+            }),
+            Tensor()};
+  }
+};
+
 }  // namespace
 
-LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                   c10::SymInt ignore_index, bool upcast) {
-  check(log_probs, target, weight, reduction, upcast);
+LossAndDivisor Nll::forward(const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
+                            const Options& options, const Training& training) {
+  check(log_probs, target, weight, options.reduction, training.upcast);
 
-  const auto options = log_probs.options().dtype(upcast_type(log_probs.scalar_type(), upcast));
-  const bool reduced = reduction != int64_t(Reduction::none);
-  Tensor loss = reduced ? at::empty({}, options) : at::empty_symint(position_sizes(log_probs), options);
+  const auto loss_options = log_probs.options().dtype(upcast_type(log_probs.scalar_type(), training.upcast));
+  const bool reduced = options.reduction != Reduction::none;
+  Tensor loss = reduced ? at::empty({}, loss_options) : at::empty_symint(position_sizes(log_probs), loss_options);
   Tensor divisor = at::empty({}, log_probs.options().dtype(at::kDouble));
 
   if (!log_probs.is_meta()) {
@@ -41,35 +62,48 @@ LossAndDivisor nll(const Tensor& log_probs, const Tensor& target, OptionalTensor
     const Tensor input = addressable(log_probs);
     fill_class_views(args.shape, {{input, args.log_probs}});
     const Tensor index = position_view(target, args.target.index);
-    args.target.ignore_index = ignore_index.expect_int();
+    args.target.ignore_index = options.ignore_index.expect_int();
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
     args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
-    set_results(args, loss, divisor, reduction);
+    set_results(args, loss, divisor, options.reduction);
     const int64_t invalid = run(kKernels, Pass::forward, args, log_probs);
     if (invalid >= 0) raise_target_out_of_bounds(kName, log_probs, target, invalid);
   }
   return {loss, divisor};
 }
 
-Tensor nll_backward(const Tensor& grad_loss, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
-                    const Tensor& divisor, int64_t reduction, c10::SymInt ignore_index) {
+Tensor Nll::backward(const Tensor& grad_loss, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
+                     const Tensor& divisor, const Options& options) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
-  check(log_probs, target, weight, reduction, upcast);
-  check_flow(kName, log_probs, grad_loss, divisor, reduction, position_sizes(log_probs));
+  check(log_probs, target, weight, options.reduction, upcast);
+  check_flow(kName, log_probs, grad_loss, divisor, options.reduction, position_sizes(log_probs));
 
   Tensor grad = with_huge_pages(empty_like_logits(log_probs));
   if (!log_probs.is_meta()) {
     NllArgs args;
     fill_class_views(args.shape, {{grad, args.grad_log_probs}});
     const Tensor index = position_view(target, args.target.index);
-    args.target.ignore_index = ignore_index.expect_int();
+    args.target.ignore_index = options.ignore_index.expect_int();
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
     args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
     const Tensor flat_grad = position_view(grad_loss, args.flow.grad_loss);
-    args.flow.divisor = flow_divisor(divisor, reduction);
+    args.flow.divisor = flow_divisor(divisor, options.reduction);
     run(kKernels, Pass::backward, args, log_probs);
   }
   return grad;
+}
+
+LossAndDivisor Nll::autograd(const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
+                             const Options& options, const Training& training) {
+  check_dense(kName, {{"input", log_probs}, {"target", target}, {"weight", weight}});
+  check_no_grad(kName, "weight", weight);
+  if (!wants_grad(log_probs)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return Operator<&Nll::forward>::call(log_probs, target, weight, options, training);
+  }
+  LossAndDivisor outputs;
+  std::get<0>(outputs) = NllFunction::apply(log_probs, target, weight, options, training, &outputs);
+  return outputs;
 }
 
 }  // namespace fusedloss::ops

@@ -1,0 +1,116 @@
+// What the torch::autograd::Functions of all losses share. There are two roads to the gradient:
+//
+//   NAMEFunction   forward runs the loss, backward runs NAME_backward, which reads the input again
+//   NAMEWithGrad   forward runs NAME_with_grad and saves the gradient; backward multiplies it by what forward has not
+//                  foreseen of grad_output (csrc/ops/grad_in_forward.h)
+//
+// In an ordinary backward pass no graph is built, and the operators go straight to their kernels. With
+// create_graph=True both roads take NAME_backward through the Autograd key, where fusedloss/double_backward.py
+// differentiates it.
+//
+// What backward needs of forward's statistics are not outputs of a Function: compiled autograd refuses Functions with
+// outputs that are not differentiable.
+
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "dispatch.h"
+#include "grad_in_forward.h"
+#include "losses.h"
+
+namespace fusedloss::ops {
+
+using torch::autograd::variable_list;
+
+// Backward runs on threads of autograd's own, which know nothing of the backend that forward had: every Function
+// remembers it. A loss has `evaluate`, which is forward, and `gradients`, which is backward: of input and target, the
+// first arguments of evaluate; the others have none.
+template <class Derived>
+struct LossFunction : torch::autograd::Function<Derived> {
+  template <class... Argument>
+  static auto forward(AutogradContext* ctx, Argument&&... argument) {
+    ctx->saved_data.reserve(8);  // the first of what is kept there: else the table grows three times
+    ctx->saved_data["backend"] = static_cast<int64_t>(current_backend());
+    return Derived::evaluate(ctx, std::forward<Argument>(argument)...);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const BackendGuard guard(static_cast<Backend>(ctx->saved_data["backend"].toInt()));
+    variable_list input_grads(argument_count(Derived::evaluate));
+    const std::array wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
+    auto [grad_input, grad_target] = Derived::gradients(ctx, grads, wanted);
+    // Absent gradients are undefined tensors, not the operators' empty ones.
+    if (wanted[0]) input_grads[0] = std::move(grad_input);
+    if (wanted[1]) input_grads[1] = std::move(grad_target);
+    return input_grads;
+  }
+
+ private:
+  template <class Result, class... Argument>
+  static constexpr std::size_t argument_count(Result (*)(AutogradContext*, Argument...)) {
+    return sizeof...(Argument);
+  }
+};
+
+inline bool wants_grad(const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
+
+inline void check_no_grad(const char* loss, const char* name, OptionalTensor tensor) {
+  TORCH_CHECK(!is_present(tensor) || !wants_grad(*tensor), loss, ": ", name,
+              " is not differentiable, but requires grad; pass ", name, ".detach()");
+}
+
+inline void check_not_overwritten(const char* loss, const Tensor& input) {
+  TORCH_CHECK(input.defined(), loss, ": double backward needs the input that inplace=True has overwritten");
+}
+
+template <class Call>
+auto call_below_autograd(Call call) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return call();
+}
+
+// Backward calls an operator: below autograd when nobody will differentiate the result.
+template <class Call>
+auto call_backward(Call call) {
+  return at::GradMode::is_enabled() ? call() : call_below_autograd(call);
+}
+
+inline std::optional<Tensor> to_optional(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+// Saves tensors, absent ones as undefined, and options for backward. Autograd keeps no tensor that was made in
+// inference mode, such as a teacher's probabilities: a copy takes its place.
+template <class Options>
+void save(AutogradContext* ctx, variable_list tensors, const Options& options) {
+  for (Tensor& tensor : tensors) {
+    if (tensor.defined() && tensor.is_inference()) tensor = tensor.clone();
+  }
+  ctx->save_for_backward(std::move(tensors));
+  for_each_option<Options>([&]<class Owner, class Field>(const Option<Owner, Field>& option) {
+    ctx->saved_data[option.name] = static_cast<ArgumentOf<Field>>(options.*option.field);
+  });
+}
+
+template <std::size_t kCount>
+std::array<Tensor, kCount> saved_tensors(AutogradContext* ctx) {
+  variable_list saved = ctx->get_saved_variables();
+  std::array<Tensor, kCount> tensors;
+  std::move(saved.begin(), saved.end(), tensors.begin());
+  return tensors;
+}
+
+template <class Options>
+Options saved_options(AutogradContext* ctx) {
+  Options options;
+  for_each_option<Options>([&]<class Owner, class Field>(const Option<Owner, Field>& option) {
+    options.*option.field = static_cast<Field>(ctx->saved_data[option.name].template to<ArgumentOf<Field>>());
+  });
+  return options;
+}
+
+}  // namespace fusedloss::ops

@@ -1,0 +1,111 @@
+// The options of the operators. Each is listed here and nowhere else in C++: as a field, and by the words that schemas
+// have for it. From these lists come the schemas (csrc/register.cpp), the flat argument lists that the dispatcher knows
+// (csrc/ops/dispatch.h) and what autograd saves (csrc/ops/autograd.h).
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "../kernels/types.h"
+
+namespace fusedloss::ops {
+
+using at::Tensor;
+using OptionalTensor = const std::optional<Tensor>&;
+using OptionalIndex = std::optional<c10::SymInt>;  // symbolic where a compiler traces a value that varies
+using OptionalBool = std::optional<bool>;
+
+// A field, by the words that schemas have for it: "bool upcast=False".
+template <class Options, class Field>
+struct Option {
+  const char* words;
+  const char* name;
+  Field Options::* field;
+
+  constexpr Option(const char* words, Field Options::* field)
+      : words(words), name(words + std::string_view(words).find(' ') + 1), field(field) {}
+};
+
+struct CrossEntropyOptions {
+  Reduction reduction = Reduction::mean;
+  c10::SymInt ignore_index = -100;
+  double label_smoothing = 0;
+  double z_loss = 0;
+  double logit_softcap = 0;
+
+  static constexpr std::tuple kOptions{Option("int reduction", &CrossEntropyOptions::reduction),
+                                       Option("SymInt ignore_index", &CrossEntropyOptions::ignore_index),
+                                       Option("float label_smoothing", &CrossEntropyOptions::label_smoothing),
+                                       Option("float z_loss", &CrossEntropyOptions::z_loss),
+                                       Option("float logit_softcap", &CrossEntropyOptions::logit_softcap)};
+};
+
+struct ElementwiseOptions {
+  Reduction reduction = Reduction::mean;
+  OptionalIndex ignore_index;
+
+  static constexpr std::tuple kOptions{Option("int reduction", &ElementwiseOptions::reduction),
+                                       Option("SymInt? ignore_index", &ElementwiseOptions::ignore_index)};
+};
+
+// What the losses of one element are weighted with. Each broadcasts to the input's shape.
+struct ElementwiseWeights {
+  std::optional<Tensor> weight;
+  std::optional<Tensor> pos_weight;
+
+  static constexpr std::tuple kOptions{Option("Tensor? weight", &ElementwiseWeights::weight),
+                                       Option("Tensor? pos_weight", &ElementwiseWeights::pos_weight)};
+};
+
+// What a caller may ask of a forward operator beside the loss. All but upcast and statistics concern autograd alone:
+// below it, a forward operator only reads.
+struct TrainingOptions {
+  // Treat half precision as float32 when the result's type is decided: what native torch gives under autocast.
+  bool upcast = false;
+  // Write the gradient in forward: true, false, or absent: where nothing speaks against it.
+  OptionalBool grad_in_forward;
+  // One number, the grad_output that backward is expected to be called with; absent: 1.
+  std::optional<Tensor> grad_scale;
+  // The gradient may be written over the input.
+  bool inplace = false;
+  // Return what the backward operator needs; else these outputs are undefined, as they are where the gradient was
+  // written in forward. Compilers get them always: they take no undefined outputs.
+  bool statistics = false;
+
+  static constexpr std::tuple kOptions{Option("bool upcast=False", &TrainingOptions::upcast),
+                                       Option("bool? grad_in_forward=None", &TrainingOptions::grad_in_forward),
+                                       Option("Tensor? grad_scale=None", &TrainingOptions::grad_scale),
+                                       Option("bool inplace=False", &TrainingOptions::inplace),
+                                       Option("bool statistics=False", &TrainingOptions::statistics)};
+};
+
+// The first options of a list, for losses that do not have them all.
+template <std::size_t kCount, class Options>
+struct First : Options {
+  First() = default;
+  First(Options options) : Options(std::move(options)) {}
+
+  static constexpr auto kOptions = []<std::size_t... I>(std::index_sequence<I...>) {
+    return std::tuple{std::get<I>(Options::kOptions)...};
+  }(std::make_index_sequence<kCount>());
+};
+
+template <class Options, class Call>
+void for_each_option(Call call) {
+  std::apply([&](const auto&... option) { (call(option), ...); }, Options::kOptions);
+}
+
+// The type that a field has among an operator's arguments.
+template <class Field>
+using ArgumentOf =
+    std::conditional_t<std::is_same_v<Field, Reduction>, int64_t,
+                       std::conditional_t<std::is_same_v<Field, std::optional<Tensor>>, OptionalTensor, Field>>;
+
+}  // namespace fusedloss::ops
