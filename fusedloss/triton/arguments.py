@@ -55,7 +55,7 @@ class ClassFlow(NamedTuple):
 
 
 class ClassTarget(NamedTuple):
-    index: PositionTensor
+    index: PositionTensor  # type: ignore[assignment]  # hides a method of tuples, which nothing calls
     ignore_index: int
 
 
