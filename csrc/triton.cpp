@@ -10,6 +10,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "ops/launch.h"
@@ -52,10 +53,18 @@ const char* name_of(Reduction reduction) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
-// Of fusedloss/triton/arguments.py.
-py::object named(const char* name) {
-  static const py::handle arguments = py::module_::import("fusedloss.triton.arguments").release();
-  return arguments.attr(name);
+template <std::size_t kSize>
+struct Name {
+  consteval Name(const char (&literal)[kSize]) { std::copy_n(literal, kSize, text); }
+  char text[kSize];
+};
+
+// What fusedloss/triton/arguments.py has by a name; looked up once.
+template <Name kName>
+py::handle named() {
+  static const py::handle found =
+      py::object(py::module_::import("fusedloss.triton.arguments").attr(kName.text)).release();
+  return found;
 }
 
 class ToPython {
@@ -65,7 +74,7 @@ class ToPython {
       : device_(input.device()), accumulate_(ops::accumulate_type(scalar_type(dtype))) {}
 
   py::object operator()(const CrossEntropyArgs& a) const {
-    return named("CrossEntropyArgs")(
+    return named<"CrossEntropyArgs">()(
         "device"_a = device_, "shape"_a = shape(a.shape), "logits"_a = input(a.logits),
         "has_probabilities"_a = a.has_probabilities, "target"_a = a.has_probabilities ? py::none() : target(a.target),
         "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight),
@@ -77,10 +86,10 @@ class ToPython {
   }
 
   py::object operator()(const NllArgs& a) const {
-    return named("NllArgs")("device"_a = device_, "shape"_a = shape(a.shape), "log_probs"_a = input(a.log_probs),
-                            "target"_a = target(a.target), "weight"_a = sums(a.weight), "loss"_a = tensor(a.loss),
-                            "total"_a = total(a.total), "flow"_a = flow(a.flow),
-                            "grad_log_probs"_a = tensor(a.grad_log_probs));
+    return named<"NllArgs">()("device"_a = device_, "shape"_a = shape(a.shape), "log_probs"_a = input(a.log_probs),
+                              "target"_a = target(a.target), "weight"_a = sums(a.weight), "loss"_a = tensor(a.loss),
+                              "total"_a = total(a.total), "flow"_a = flow(a.flow),
+                              "grad_log_probs"_a = tensor(a.grad_log_probs));
   }
 
   py::object operator()(const ElementwiseArgs& a) const {
@@ -90,26 +99,26 @@ class ToPython {
       return tuple;
     };
     const auto given = [&](const ElementwiseTensor& t, const py::object& data) {
-      return named("ElementwiseTensor")("data"_a = data, "linear"_a = t.linear, "strides"_a = numbers(t.strides));
+      return named<"ElementwiseTensor">()("data"_a = data, "linear"_a = t.linear, "strides"_a = numbers(t.strides));
     };
     const auto input = [&](const ElementwiseTensor& t) { return given(t, present(t.data, t.dtype)); };
     const auto tensor = [&](const ElementwiseTensor& t) { return t.data ? input(t) : py::none(); };
-    return named("ElementwiseArgs")(
+    return named<"ElementwiseArgs">()(
         "device"_a = device_,
-        "shape"_a = named("ElementwiseShape")("numel"_a = a.shape.numel, "sizes"_a = numbers(a.shape.sizes)),
+        "shape"_a = named<"ElementwiseShape">()("numel"_a = a.shape.numel, "sizes"_a = numbers(a.shape.sizes)),
         "input"_a = input(a.input), "target"_a = input(a.target), "weight"_a = tensor(a.weight),
         "pos_weight"_a = tensor(a.pos_weight), "has_ignore_index"_a = a.has_ignore_index,
         "ignore_index"_a = a.ignore_index, "loss"_a = tensor(a.loss), "total"_a = total(a.total),
         "flow"_a =
-            named("ElementwiseFlow")("grad_loss"_a = tensor(a.flow.grad_loss), "divisor"_a = float64(a.flow.divisor)),
+            named<"ElementwiseFlow">()("grad_loss"_a = tensor(a.flow.grad_loss), "divisor"_a = float64(a.flow.divisor)),
         "grad_input"_a = tensor(a.grad_input), "grad_target"_a = tensor(a.grad_target));
   }
 
   py::object operator()(const cuda::RescaleArgs& a) const {
-    return named("RescaleArgs")("device"_a = device_, "grad"_a = pointer(a.grad, scalar_type(a.dtype)),
-                                "numel"_a = a.numel,
-                                "grad_output"_a = pointer(a.grad_output, scalar_type(a.grad_output_dtype)),
-                                "scale"_a = float64(a.scale), "keep_zeros"_a = a.keep_zeros);
+    return named<"RescaleArgs">()("device"_a = device_, "grad"_a = pointer(a.grad, scalar_type(a.dtype)),
+                                  "numel"_a = a.numel,
+                                  "grad_output"_a = pointer(a.grad_output, scalar_type(a.grad_output_dtype)),
+                                  "scale"_a = float64(a.scale), "keep_zeros"_a = a.keep_zeros);
   }
 
  private:
@@ -130,28 +139,28 @@ class ToPython {
   py::object float64(const double* data) const { return pointer(data, at::kDouble); }
 
   static py::object shape(const ClassShape& s) {
-    return named("ClassShape")("outer"_a = s.outer, "classes"_a = s.classes, "inner"_a = s.inner);
+    return named<"ClassShape">()("outer"_a = s.outer, "classes"_a = s.classes, "inner"_a = s.inner);
   }
   py::object input(const ClassTensor& t) const {
-    return named("ClassTensor")("data"_a = present(t.data, t.dtype), "outer_stride"_a = t.outer_stride,
-                                "class_stride"_a = t.class_stride, "inner_stride"_a = t.inner_stride);
+    return named<"ClassTensor">()("data"_a = present(t.data, t.dtype), "outer_stride"_a = t.outer_stride,
+                                  "class_stride"_a = t.class_stride, "inner_stride"_a = t.inner_stride);
   }
   py::object input(const PositionTensor& t) const {
-    return named("PositionTensor")("data"_a = present(t.data, t.dtype), "stride"_a = t.stride);
+    return named<"PositionTensor">()("data"_a = present(t.data, t.dtype), "stride"_a = t.stride);
   }
   template <class Tensor>
   py::object tensor(const Tensor& t) const {
     return t.data ? input(t) : py::none();
   }
   py::object target(const ClassTarget& t) const {
-    return named("ClassTarget")("index"_a = input(t.index), "ignore_index"_a = t.ignore_index);
+    return named<"ClassTarget">()("index"_a = input(t.index), "ignore_index"_a = t.ignore_index);
   }
   py::object flow(const ClassFlow& f) const {
-    return named("ClassFlow")("grad_loss"_a = tensor(f.grad_loss), "divisor"_a = float64(f.divisor));
+    return named<"ClassFlow">()("grad_loss"_a = tensor(f.grad_loss), "divisor"_a = float64(f.divisor));
   }
   py::object total(const Total& t) const {
-    return named("Total")("reduction"_a = named("Reduction").attr(name_of(t.reduction)),
-                          "loss"_a = pointer(t.loss, scalar_type(t.dtype)), "divisor"_a = float64(t.divisor));
+    return named<"Total">()("reduction"_a = named<"Reduction">().attr(name_of(t.reduction)),
+                            "loss"_a = pointer(t.loss, scalar_type(t.dtype)), "divisor"_a = float64(t.divisor));
   }
 
   const at::Device device_;
@@ -183,7 +192,7 @@ void install_triton(const py::object& launchers) {
   static_cast<Losses<ops::TritonLaunch>&>(kernels) = kernels.map<ops::TritonLaunch>(
       [&]<class Args>(const char* name, const ops::TritonLaunch<Args>&) -> ops::TritonLaunch<Args> {
         return [launch = py::object(launchers.attr(name))](const Args& args, Pass pass, const at::Tensor& input) {
-          in_python([&] { launch(ToPython(input, dtype_of(args))(args), named("Pass").attr(name_of(pass))); });
+          in_python([&] { launch(ToPython(input, dtype_of(args))(args), named<"Pass">().attr(name_of(pass))); });
         };
       });
   kernels.rescale = [launch = py::object(launchers.attr("rescale"))](const cuda::RescaleArgs& args,

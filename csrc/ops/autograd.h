@@ -5,7 +5,7 @@
 //                  foreseen of grad_output (csrc/ops/grad_in_forward.h)
 //
 // In an ordinary backward pass no graph is built, and the operators go straight to their kernels. With
-// create_graph=True both roads take NAME_backward through the Autograd key, where fusedloss/double_backward.py
+// create_graph=True both roads take NAME_backward through the Autograd key, where csrc/ops/double_backward.cpp
 // differentiates it.
 //
 // What backward needs of forward's statistics are not outputs of a Function: compiled autograd refuses Functions with

@@ -98,9 +98,8 @@ struct Problem {
     }
     if (!grad_logits.defined()) args.grad_logits.data = nullptr;
     args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
-    args.label_smoothing = options.label_smoothing > 0 ? options.label_smoothing : 0;  // NaN and negative ones are 0
-    args.z_loss = options.z_loss;
-    args.logit_softcap = options.logit_softcap;
+    static_cast<math::RowOptions&>(args) = options;
+    if (!(options.label_smoothing > 0)) args.label_smoothing = 0;  // NaN and negative numbers too
   }
 };
 

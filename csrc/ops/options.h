@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "../kernels/types.h"
+#include "../math/cross_entropy.h"
 
 namespace fusedloss::ops {
 
@@ -33,12 +34,10 @@ struct Option {
       : words(words), name(words + std::string_view(words).find(' ') + 1), field(field) {}
 };
 
-struct CrossEntropyOptions {
+// Those of the formula are the base's fields, which kernels are handed.
+struct CrossEntropyOptions : math::RowOptions {
   Reduction reduction = Reduction::mean;
   c10::SymInt ignore_index = -100;
-  double label_smoothing = 0;
-  double z_loss = 0;
-  double logit_softcap = 0;
 
   static constexpr std::tuple kOptions{Option("int reduction", &CrossEntropyOptions::reduction),
                                        Option("SymInt ignore_index", &CrossEntropyOptions::ignore_index),

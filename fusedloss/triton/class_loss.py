@@ -253,11 +253,18 @@ def _count(target, weight, begin, step, positions, ignore_index, classes, BLOCK:
 
 
 @kernel
-def _count_kernel(shape: Shape, target: Vector, weight, parts, ignore_index: tl.int64, BLOCK: tl.constexpr):
+def _count_kernel(
+    target: Vector,
+    weight,
+    parts,
+    positions: tl.int64,
+    classes: tl.int64,
+    ignore_index: tl.int64,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0).to(tl.int64)
-    sizes = sizes_of(shape)
-    sum = _count(target, weight, program, step, sizes.positions, ignore_index, sizes.classes, BLOCK)
+    sum = _count(target, weight, program, step, positions, ignore_index, classes, BLOCK)
     tl.store(parts + program, sum)
 
 
@@ -277,6 +284,6 @@ def count_before(args):
         return None
     programs = min(_COUNT_PROGRAMS, ceil_div(shape.positions, _COUNT_BLOCK))
     parts = workspace(args.device, programs)
-    tensors = shape_of(shape), vector_of(target.index), args.weight, parts
-    start(_count_kernel, programs, *tensors, target.ignore_index, BLOCK=_COUNT_BLOCK)
+    numbers = shape.positions, shape.classes, target.ignore_index
+    start(_count_kernel, programs, vector_of(target.index), args.weight, parts, *numbers, BLOCK=_COUNT_BLOCK)
     return Counted(parts, hidden(programs))
