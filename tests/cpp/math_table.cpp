@@ -33,7 +33,8 @@ enum class Target { index, smoothed, probabilities };
 template <class Acc, Target kTarget>
 void problem_of(const Acc* x, Acc* y) {
   const double smoothing = kTarget == Target::index ? 0 : x[0];
-  const RowProblem<Acc> p = row_problem<Acc>(smoothing, x[1], kTarget == Target::probabilities, x[2], x[3]);
+  const RowProblem<Acc> p =
+      row_problem<Acc>({.label_smoothing = smoothing, .z_loss = x[1]}, kTarget == Target::probabilities, x[2], x[3]);
   store(y, {p.keep, p.spread, p.spread_mass, p.z_loss});
 }
 
