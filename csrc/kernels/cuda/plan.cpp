@@ -96,7 +96,8 @@ std::optional<Step> plan_tiles(const Problem& problem, Workspace& workspace) {
 }
 
 // How many slices a row has. A gradient in forward wants the slices of a cluster's blocks small enough for others to
-// fit beside them, and as few as that takes; other passes cut rows only where there are fewer than multiprocessors.
+// fit beside them, and as few as that takes; other passes cut rows only where there are fewer than multiprocessors, of
+// which each then gets two slices.
 int preferred_slices(const Problem& problem, std::int64_t row_bytes) {
   const std::int64_t positions = problem.positions, multiprocessors = problem.device.multiprocessors;
   int slices = 1;

@@ -51,6 +51,7 @@ struct TilePlan {
   bool skips = false;        // rows are long enough for it to pay to look which are ignored before they are copied
   Division classes;
 
+  // In shared memory, with room behind the last row: the next tile starts where a packet does.
   constexpr std::size_t elements() const { return std::size_t(start + rows * pitch + 2 * kPacketBytes) / 16 * 16; }
 };
 
