@@ -77,7 +77,7 @@ if HAS_TRITON:
     def _merge_of_index(max, sum, other_max, other_sum, o: tl.constexpr):
         max = tl.join(max, other_max)
         sum = tl.join(sum, other_sum)
-        return math.merge(math.RowStatistics(max, sum, None, None), o)
+        return math.merge(math.RowStatistics(max, sum, sum, sum), o)
 
     @triton.jit
     def _merge(max, sum, dense_loss, mass, other_max, other_sum, other_dense_loss, other_mass, o: tl.constexpr):

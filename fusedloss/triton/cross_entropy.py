@@ -7,7 +7,6 @@ into slices with a program for each: statistics are one launch, their merge and 
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -15,8 +14,6 @@ import triton.language as tl
 from fusedloss.triton import math
 from fusedloss.triton.arguments import Pass
 from fusedloss.triton.class_loss import (
-    Vector,
-    View,
     count_before,
     entries,
     is_class,
@@ -45,9 +42,13 @@ from fusedloss.triton.launch import (
 from fusedloss.triton.portable import divide, number
 from fusedloss.triton.reduce import Parts, store_sums, sum_into
 from fusedloss.triton.rows import (
+    Flow,
     Gradient,
+    Gradients,
     Inputs,
     Outputs,
+    Saved,
+    Slices,
     class_weights,
     masses_of,
     options_of,
@@ -85,10 +86,10 @@ def _forward(
     end = rows.logits.classes + tile.shift
     if tile.sweeps:
         some = tl.max(rows.readable.to(tl.int32), 0)
-        statistics = sweep(rows, 0, end * some, tile, o)
+        statistics = sweep(rows, inputs.weight, 0, end * some, tile, o)
     else:
         whole = read(rows, 0, tile, o)
-        statistics = whole_rows(rows, whole, tile, o)
+        statistics = whole_rows(rows, inputs.weight, whole, tile, o)
 
     row = math.finished(statistics, o)
     problem = math.with_weight_sum(rows.problem, statistics.mass, o)
@@ -115,21 +116,12 @@ def _forward(
         tl.debug_barrier()
         if tile.sweeps:
             for first in range(0, end, tile.chunk * tile.lanes):
-                store_gradient(rows, read(rows, first, tile, o), shift, softmax, shared, view, tile, o)
+                store_gradient(rows, inputs.weight, read(rows, first, tile, o), shift, softmax, shared, view, tile, o)
         else:
-            store_gradient(rows, whole, shift, softmax, shared, view, tile, o)
+            store_gradient(rows, inputs.weight, whole, shift, softmax, shared, view, tile, o)
 
 
 # --- Phases of sliced rows ---------------------------------------------------------------------------------------
-
-
-class Slices(NamedTuple):
-    """The statistics of slices: max, sum and dense_loss are (3, count, positions), mass is (count, positions)."""
-
-    statistics: tl.tensor
-    mass: tl.tensor
-    count: int  # type: ignore[assignment]  # hides the method of tuples, which nothing calls
-    chunks: int  # of each: tiles
 
 
 @kernel
@@ -148,7 +140,9 @@ def _statistics(
     rows = rows_of(inputs, tl.program_id(0) // count, ignore_index, label_smoothing, 0.0, logit_softcap, tile, o)
     length = shown(slices.chunks).to(tl.int32) * (tile.chunk * tile.lanes)
     begin = slice.to(tl.int32) * length
-    statistics = sweep(rows, begin, tl.minimum(begin + length, rows.logits.classes + tile.shift), tile, o)
+    statistics = sweep(
+        rows, inputs.weight, begin, tl.minimum(begin + length, rows.logits.classes + tile.shift), tile, o
+    )
     at = slice * rows.shape.positions + rows.position
     step = count * rows.shape.positions
     tl.store(slices.statistics + at, statistics.max, mask=rows.live)
@@ -198,27 +192,6 @@ def _finish(
 
 
 # --- Gradient ----------------------------------------------------------------------------------------------------
-
-
-class Saved(NamedTuple):
-    """What forward has saved of each row; mass is its own of probabilities, else the sum of all weights or None."""
-
-    max: tl.tensor
-    log_sum: tl.tensor
-    mass: tl.tensor
-
-
-class Flow(NamedTuple):
-    """What flows into a row; None is ones, zeros, and not divided."""
-
-    grad_loss: Vector
-    grad_lse: tl.tensor
-    divisor: tl.tensor
-
-
-class Gradients(NamedTuple):
-    logits: View
-    probabilities: View
 
 
 @kernel
@@ -278,7 +251,7 @@ def _gradient(
 
     part = read(rows, chunk * (tile.chunk * tile.lanes), tile, o)
     if gradients.probabilities is not None:
-        weights = class_weights(rows.masses, rows.weight, part.at, part.exists, o.acc)
+        weights = class_weights(rows.masses, inputs.weight, part.at, part.exists, o.acc)
         shifted = part.x - max[:, None, None]
         on_all = shared.on_all[:, None, None]
         grads = math.probability_grad(shifted, log_sum[:, None, None], on_all, problem.keep, weights)
@@ -286,7 +259,7 @@ def _gradient(
         store_entries(view, part.at, rows.live, grads, tile)
     if gradients.logits is not None:
         view = tile_view(gradients.logits, position, rows.shape, tile)
-        store_gradient(rows, part, max, math.over_sum(shared.factor, log_sum), shared, view, tile, o)
+        store_gradient(rows, inputs.weight, part, max, math.over_sum(shared.factor, log_sum), shared, view, tile, o)
 
 
 # --- Launches ----------------------------------------------------------------------------------------------------

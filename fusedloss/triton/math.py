@@ -114,7 +114,7 @@ def entry_loss_at_max(shifted, mass):
 
 
 class RowStatistics(NamedTuple):
-    """The last two are not there, or are not to be used, where not every class has mass."""
+    """The last two stand for nothing where not every class has mass."""
 
     max: tl.tensor
     sum: tl.tensor
@@ -138,10 +138,11 @@ def merge(parts, o: tl.constexpr):
     """C++ merges two parts. Here are many, along the last of two axes, which share the search for their maximum."""
     max = tl.max(parts.max, 1)
     parts = relative_to(max[:, None], parts, o)
+    sum = tl.sum(parts.sum, 1)
     if o.dense:
-        return RowStatistics(max, tl.sum(parts.sum, 1), tl.sum(parts.dense_loss, 1), tl.sum(parts.mass, 1))
+        return RowStatistics(max, sum, tl.sum(parts.dense_loss, 1), tl.sum(parts.mass, 1))
     else:
-        return RowStatistics(max, tl.sum(parts.sum, 1), None, None)
+        return RowStatistics(max, sum, sum, sum)
 
 
 class FinishedRow(NamedTuple):
@@ -154,11 +155,7 @@ class FinishedRow(NamedTuple):
 @triton.jit
 def finished(statistics, o: tl.constexpr):
     """From here on the mass is wanted in the accumulate type."""
-    log_sum = tl.log(statistics.sum)
-    if o.dense:
-        return FinishedRow(statistics.max, log_sum, statistics.dense_loss, statistics.mass.to(o.acc))
-    else:
-        return FinishedRow(statistics.max, log_sum, None, None)
+    return FinishedRow(statistics.max, tl.log(statistics.sum), statistics.dense_loss, statistics.mass.to(o.acc))
 
 
 @triton.jit

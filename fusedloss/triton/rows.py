@@ -80,6 +80,36 @@ class Gradient(NamedTuple):
     counted: Counted
 
 
+class Slices(NamedTuple):
+    """The statistics of slices: max, sum and dense_loss are (3, count, positions), mass is (count, positions)."""
+
+    statistics: tl.tensor
+    mass: tl.tensor
+    count: int  # type: ignore[assignment]  # hides the method of tuples, which nothing calls
+    chunks: int  # of each: tiles
+
+
+class Saved(NamedTuple):
+    """What forward has saved of each row; mass is its own of probabilities, else the sum of all weights or None."""
+
+    max: tl.tensor
+    log_sum: tl.tensor
+    mass: tl.tensor
+
+
+class Flow(NamedTuple):
+    """What flows into a row; None is ones, zeros, and not divided."""
+
+    grad_loss: Vector
+    grad_lse: tl.tensor
+    divisor: tl.tensor
+
+
+class Gradients(NamedTuple):
+    logits: View
+    probabilities: View
+
+
 # --- A program's rows --------------------------------------------------------------------------------------------
 
 
@@ -96,7 +126,6 @@ class Rows(NamedTuple):
     readable: tl.tensor  # whether its logits are to be read
     logits: TileView
     masses: TileView  # of probabilities; without any that of the logits, which stands for the place of each class
-    weight: tl.tensor
     target: TargetClass
     problem: math.RowProblem
     softcap: tl.tensor
@@ -131,7 +160,7 @@ def rows_of(inputs, block, ignore_index, label_smoothing, z_loss, logit_softcap,
     smoothing = number(label_smoothing, tl.float64)
     problem = math.row_problem(smoothing, number(z_loss, tl.float64), shape.classes, shape.classes, o)
     softcap = number(logit_softcap, tl.float64)
-    return Rows(shape, position, live, readable, logits, masses, inputs.weight, target, problem, softcap)
+    return Rows(shape, position, live, readable, logits, masses, target, problem, softcap)
 
 
 # --- Entries of a tile -------------------------------------------------------------------------------------------
@@ -202,7 +231,7 @@ def _added(values, tile: tl.constexpr):
 
 
 @triton.jit
-def _statistics_of(rows, part, max, tile: tl.constexpr, o: tl.constexpr):
+def _statistics_of(rows, weight, part, max, tile: tl.constexpr, o: tl.constexpr):
     """What the entries of a tile add up to, relative to a maximum for each lane, or for each row that it holds."""
     shift = math.finite_shift(max)
     if tile.sweeps:
@@ -213,21 +242,21 @@ def _statistics_of(rows, part, max, tile: tl.constexpr, o: tl.constexpr):
     dense_loss = sum
     mass = sum
     if o.dense:
-        masses = masses_of(rows.masses, rows.weight, rows.problem, part.at, part.exists, tile, o)
+        masses = masses_of(rows.masses, weight, rows.problem, part.at, part.exists, tile, o)
         dense_loss = _added(tl.where(part.exists, math.entry_loss_at_max(shifted, masses), 0.0), tile)
         mass = _added(masses.to(tl.float64), tile)
     return math.RowStatistics(max, sum, dense_loss, mass)
 
 
 @triton.jit
-def whole_rows(rows, part, tile: tl.constexpr, o: tl.constexpr):
+def whole_rows(rows, weight, part, tile: tl.constexpr, o: tl.constexpr):
     """The statistics of rows that a tile holds whole."""
     max = larger(tl.max(tl.max(part.x, 2), 1), -float("inf"))
-    return _statistics_of(rows, part, max, tile, o)
+    return _statistics_of(rows, weight, part, max, tile, o)
 
 
 @triton.jit
-def sweep(rows, begin, end, tile: tl.constexpr, o: tl.constexpr):
+def sweep(rows, weight, begin, end, tile: tl.constexpr, o: tl.constexpr):
     """The statistics of the entries [begin, end) of each row: tile by tile for each lane, then merged."""
     positions: tl.constexpr = tile.positions
     lanes: tl.constexpr = tile.lanes
@@ -238,7 +267,7 @@ def sweep(rows, begin, end, tile: tl.constexpr, o: tl.constexpr):
         part = read(rows, first, tile, o)
         max = larger(tl.max(part.x, 1), lane.max)
         lane = math.relative_to(max, lane, o)
-        added = _statistics_of(rows, part, max, tile, o)
+        added = _statistics_of(rows, weight, part, max, tile, o)
         dense_loss = lane.dense_loss
         mass = lane.mass
         if o.dense:
@@ -291,14 +320,14 @@ def store_rows(rows, row, losses, out):
 
 
 @triton.jit
-def store_gradient(rows, part, shift, softmax, gradient, view, tile: tl.constexpr, o: tl.constexpr):
+def store_gradient(rows, weight, part, shift, softmax, gradient, view, tile: tl.constexpr, o: tl.constexpr):
     """Writes the gradient of a tile. softmax: the gradient's factor, divided by the sum of exp(x - shift)."""
     on_class = tl.zeros(part.x.shape, o.acc)
     if not o.probabilities:
         is_target = classes_of(rows.masses, part.at) == rows.target.index[:, None, None]
         on_class = tl.where(is_target, gradient.on_target[:, None, None], 0.0)
     if o.dense:
-        masses = masses_of(rows.masses, rows.weight, rows.problem, part.at, part.exists, tile, o)
+        masses = masses_of(rows.masses, weight, rows.problem, part.at, part.exists, tile, o)
         on_class += gradient.on_all[:, None, None] * masses
     grads = math.logit_grad(_exp(part.x - shift[:, None, None], o), softmax[:, None, None], on_class)
     if o.capped:
