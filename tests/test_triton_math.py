@@ -284,6 +284,7 @@ def options_of(target, dtype):
         has_z=target != "index",
         every_lse=False,
         is_mean=False,
+        with_gradient=False,
     )
 
 

@@ -98,7 +98,7 @@ def _forward(
     loss_sum, divisor_sum = store_rows(rows, row, losses, out)
     store_sums(out.total, loss_sum, divisor_sum, o.is_mean)
 
-    if gradient is not None:
+    if o.with_gradient:
         g = number(1.0, tl.float64)
         if o.is_mean:
             if o.probabilities:
@@ -269,15 +269,15 @@ def launch(args, which):
     """Starts the kernels of a pass."""
     if which is Pass.backward:
         return _start_gradient(args)
-    tile, options = _plan(args, forward_geometry, args.every_lse)
     with_gradient = which is Pass.forward_with_gradient and args.grad_logits is not None  # it may be empty
+    tile, options = _plan(args, forward_geometry, args.every_lse, with_gradient)
     slices = _slice_count(args, tile)
     if slices > 1:
-        return _start_slices(args, tile, options, slices, with_gradient)
-    return _start_forward(args, tile, options, with_gradient)
+        return _start_slices(args, tile, options, slices)
+    return _start_forward(args, tile, options)
 
 
-def _plan(args, geometry, every_lse):
+def _plan(args, geometry, every_lse, with_gradient):
     """(tile, options)"""
     options = options_of(
         acc=accumulate_type(args.logits.data),
@@ -288,6 +288,7 @@ def _plan(args, geometry, every_lse):
         has_z=args.z_loss != 0,
         every_lse=every_lse,
         is_mean=args.total.is_mean,
+        with_gradient=with_gradient,
     )
     share = 2 ** sum([options.acc == tl.float64, options.dense, 2 * options.capped])  # a cap is computed in float64
     tensors = [args.logits, args.grad_logits, args.probabilities, args.grad_probabilities]
@@ -308,9 +309,9 @@ def _outputs(args, parts, mass=None):
     return Outputs(loss, args.lse, args.row_max, args.row_log_sum, mass, parts.totals)
 
 
-def _start_forward(args, tile, options, with_gradient):
+def _start_forward(args, tile, options):
     gradient = None
-    if with_gradient:
+    if options.with_gradient:
         counted = count_before(args) if options.is_mean and not options.probabilities else None
         grad_loss = args.flow.grad_loss
         gradient = Gradient(view_of(args.grad_logits), None if grad_loss is None else grad_loss.data, counted)
@@ -331,8 +332,9 @@ def _slice_count(args, tile):
     return min(tile.chunks(args.shape), ceil_div(fewest, blocks))
 
 
-def _start_slices(args, tile, options, count, with_gradient):
+def _start_slices(args, tile, options, count):
     """Forward, and if a gradient is wanted backward, from statistics of its own."""
+    with_gradient, options = options.with_gradient, replace(options, with_gradient=False)
     positions, device = args.shape.positions, args.device
     dtype = torch.float64 if options.acc == tl.float64 else torch.float32
     mass = None
@@ -368,7 +370,7 @@ def _start_gradient(args, mass=None):
     shape, flow = args.shape, args.flow
     if shape.classes == 0:  # there is no gradient
         return
-    tile, options = _plan(args, gradient_geometry, args.grad_lse is not None)
+    tile, options = _plan(args, gradient_geometry, args.grad_lse is not None, False)
     inputs = _inputs(args)
     if options.probabilities and mass is None:
         mass = workspace(args.device, shape.positions)

@@ -52,8 +52,11 @@ class Operand(NamedTuple):
     strides: tuple  # None: it lies as the elements do
 
 
+_ABSENT = Operand(None, None)
+
+
 class Operands(NamedTuple):
-    """What is absent is None. grad_loss: of each element."""
+    """grad_loss: of each element."""
 
     input: Operand
     target: Operand
@@ -91,7 +94,7 @@ def _places(operand, element, sizes):
 @triton.jit
 def _load(operand, element, exists, sizes, acc: tl.constexpr):
     """In the accumulate type; 1 where the operand is absent."""
-    if operand is None:
+    if operand.data is None:
         return tl.full(element.shape, 1.0, acc)
     elif exists is None:
         return tl.load(_places(operand, element, sizes)).to(acc)
@@ -101,7 +104,7 @@ def _load(operand, element, exists, sizes, acc: tl.constexpr):
 
 @triton.jit
 def _store(operand, element, exists, values, sizes):
-    if operand is not None:
+    if operand.data is not None:
         tl.store(_places(operand, element, sizes), converted(values, operand.data), mask=exists)
 
 
@@ -189,7 +192,7 @@ def _elementwise(
 
 
 def _operand(tensor):
-    return None if tensor is None else Operand(tensor.data, None if tensor.linear else tensor.strides)
+    return _ABSENT if tensor is None else Operand(tensor.data, None if tensor.linear else tensor.strides)
 
 
 def _start_count(args, options):

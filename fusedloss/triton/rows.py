@@ -45,6 +45,7 @@ class Options:
     has_z: bool
     every_lse: bool  # of positions that do not count too, the lse is wanted or gives a gradient
     is_mean: bool
+    with_gradient: bool  # forward has one
 
 
 options_of = functools.cache(Options)  # a kernel that is compiled for the very same object is found faster
@@ -73,7 +74,7 @@ class Outputs(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """Of forward: the gradient, and the parts of the mean's divisor if a launch before has counted it."""
+    """Of forward, if it has one; counted: parts of the mean's divisor, if a launch before has counted it."""
 
     logits: View
     grad_loss: tl.tensor
