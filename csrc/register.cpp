@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <string>
+#include <tuple>
 
 #include "ops/autocast.h"
 #include "ops/dispatch.h"
@@ -31,25 +32,10 @@ static void define(torch::Library& m, std::string schema) {
   Operator<kFunction>::find(kBackend, name);
 }
 
-template <Backend kBackend, class Loss>
-static void define_elementwise(torch::Library& m, const std::string& name) {
-  using Weights = typename Loss::Weights;
-  define<kBackend, &Loss::forward, Weights, ElementwiseOptions, typename Loss::Training>(
-      m, name + "(Tensor input, Tensor target, {}, {}, {}) -> (Tensor loss, Tensor divisor)");
-  define<kBackend, &Loss::with_grad, Weights, ElementwiseOptions>(
-      m, name +
-             "_with_grad(Tensor input, Tensor target, {}, Tensor? grad_scale, {}, bool upcast, "
-             "Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
-  define<kBackend, &Loss::backward, Weights, ElementwiseOptions>(
-      m, name +
-             "_backward(Tensor grad_loss, Tensor input, Tensor target, {}, Tensor divisor, {}, bool[2] output_mask) "
-             "-> (Tensor grad_input, Tensor grad_target)");
-}
-
-// reduction: 0 none, 1 mean, 2 sum. Forward operators return what their backward needs behind the loss;
-// NAME_with_grad is forward and backward in one pass.
+// The operators of a loss. reduction: 0 none, 1 mean, 2 sum. Forward operators return what their backward needs behind
+// the loss; NAME_with_grad is forward and backward in one pass.
 template <Backend kBackend>
-static void define(torch::Library& m) {
+static void define(torch::Library& m, CrossEntropy) {
   define<kBackend, &CrossEntropy::forward, CrossEntropyOptions, TrainingOptions>(
       m,
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, {}, bool return_lse, {}) "
@@ -63,27 +49,48 @@ static void define(torch::Library& m) {
       "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, "
       "Tensor row_max, Tensor row_log_sum, Tensor divisor, {}, bool[2] output_mask) "
       "-> (Tensor grad_logits, Tensor grad_target)");
+}
+
+template <Backend kBackend>
+static void define(torch::Library& m, Nll) {
   define<kBackend, &Nll::forward, Nll::Options, Nll::Training>(
       m, "nll(Tensor log_probs, Tensor target, Tensor? weight, {}, {}) -> (Tensor loss, Tensor divisor)");
   define<kBackend, &Nll::backward, Nll::Options>(
       m,
       "nll_backward(Tensor grad_loss, Tensor log_probs, Tensor target, Tensor? weight, Tensor divisor, {}) "
       "-> Tensor grad_log_probs");
-  define_elementwise<kBackend, Elementwise<BceWithLogits>>(m, "bce_with_logits");
-  define_elementwise<kBackend, Elementwise<Bce>>(m, "bce");
-  define<kBackend, &rescale_grad_>(
-      m, "rescale_grad_(Tensor(a!) grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> ()");
-  define<kBackend, &rescale_grad>(
-      m, "rescale_grad(Tensor grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> Tensor");
+}
+
+template <Backend kBackend, class Loss>
+static void define(torch::Library& m, Elementwise<Loss>) {
+  using Operators = Elementwise<Loss>;
+  using Weights = typename Loss::Weights;
+  const std::string name = Loss::kName;
+  define<kBackend, &Operators::forward, Weights, ElementwiseOptions, typename Loss::Training>(
+      m, name + "(Tensor input, Tensor target, {}, {}, {}) -> (Tensor loss, Tensor divisor)");
+  define<kBackend, &Operators::with_grad, Weights, ElementwiseOptions>(
+      m, name +
+             "_with_grad(Tensor input, Tensor target, {}, Tensor? grad_scale, {}, bool upcast, "
+             "Tensor(a!) grad_input, Tensor(b!)? scale=None) -> Tensor loss");
+  define<kBackend, &Operators::backward, Weights, ElementwiseOptions>(
+      m, name +
+             "_backward(Tensor grad_loss, Tensor input, Tensor target, {}, Tensor divisor, {}, bool[2] output_mask) "
+             "-> (Tensor grad_input, Tensor grad_target)");
 }
 
 // Calls a function with each loss.
 template <class Call>
 static void for_each_loss(Call call) {
-  call(CrossEntropy());
-  call(Nll());
-  call(Elementwise<BceWithLogits>());
-  call(Elementwise<Bce>());
+  std::apply([&](auto... loss) { (call(loss), ...); }, AllLosses());
+}
+
+template <Backend kBackend>
+static void define(torch::Library& m) {
+  for_each_loss([&](auto loss) { define<kBackend>(m, loss); });
+  define<kBackend, &rescale_grad_>(
+      m, "rescale_grad_(Tensor(a!) grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> ()");
+  define<kBackend, &rescale_grad>(
+      m, "rescale_grad(Tensor grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> Tensor");
 }
 
 template <Backend kBackend, auto kOperator>

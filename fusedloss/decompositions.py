@@ -72,15 +72,15 @@ def _nll(log_probs, **options):
     return (reference.nll_loss(log_probs.contiguous(), **options),)  # native's own backward refuses channels_last
 
 
-def _bce_with_logits(input, **options):
-    return (reference.binary_cross_entropy_with_logits(input, **options),)
+def _elementwise(loss, **options):
+    return (loss(**options),)
 
 
-def _bce(input, **options):
-    return (reference.binary_cross_entropy(input, **options),)
-
-
-_LOSSES = {"cross_entropy": _cross_entropy, "nll": _nll, "bce_with_logits": _bce_with_logits, "bce": _bce}
+_LOSSES = {
+    "cross_entropy": _cross_entropy,
+    "nll": _nll,
+    **{name: functools.partial(_elementwise, loss) for name, loss in reference.ELEMENTWISE_LOSSES.items()},
+}
 
 
 def _forward(name, loss):
@@ -88,6 +88,7 @@ def _forward(name, loss):
     schema = getattr(torch.ops.fusedloss, name).default._schema.arguments
     names = [argument.name for argument in schema]
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    results = _RESULTS.get(name, _elementwise_results)
 
     def decomposition(*arguments, **options):
         values = {**defaults, **dict(zip(names, arguments, strict=False)), **options}
@@ -95,7 +96,7 @@ def _forward(name, loss):
         given["reduction"] = _REDUCTIONS[given["reduction"]]
         if values["upcast"]:
             given = {name: _upcast(value) for name, value in given.items()}
-        return _RESULTS[name](values, *loss(**given))
+        return results(values, *loss(**given))
 
     return decomposition
 
@@ -118,12 +119,7 @@ def _elementwise_results(values, loss):
     return loss, counts.sum().double()
 
 
-_RESULTS = {
-    "cross_entropy": _cross_entropy_results,
-    "nll": _nll_results,
-    "bce_with_logits": _elementwise_results,
-    "bce": _elementwise_results,
-}
+_RESULTS = {"cross_entropy": _cross_entropy_results, "nll": _nll_results}
 
 
 def _class_dimension(input):

@@ -7,12 +7,10 @@ divisor are added up before they are divided, so that ranks may count different 
 
 import torch
 
-_LOSSES = {
-    "cross_entropy": "cross_entropy",
-    "nll": "nll_loss",
-    "bce_with_logits": "binary_cross_entropy_with_logits",
-    "bce": "binary_cross_entropy",
-}
+from fusedloss.reference import CLASS_LOSSES, ELEMENTWISE_LOSSES
+
+_FUNCTIONS = {name: loss.__name__ for name, loss in (CLASS_LOSSES | ELEMENTWISE_LOSSES).items()}
+_ELEMENTWISE = {loss.__name__ for loss in ELEMENTWISE_LOSSES.values()}
 _NONE, _MEAN, _SUM = 0, 1, 2
 _FIRST_DERIVATIVES_ONLY = torch.__version__.startswith("2.11.")  # torch's own, between a DTensor and its shard
 
@@ -21,7 +19,7 @@ class Sharded:
     """Stands for the namespace of operators where a call's tensors are DTensors."""
 
     def __init__(self, operators):
-        for name in _LOSSES:
+        for name in _FUNCTIONS:
             setattr(self, name, _Operator(operators, name))
 
 
@@ -30,7 +28,7 @@ class _Operator:
         self._operators, self._name = operators, name
 
     def default(self, input, *arguments):
-        return _run(getattr(self._operators(input), self._name).default, _LOSSES[self._name], input, *arguments)
+        return _run(getattr(self._operators(input), self._name).default, _FUNCTIONS[self._name], input, *arguments)
 
 
 class _Guard(torch.autograd.Function):
@@ -134,7 +132,7 @@ def _check(loss, tensors):
                 f"{loss}: {name} must be on the input's mesh {found['input'].device_mesh}, got {value.device_mesh}"
             )
     input = found["input"]
-    classes = None if loss.startswith("binary") else min(1, input.ndim - 1)
+    classes = None if loss in _ELEMENTWISE else min(1, input.ndim - 1)
     for placement in input.placements:
         if not (placement.is_replicate() or (placement.is_shard() and placement.dim != classes)):
             raise NotImplementedError(
@@ -156,7 +154,7 @@ def _under(loss, name, input, weight, placements):
     from torch.distributed.tensor import Replicate, Shard
 
     replicated = (Replicate(),) * len(placements)
-    if loss.startswith("binary"):
+    if loss in _ELEMENTWISE:
         first = input.ndim - weight.ndim
         shares = [p.is_shard() and p.dim >= first and weight.shape[p.dim - first] > 1 for p in placements]
         expected = tuple(Shard(p.dim - first) if s else Replicate() for p, s in zip(placements, shares, strict=True))

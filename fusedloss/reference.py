@@ -1,4 +1,4 @@
-"""The four losses in plain torch: native's functions, composed with what fusedloss adds to them.
+"""The losses in plain torch: native's functions, composed with what fusedloss adds to them.
 
 This is the specification. Tests judge the kernels by it (in float64), benchmarks measure against it, exported programs
 are decomposed into it, and calls under functorch transforms and forward-mode AD are routed to it. Outside those it is
@@ -78,6 +78,11 @@ def binary_cross_entropy(
         return native.binary_cross_entropy(input, target, weight=weight, reduction=reduction)
 
     return _without_ignored(loss, input, target, reduction, ignore_index)
+
+
+# By the names of their operators (csrc/register.cpp).
+CLASS_LOSSES = {"cross_entropy": cross_entropy, "nll": nll_loss}
+ELEMENTWISE_LOSSES = {"bce_with_logits": binary_cross_entropy_with_logits, "bce": binary_cross_entropy}
 
 
 def _class_indices(target):

@@ -8,7 +8,7 @@ bool runs_on_cuda(const at::Tensor& tensor) { return !tensor.is_cpu(); }
 
 #if defined(FUSEDLOSS_WITH_CUDA)
 
-const cuda::Kernels& cuda_kernels() { return cuda::kKernels; }
+const Losses<cuda::Loss>& cuda_kernels() { return cuda::kKernels; }
 void cuda_rescale(const cuda::RescaleArgs& args, void* stream) { cuda::rescale(args, stream); }
 std::vector<int64_t> cuda_class_borders(const cuda::ClassProblem& problem, int64_t most) {
   return cuda::class_borders(problem, most);
@@ -16,7 +16,7 @@ std::vector<int64_t> cuda_class_borders(const cuda::ClassProblem& problem, int64
 
 #else
 
-const cuda::Kernels& cuda_kernels() {
+const Losses<cuda::Loss>& cuda_kernels() {
   TORCH_CHECK_NOT_IMPLEMENTED(false, "fusedloss is built without CUDA kernels; build it with FUSEDLOSS_CUDA=1");
 }
 void cuda_rescale(const cuda::RescaleArgs&, void*) { cuda_kernels(); }

@@ -93,7 +93,7 @@ struct LossKernels {
   constexpr LossKernels(Choose choose) : cpu(choose), cuda(choose), triton(choose) {}
 
   const cpu::Loss<Args>& (*cpu)(const Losses<cpu::Loss>&);
-  const cuda::Loss<Args>& (*cuda)(const cuda::Kernels&);
+  const cuda::Loss<Args>& (*cuda)(const Losses<cuda::Loss>&);
   const TritonLaunch<Args>& (*triton)(const TritonKernels&);
 };
 
@@ -101,7 +101,7 @@ struct LossKernels {
 bool runs_on_cuda(const at::Tensor& tensor);
 
 // Both raise in a build without CUDA kernels.
-const cuda::Kernels& cuda_kernels();
+const Losses<cuda::Loss>& cuda_kernels();
 void cuda_rescale(const cuda::RescaleArgs& args, void* stream);
 
 // The current stream of a device, as its kernels take it.

@@ -2,7 +2,7 @@
 // device (fake tensors, torch.compile, torch.export) it stops before the launch. Their schemas, with the same arguments
 // in the same order, are in csrc/register.cpp, their options in csrc/ops/options.h.
 //
-// A loss is a struct of its operators:
+// A loss is a struct of its operators, whose names begin with the loss's (kName where the schemas are made by it):
 //
 //   forward    NAME            the loss, and what backward needs
 //   autograd                   forward under the Autograd key: with its gradient
@@ -52,19 +52,25 @@ struct Nll {
 // The losses of one element: which weights and training options they have. Elementwise<Bce> has the operators
 // (csrc/ops/elementwise.h).
 struct ElementwiseLoss;
+template <class Loss>
+struct Elementwise;
 
 struct BceWithLogits {
+  static constexpr const char* kName = "bce_with_logits";
   using Weights = ElementwiseWeights;
   using Training = First<4, TrainingOptions>;  // up to inplace
   static const ElementwiseLoss kLoss;
 };
 
 struct Bce {
+  static constexpr const char* kName = "bce";
   using Weights = First<1, ElementwiseWeights>;
   using Training = First<3, TrainingOptions>;  // up to grad_scale
   static const ElementwiseLoss kLoss;
   static void check_autocast(const Tensor& input);
 };
+
+using AllLosses = std::tuple<CrossEntropy, Nll, Elementwise<BceWithLogits>, Elementwise<Bce>>;
 
 // Multiplies a gradient that was written for a grad_output of `scale` (absent: 1) by grad_output / scale, in the
 // accumulate type; does nothing where the two are equal. keep_zeros: what is 0 stays 0, also where inf or NaN flows

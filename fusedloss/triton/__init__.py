@@ -17,8 +17,7 @@ _C.install_triton(
     SimpleNamespace(
         cross_entropy=cross_entropy.launch,
         nll=nll.launch,
-        bce_with_logits=partial(elementwise.launch, "bce_with_logits"),
-        bce=partial(elementwise.launch, "bce"),
         rescale=rescale.launch,
+        **{name: partial(elementwise.launch, loss) for name, loss in elementwise.LOSSES.items()},
     )
 )

@@ -26,7 +26,7 @@ class Loss(NamedTuple):
     target_grad: triton.JITFunction
 
 
-_LOSSES = {
+LOSSES = {
     "bce": Loss(math.bce_in_domain, math.bce_evaluate, math.bce_target_grad),
     "bce_with_logits": Loss(
         math.bce_with_logits_in_domain,
@@ -204,7 +204,7 @@ def _start_count(args, options):
     return parts, programs
 
 
-def launch(name, args, which):
+def launch(loss, args, which):
     """Starts the kernels of a pass."""
     numel, grad_loss = args.shape.numel, args.flow.grad_loss
     options = Options(
@@ -225,5 +225,5 @@ def launch(name, args, which):
     programs = ceil_div(numel, BLOCK)
     parts = Parts(args.total, programs if which is Pass.backward else max(programs, 1), args.device)
     numbers = args.shape.sizes, numel, args.ignore_index, counted_parts
-    start(_elementwise, parts.programs, _LOSSES[name], operands, scale, parts.totals, *numbers, o=options, SIZE=BLOCK)
+    start(_elementwise, parts.programs, loss, operands, scale, parts.totals, *numbers, o=options, SIZE=BLOCK)
     parts.add_up()

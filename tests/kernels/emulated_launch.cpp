@@ -9,7 +9,14 @@
 extern "C" const char* emu_report();  // of the emulator: what it has found since the last call
 extern "C" void emulated_poison();    // of the script: see there
 
-namespace fusedloss::ops {
+namespace fusedloss {
+
+namespace cuda {
+template <class Formula>
+void launch_elementwise(const ElementwiseArgs& args, Pass pass, const Allocate& allocate, void* stream);
+}
+
+namespace ops {
 namespace {
 
 void raise_what_was_found() {
@@ -17,11 +24,11 @@ void raise_what_was_found() {
   TORCH_CHECK(found.empty(), "emulated: ", found);
 }
 
-template <class Args, cuda::Loss<Args> cuda::Kernels::* kLoss>
-void launch(const Args& args, Pass pass, const cuda::Allocate& allocate, void* stream) {
+template <class Args, auto kLaunch>
+void checked(const Args& args, Pass pass, const cuda::Allocate& allocate, void* stream) {
   emulated_poison();
   try {
-    (cuda::kKernels.*kLoss).launch(args, pass, allocate, stream);
+    kLaunch(args, pass, allocate, stream);
   } catch (const std::exception&) {
     raise_what_was_found();
     throw;
@@ -33,13 +40,13 @@ void launch(const Args& args, Pass pass, const cuda::Allocate& allocate, void* s
 
 bool runs_on_cuda(const at::Tensor&) { return true; }
 
-const cuda::Kernels& cuda_kernels() {
-  static const cuda::Kernels kernels{
-      .cross_entropy = {launch<CrossEntropyArgs, &cuda::Kernels::cross_entropy>},
-      .nll = {launch<NllArgs, &cuda::Kernels::nll>},
-      .bce_with_logits = {launch<ElementwiseArgs, &cuda::Kernels::bce_with_logits>},
-      .bce = {launch<ElementwiseArgs, &cuda::Kernels::bce>},
-  };
+const Losses<cuda::Loss>& cuda_kernels() {
+  static const auto kernels = Losses<cuda::Loss>::make(
+      {checked<CrossEntropyArgs, [](const auto&... all) { cuda::kKernels.cross_entropy.launch(all...); }>},
+      {checked<NllArgs, [](const auto&... all) { cuda::kKernels.nll.launch(all...); }>},
+      []<class Formula>(Formula) -> cuda::Loss<ElementwiseArgs> {
+        return {.launch = checked<ElementwiseArgs, cuda::launch_elementwise<Formula>>};
+      });
   return kernels;
 }
 
@@ -54,4 +61,5 @@ std::vector<int64_t> cuda_class_borders(const cuda::ClassProblem& problem, int64
 
 void* current_stream(at::Device) { return nullptr; }
 
-}  // namespace fusedloss::ops
+}  // namespace ops
+}  // namespace fusedloss

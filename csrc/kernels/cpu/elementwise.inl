@@ -3,8 +3,6 @@
 // functions: in_domain, evaluate (loss and slope) and target_grad (see csrc/math/bce.h). It knows nothing of dtypes,
 // strides or broadcasts.
 
-#include "../../math/bce.h"
-#include "../../math/bce_with_logits.h"
 #include "../../math/reduction.h"
 #include "../elementwise.h"
 #include "blocks.h"

@@ -9,12 +9,10 @@
 namespace fusedloss::cpu {
 
 extern const Losses<Loss> FUSEDLOSS_TABLE;
-const Losses<Loss> FUSEDLOSS_TABLE = {
-    .cross_entropy = {cross_entropy_forward, cross_entropy_backward, cross_entropy_count},
-    .nll = {nll_forward, nll_backward},
-    .bce_with_logits = {elementwise_forward<math::BceWithLogits>, elementwise_backward<math::BceWithLogits>,
-                        elementwise_count},
-    .bce = {elementwise_forward<math::Bce>, elementwise_backward<math::Bce>, elementwise_count},
-};
+constinit const Losses<Loss> FUSEDLOSS_TABLE =
+    Losses<Loss>::make({cross_entropy_forward, cross_entropy_backward, cross_entropy_count},
+                       {nll_forward, nll_backward}, []<class Formula>(Formula) -> Loss<ElementwiseArgs> {
+                         return {elementwise_forward<Formula>, elementwise_backward<Formula>, elementwise_count};
+                       });
 
 }  // namespace fusedloss::cpu

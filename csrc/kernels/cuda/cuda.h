@@ -10,8 +10,7 @@
 #include <functional>
 #include <vector>
 
-#include "../class_loss.h"
-#include "../elementwise.h"
+#include "../losses.h"
 
 namespace fusedloss::cuda {
 
@@ -24,14 +23,7 @@ struct Loss {
   void (*launch)(const Args& args, Pass pass, const Allocate& allocate, void* stream);
 };
 
-struct Kernels {
-  Loss<CrossEntropyArgs> cross_entropy;
-  Loss<NllArgs> nll;
-  Loss<ElementwiseArgs> bce_with_logits;
-  Loss<ElementwiseArgs> bce;
-};
-
-extern const Kernels kKernels;
+extern const Losses<Loss> kKernels;
 
 // A gradient that was written for the grad_output `scale` (null: 1), made one for `grad_output`. The kernel reads both
 // and returns where they are equal.
