@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -76,8 +78,34 @@ def test_the_picture_of_the_cpu_ladder_shows_its_results():
             assert f">{row['ns']:.2f}<" in drawn, "run docs/tutorial/figures/ladders.py"
 
 
+def files_of_the_patch():
+    text = (TUTORIAL / "focal_loss.patch").read_text()
+    return set(re.findall(r"^diff --git a/(\S+)", text, re.MULTILINE))
+
+
 def test_the_patch_of_chapter_9_applies():
     """What it makes is built and tested by docs/tutorial/apply_patch.py, which compiles the library once more."""
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a git checkout")
     run("git", "apply", "--check", TUTORIAL / "focal_loss.patch", cwd=ROOT)
+
+
+def test_the_recipe_names_the_files_of_the_patch():
+    recipe = re.search(r"^## Add a loss\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    steps = recipe[recipe.index("\n1. ") :]
+    assert set(re.findall(r"`(\w+/[\w./]+)`", steps)) == files_of_the_patch()
+
+
+def test_a_loss_is_added_in_few_files():
+    """Tests included. Each place that a loss must be written in is one that may be forgotten."""
+    assert len([name for name in files_of_the_patch() if (ROOT / name).exists()]) <= 12
+
+
+def test_the_recipe_s_template_is_in_the_files_that_it_lists():
+    """Of each new file in csrc, there is one of the template; each other file of the patch holds the template."""
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    command = re.search(r"`(git grep [^`]*)`", (ROOT / "README.md").read_text())[1]
+    listed = set(run(*shlex.split(command), cwd=ROOT).split())
+    expected = {name.replace("focal", "bce") for name in files_of_the_patch() if not name.startswith("tests/")}
+    assert expected - listed == set()
