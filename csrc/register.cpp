@@ -8,7 +8,7 @@
 #include "ops/autocast.h"
 #include "ops/dispatch.h"
 #include "ops/double_backward.h"
-#include "ops/elementwise.h"
+#include "ops/elementwise_op.h"
 #include "ops/losses.h"
 
 namespace fusedloss {

@@ -80,7 +80,8 @@ class ToPython {
         "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight),
         "label_smoothing"_a = a.label_smoothing, "z_loss"_a = a.z_loss, "logit_softcap"_a = a.logit_softcap,
         "every_lse"_a = a.every_lse, "row_max"_a = sums(a.row_max), "row_log_sum"_a = sums(a.row_log_sum),
-        "loss"_a = tensor(a.loss), "lse"_a = sums(a.lse), "total"_a = total(a.total), "flow"_a = flow(a.flow),
+        "loss"_a = tensor(a.loss), "lse"_a = sums(a.lse), "total"_a = total(a.total),
+        "grad_loss"_a = tensor(a.grad_loss), "grad_divisor"_a = float64(a.grad_divisor),
         "grad_lse"_a = sums(a.grad_lse), "grad_logits"_a = tensor(a.grad_logits),
         "grad_probabilities"_a = tensor(a.grad_probabilities));
   }
@@ -88,7 +89,8 @@ class ToPython {
   py::object operator()(const NllArgs& a) const {
     return named<"NllArgs">()("device"_a = device_, "shape"_a = shape(a.shape), "log_probs"_a = input(a.log_probs),
                               "target"_a = target(a.target), "weight"_a = sums(a.weight), "loss"_a = tensor(a.loss),
-                              "total"_a = total(a.total), "flow"_a = flow(a.flow),
+                              "total"_a = total(a.total), "grad_loss"_a = tensor(a.grad_loss),
+                              "grad_divisor"_a = float64(a.grad_divisor),
                               "grad_log_probs"_a = tensor(a.grad_log_probs));
   }
 
@@ -109,8 +111,7 @@ class ToPython {
         "input"_a = input(a.input), "target"_a = input(a.target), "weight"_a = tensor(a.weight),
         "pos_weight"_a = tensor(a.pos_weight), "has_ignore_index"_a = a.has_ignore_index,
         "ignore_index"_a = a.ignore_index, "loss"_a = tensor(a.loss), "total"_a = total(a.total),
-        "flow"_a =
-            named<"ElementwiseFlow">()("grad_loss"_a = tensor(a.flow.grad_loss), "divisor"_a = float64(a.flow.divisor)),
+        "grad_loss"_a = tensor(a.grad_loss), "grad_divisor"_a = float64(a.grad_divisor),
         "grad_input"_a = tensor(a.grad_input), "grad_target"_a = tensor(a.grad_target));
   }
 
@@ -154,9 +155,6 @@ class ToPython {
   }
   py::object target(const ClassTarget& t) const {
     return named<"ClassTarget">()("index"_a = input(t.index), "ignore_index"_a = t.ignore_index);
-  }
-  py::object flow(const ClassFlow& f) const {
-    return named<"ClassFlow">()("grad_loss"_a = tensor(f.grad_loss), "divisor"_a = float64(f.divisor));
   }
   py::object total(const Total& t) const {
     return named<"Total">()("reduction"_a = named<"Reduction">().attr(name_of(t.reduction)),

@@ -1,7 +1,7 @@
 """Which kernels run: those compiled for the CPU or for CUDA, or Triton's. A backend is a namespace of operators.
 
-A call without a wish takes the compiled kernels where there are some for the tensor's device, else Triton, else it
-raises; it never falls back to native torch. A wish is the argument ``backend`` of a call, or :class:`use_backend`.
+A call that names no backend takes the compiled kernels where there are some for the tensor's device, else Triton, else
+it raises; it never falls back to native torch. The argument ``backend`` of a call, or :class:`use_backend`, names one.
 """
 
 import functools
@@ -21,7 +21,7 @@ NAMESPACES = ("fusedloss", "fusedloss_triton")
 _triton_ops = torch.ops.fusedloss_triton
 # Of the process: threads that others start for it (DataParallel's, autograd's) are to do as it does. And torch.compile
 # sees a global change, but no variable of a thread.
-_wish: Backend | None = None
+_override: Backend | None = None
 
 
 class use_backend:
@@ -40,14 +40,14 @@ class use_backend:
         self._outer: list[Backend | None] = []
 
     def __enter__(self) -> "use_backend":
-        global _wish
-        self._outer.append(_wish)
-        _wish = self._backend
+        global _override
+        self._outer.append(_override)
+        _override = self._backend
         return self
 
     def __exit__(self, *exception) -> None:
-        global _wish
-        _wish = self._outer.pop()
+        global _override
+        _override = self._outer.pop()
 
 
 def backends() -> dict[str, str]:
@@ -56,9 +56,9 @@ def backends() -> dict[str, str]:
 
 
 def operators(backend: Backend | Sharded | None, input: torch.Tensor):
-    """The namespace of operators for a call, whose wish is `backend`."""
+    """The namespace of operators for a call that names `backend`, or None."""
     if backend is None:
-        backend = _wish
+        backend = _override
     if backend is None and (input.is_cpu or input.is_meta):
         return ops
     if isinstance(backend, Sharded):

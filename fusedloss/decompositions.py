@@ -23,8 +23,8 @@ _AUTOGRAD_KEYS = [
 ]
 _HALF = (torch.float16, torch.bfloat16)
 _REDUCTIONS = ("none", "mean", "sum")
-_FLOWS = ("grad_loss", "grad_lse")  # what a backward operator is given for each output of its loss
-_OF_BACKWARD = {*_FLOWS, "row_max", "row_log_sum", "divisor", "output_mask"}
+_GRAD_OUTPUTS = ("grad_loss", "grad_lse")  # what a backward operator is given for each output of its loss
+_OF_BACKWARD = {*_GRAD_OUTPUTS, "row_max", "row_log_sum", "divisor", "output_mask"}
 _NOT_OF_THE_LOSS = {"return_lse", "upcast", "grad_in_forward", "grad_scale", "inplace", "statistics"}
 
 
@@ -140,14 +140,14 @@ def rescale_grad(grad, grad_output, scale, keep_zeros):
     return (torch.where(grad == 0, torch.zeros_like(result), result) if keep_zeros else result).to(grad.dtype)
 
 
-def _differentiate(outputs, inputs, flows):
-    """torch.autograd.grad, where flows may be absent and outputs may be constants."""
-    pairs = [(y, v) for y, v in zip(outputs, flows, strict=False) if y.requires_grad and v is not None]
+def _differentiate(outputs, inputs, grad_outputs):
+    """torch.autograd.grad, where grad_outputs may be absent and outputs may be constants."""
+    pairs = [(y, v) for y, v in zip(outputs, grad_outputs, strict=False) if y.requires_grad and v is not None]
     if not pairs:
         return [None] * len(inputs)
     outputs = [y for y, _ in pairs]
-    flows = [v.to(y.dtype) for y, v in pairs]
-    return torch.autograd.grad(outputs, inputs, flows, allow_unused=True)
+    grad_outputs = [v.to(y.dtype) for y, v in pairs]
+    return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
 
 
 @contextlib.contextmanager
@@ -171,7 +171,7 @@ def _backward(name, loss):
         values = dict(zip(names, arguments, strict=True))
         mask = values.get("output_mask", [True])
         wanted = [name for name, used in zip(differentiable, mask, strict=True) if used]
-        flows = [values.get(name) for name in _FLOWS]
+        grad_outputs = [values.get(name) for name in _GRAD_OUTPUTS]
         # A float32 loss of half precision is autocast's, where native casts every operand first.
         upcast = values["grad_loss"].dtype == torch.float32
 
@@ -182,7 +182,7 @@ def _backward(name, loss):
 
         with _autograd():
             leaves = [values[name].detach().requires_grad_() for name in wanted]
-            grads = _differentiate(outputs(*leaves), leaves, flows)
+            grads = _differentiate(outputs(*leaves), leaves, grad_outputs)
         grads = {n: torch.zeros_like(x) if g is None else g for n, x, g in zip(wanted, leaves, grads, strict=True)}
         results = [grads[name] if name in grads else values[name].new_empty(0) for name in differentiable]
         return results[0] if len(results) == 1 else tuple(results)

@@ -90,26 +90,26 @@ def test_double_backward_stays_with_the_backend(launches):
 def test_use_backend_nests_and_ends_with_its_block():
     with fusedloss.use_backend("cpu"):
         with fusedloss.use_backend("triton"):
-            assert backend._wish == "triton"
+            assert backend._override == "triton"
             with fusedloss.use_backend(None):
-                assert backend._wish is None
-            assert backend._wish == "triton"
-        assert backend._wish == "cpu"
-    assert backend._wish is None
+                assert backend._override is None
+            assert backend._override == "triton"
+        assert backend._override == "cpu"
+    assert backend._override is None
 
     class Stop(Exception):
         pass
 
     with pytest.raises(Stop), fusedloss.use_backend("triton"):
         raise Stop
-    assert backend._wish is None
+    assert backend._override is None
 
 
 def test_one_object_can_be_entered_twice():
     choice = fusedloss.use_backend("triton")
     with choice, choice:
-        assert backend._wish == "triton"
-    assert backend._wish is None
+        assert backend._override == "triton"
+    assert backend._override is None
 
 
 @needs_triton

@@ -132,11 +132,11 @@ PART = [ANY, (1.0, 20.0)]  # max and sum
 DENSE_PART = [*PART, UNIT, UNIT]
 PROBLEM = [UNIT, UNIT, (1.0, 1000.0), (1.0, 1000.0)]  # label_smoothing, z_loss, classes, weight_sum
 FUNCTIONS = {
-    "larger": ([ANY, ANY], 1),
+    "max_ignoring_nan": ([ANY, ANY], 1),
     "clamp": ([ANY, (-5.0, -1.0), (1.0, 5.0)], 1),
-    "quotient": ([ANY, (0.1, 10.0)], 1),
+    "fast_divide": ([ANY, (0.1, 10.0)], 1),
     "exp_nonpositive": ([NONPOSITIVE], 1),
-    "exp_roughly": ([(-80.0, 0.0)], 1),
+    "fast_exp": ([(-80.0, 0.0)], 1),
     "times_exp": ([ANY, (-80.0, 0.0)], 1),
     "tanh": ([ANY], 1),
     "log1p_unit": ([UNIT], 1),
@@ -193,10 +193,10 @@ FLOWS = [
 FLOWS_WITH_Z = [[*flow[:2], 0.5, *flow[3:]] for flow in FLOWS]
 EMPTY = [-INFINITY, 0.0]
 SPECIAL = {  # rows of arguments, for the functions that have to do something particular with them
-    "larger": [[NAN, 1.0], [-INFINITY, 1.0], [1.0, -INFINITY], [INFINITY, 1.0]],
+    "max_ignoring_nan": [[NAN, 1.0], [-INFINITY, 1.0], [1.0, -INFINITY], [INFINITY, 1.0]],
     "clamp": [[NAN, -1.0, 1.0], [INFINITY, -1.0, 1.0], [-INFINITY, -1.0, 1.0]],
     "exp_nonpositive": [[0.0], [-INFINITY], [NAN], [-87.33], [-87.4], [-708.0], [-709.0], [-1e-30]],
-    "exp_roughly": [[0.0], [-INFINITY], [NAN]],
+    "fast_exp": [[0.0], [-INFINITY], [NAN]],
     "times_exp": [[INFINITY, -1.0], [0.0, -1.0], [-INFINITY, -1.0], [NAN, -1.0], [1.0, 0.0]],
     "tanh": [[0.0], [1e-20], [-1e-20], [INFINITY], [-INFINITY], [NAN], [100.0]],
     "log1p_unit": [[0.0], [1.0], [1e-20]],
@@ -238,7 +238,7 @@ SPECIAL = {  # rows of arguments, for the functions that have to do something pa
 }
 # Units in the last place that twins may be apart: each is allowed a few of its own.
 UNITS = 8
-ROUGH_UNITS = 128  # of exp_roughly, which rounds off as many as its argument is large
+ROUGH_UNITS = 128  # of fast_exp, which rounds off as many as its argument is large
 # Functions that subtract: their units are those of the numbers that take part, which products of arguments bound.
 DIFFERENCES = {"soft_cap", "logit_grad", "normaliser_grad", "z_term", "entry_loss", "log_sum_exp", "probability_mass"}
 DIFFERENCES |= {"probability_grad", "bce_with_logits_evaluate", "bce_with_logits_target_grad"}
@@ -303,7 +303,7 @@ def test_twins_agree(name, dtype, library):
     x = arguments_of(name, dtype)
     results = FUNCTIONS[name][1]
     theirs, ours = in_cpp(library, name, x, results), in_triton(name, x, results)
-    units = ROUGH_UNITS if name == "exp_roughly" else UNITS
+    units = ROUGH_UNITS if name == "fast_exp" else UNITS
     size = theirs.abs()
     if name.partition(" of ")[0] in DIFFERENCES:
         size = size + x.abs().clamp_min(1).prod(1, keepdim=True)

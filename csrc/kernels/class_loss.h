@@ -28,12 +28,6 @@ struct ClassTensor {
   std::int64_t inner_stride = 0;
 };
 
-// What flows into the losses in backward.
-struct ClassFlow {
-  PositionTensor grad_loss;         // null: ones
-  const double* divisor = nullptr;  // of the mean, which grad_loss is divided by; null: not divided
-};
-
 // The target of a position is a class index, and these are the options that go with it.
 struct ClassTarget {
   PositionTensor index;           // an integer type
@@ -59,9 +53,10 @@ struct CrossEntropyArgs : math::RowOptions {
   Total total;
 
   // Backward, and forward with gradient, which has no grad_lse and no grad_probabilities
-  ClassFlow flow;
-  const void* grad_lse = nullptr;  // (positions,) of the accumulate type, or null
-  ClassTensor grad_logits;         // may be the logits themselves
+  PositionTensor grad_loss;              // the gradient of each loss; null: ones
+  const double* grad_divisor = nullptr;  // of the mean, which grad_loss is divided by; null: not divided
+  const void* grad_lse = nullptr;        // (positions,) of the accumulate type, or null
+  ClassTensor grad_logits;               // may be the logits themselves
   ClassTensor grad_probabilities;
 };
 
@@ -76,7 +71,8 @@ struct NllArgs {
   Total total;
 
   // Backward
-  ClassFlow flow;
+  PositionTensor grad_loss;              // the gradient of each loss; null: ones
+  const double* grad_divisor = nullptr;  // of the mean, which grad_loss is divided by; null: not divided
   ClassTensor grad_log_probs;
 };
 

@@ -27,12 +27,6 @@ struct ElementwiseTensor {
   std::array<std::int64_t, kMaxDims> strides{};
 };
 
-// What flows into the losses in backward.
-struct ElementwiseFlow {
-  ElementwiseTensor grad_loss;      // absent: ones
-  const double* divisor = nullptr;  // of the mean, which grad_loss is divided by; null: not divided
-};
-
 struct ElementwiseArgs {
   ElementwiseShape shape;
   Dtype dtype = Dtype::float32;  // of input: decides the accumulate type
@@ -48,8 +42,9 @@ struct ElementwiseArgs {
   Total total;
 
   // Backward, and forward with gradient, which has no grad_target and one grad_loss for all elements
-  ElementwiseFlow flow;
-  ElementwiseTensor grad_input;  // may be the input itself
+  ElementwiseTensor grad_loss;           // the gradient of each loss; absent: ones
+  const double* grad_divisor = nullptr;  // of the mean, which grad_loss is divided by; null: not divided
+  ElementwiseTensor grad_input;          // may be the input itself
   ElementwiseTensor grad_target;
 };
 

@@ -28,7 +28,7 @@ struct Bce {
     const Acc least = Acc(1e-12f);  // native's constant is a float, in float64 too
     const Acc variance = (Acc(1) - p) * p;
     return {(t - Acc(1)) * at_least_minus_100(log1p(-p)) - t * at_least_minus_100(log(p)),
-            quotient(p - t, variance < least ? least : variance)};
+            fast_divide(p - t, variance < least ? least : variance)};
   }
 
   template <class Acc>

@@ -31,7 +31,7 @@ struct BceWithLogits {
     const Acc loss = negative * (positive_part + tail) + positive * (negative_part + tail);
 
     // The sigmoid's smaller side, which is known with full relative accuracy; the other is 1 - smaller.
-    const Acc smaller = quotient(e, Acc(1) + e);
+    const Acc smaller = fast_divide(e, Acc(1) + e);
     const Acc both = smaller * (negative + positive);
     // positive - positive is 0, or NaN where an infinite pos_weight makes native's gradient NaN.
     const Acc slope = (x < Acc(0) ? both - positive : negative - both) + (positive - positive);

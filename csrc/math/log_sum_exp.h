@@ -32,7 +32,7 @@ struct LogSumExp {
   Sum sum = Sum(0);  // of exp(x - max)
 
   FUSEDLOSS_FN void merge(Acc other_max, Sum other_sum) {
-    const Acc larger_max = larger(other_max, max);
+    const Acc larger_max = max_ignoring_nan(other_max, max);
     sum = rescale(sum, max, larger_max) + rescale(other_sum, other_max, larger_max);
     max = larger_max;
   }

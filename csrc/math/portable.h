@@ -31,7 +31,7 @@ inline constexpr Acc kNaN = std::numeric_limits<Acc>::quiet_NaN();
 
 // The larger number; NaN in `a` is passed over.
 template <class Acc>
-FUSEDLOSS_FN Acc larger(Acc a, Acc b) {
+FUSEDLOSS_FN Acc max_ignoring_nan(Acc a, Acc b) {
 #if defined(__CUDA_ARCH__)
   return fmax(a, b);
 #else
@@ -125,7 +125,7 @@ FUSEDLOSS_FN Acc zero_if(bool condition, Acc value) {
 
 // a / b for a b that is neither denormal nor close to overflow.
 template <class Acc>
-FUSEDLOSS_FN Acc quotient(Acc a, Acc b) {
+FUSEDLOSS_FN Acc fast_divide(Acc a, Acc b) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<Acc, float>) return __fdividef(a, b);
 #endif
@@ -185,7 +185,7 @@ FUSEDLOSS_FN Acc exp_nonpositive(Acc x) {
 // exp(x) for x <= 0, where half precision will hide what it loses. On the device a product and an approximation of 2^x,
 // two instructions rather than eight; the product rounds off x times half a unit in the last place.
 template <class Acc>
-FUSEDLOSS_FN Acc exp_roughly(Acc x) {
+FUSEDLOSS_FN Acc fast_exp(Acc x) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<Acc, float>) {
     const float scaled = x * 1.44269504f;  // 1 / ln 2

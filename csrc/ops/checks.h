@@ -71,8 +71,8 @@ inline void check_weight(const char* loss, const char* name, const at::Tensor& w
 }
 
 // What every backward operator is given: the gradient of the loss, in the loss's shape, and forward's divisor.
-inline void check_flow(const char* loss, const at::Tensor& input, const at::Tensor& grad_loss,
-                       const at::Tensor& divisor, Reduction reduction, c10::SymIntArrayRef unreduced_sizes) {
+inline void check_grad_loss(const char* loss, const at::Tensor& input, const at::Tensor& grad_loss,
+                            const at::Tensor& divisor, Reduction reduction, c10::SymIntArrayRef unreduced_sizes) {
   check_devices(loss, {{"input", input}, {"grad_loss", grad_loss}, {"divisor", divisor}});
   check_floating(loss, "grad_loss", grad_loss);
   const bool reduced = reduction != Reduction::none;

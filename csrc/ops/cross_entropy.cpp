@@ -11,10 +11,10 @@
 
 #include "../kernels/class_loss.h"
 #include "checks.h"
-#include "class_loss.h"
+#include "class_views.h"
+#include "huge_pages.h"
 #include "launch.h"
 #include "losses.h"
-#include "memory.h"
 
 namespace fusedloss::ops {
 namespace {
@@ -182,7 +182,7 @@ Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, Optio
     if (is_present(scale)) {
       const Tensor largest = largest_gradient(logits, target, weight, options);
       scale->copy_(chosen_scale(grad_scale, logits, loss.scalar_type(), largest));
-      args.flow.grad_loss = {scale->data_ptr(), Dtype::float64, 0};
+      args.grad_loss = {scale->data_ptr(), Dtype::float64, 0};
     }
     set_results(args, loss, Tensor(), options.reduction);
     const int64_t invalid = run(kKernels, Pass::forward_with_gradient, args, logits);
@@ -201,7 +201,7 @@ TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse
   const auto positions = position_sizes(logits);
   const auto type = loss_type(logits, target, weight, upcast);
   const auto statistics = statistics_type(logits, type);
-  check_flow(kName, logits, grad_loss, divisor, options.reduction, positions);
+  check_grad_loss(kName, logits, grad_loss, divisor, options.reduction, positions);
   check_devices(kName, {{"input", logits}, {"grad_lse", grad_lse}, {"row_max", row_max}, {"row_log_sum", row_log_sum}});
   const auto check_statistic = [&](const NamedTensor& statistic, at::ScalarType expected) {
     const auto& [name, tensor] = statistic;
@@ -227,8 +227,8 @@ TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse
     args.row_max = max.data_ptr();
     args.row_log_sum = sum.data_ptr();
     args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
-    const Tensor flat_grad = position_view(grad_loss, args.flow.grad_loss);
-    args.flow.divisor = flow_divisor(divisor, options.reduction);
+    const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
+    args.grad_divisor = grad_divisor(divisor, options.reduction);
     run(kKernels, Pass::backward, args, logits);
   }
   const auto absent = [](const Tensor& like) { return at::empty({0}, like.options()); };

@@ -3,7 +3,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "autograd.h"
-#include "class_loss.h"
+#include "class_views.h"
 
 namespace fusedloss::ops {
 namespace {

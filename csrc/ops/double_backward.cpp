@@ -33,7 +33,7 @@ using torch::autograd::variable_list;
 namespace {
 
 // What a backward operator is given for each output of its loss.
-const std::vector<std::string> kFlows{"grad_loss", "grad_lse"};
+const std::vector<std::string> kGradOutputs{"grad_loss", "grad_lse"};
 
 bool is_defined(const c10::IValue& value) { return value.isTensor() && value.toTensor().defined(); }
 
@@ -216,7 +216,7 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
     Arguments values(ctx, op.schema());
 
     // A result named grad_NAME is the gradient of the argument NAME.
-    std::vector<std::string> wanted, sources = kFlows;
+    std::vector<std::string> wanted, sources = kGradOutputs;
     variable_list of_wanted;
     for (size_t i = 0; i < cotangents.size(); ++i) {
       sources.push_back(op.schema().returns()[i].name().substr(std::strlen("grad_")));
@@ -234,7 +234,7 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
     }
     const Loss loss = kLosses.at(name.substr(name.rfind(':') + 1));
     const variable_list first =
-        differentiate(loss(values), values.tensors(wanted), values.tensors(kFlows), /*create_graph=*/true);
+        differentiate(loss(values), values.tensors(wanted), values.tensors(kGradOutputs), /*create_graph=*/true);
     const variable_list second = differentiate(first, from, of_wanted, create_graph);
 
     variable_list results;

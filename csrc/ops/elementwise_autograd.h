@@ -5,7 +5,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include "autograd.h"
-#include "elementwise.h"
+#include "elementwise_op.h"
 
 namespace fusedloss::ops {
 

@@ -8,8 +8,8 @@
 
 #include "claims.h"
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "losses.h"
-#include "memory.h"
 #include "overlap.h"
 
 namespace fusedloss::ops {

@@ -140,8 +140,8 @@ inline Total total_of(const at::Tensor& loss, const at::Tensor& divisor, Reducti
           .divisor = divisor.defined() ? divisor.mutable_data_ptr<double>() : nullptr};
 }
 
-// What flows into the losses is divided by the mean's divisor.
-inline const double* flow_divisor(const at::Tensor& divisor, Reduction reduction) {
+// The gradient of a loss is divided by the mean's divisor.
+inline const double* grad_divisor(const at::Tensor& divisor, Reduction reduction) {
   return reduction == Reduction::mean ? divisor.const_data_ptr<double>() : nullptr;
 }
 

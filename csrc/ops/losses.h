@@ -50,7 +50,7 @@ struct Nll {
 };
 
 // The losses of one element: which weights and training options they have. Elementwise<Bce> has the operators
-// (csrc/ops/elementwise.h).
+// (csrc/ops/elementwise_op.h).
 struct ElementwiseLoss;
 template <class Loss>
 struct Elementwise;

@@ -6,10 +6,10 @@
 #include "../kernels/class_loss.h"
 #include "autograd.h"
 #include "checks.h"
-#include "class_loss.h"
+#include "class_views.h"
+#include "huge_pages.h"
 #include "launch.h"
 #include "losses.h"
-#include "memory.h"
 
 namespace fusedloss::ops {
 namespace {
@@ -76,7 +76,7 @@ Tensor Nll::backward(const Tensor& grad_loss, const Tensor& log_probs, const Ten
                      const Tensor& divisor, const Options& options) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check(log_probs, target, weight, options.reduction, upcast);
-  check_flow(kName, log_probs, grad_loss, divisor, options.reduction, position_sizes(log_probs));
+  check_grad_loss(kName, log_probs, grad_loss, divisor, options.reduction, position_sizes(log_probs));
 
   Tensor grad = with_huge_pages(empty_like_logits(log_probs));
   if (!log_probs.is_meta()) {
@@ -86,8 +86,8 @@ Tensor Nll::backward(const Tensor& grad_loss, const Tensor& log_probs, const Ten
     args.target.ignore_index = options.ignore_index.expect_int();
     const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
     args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
-    const Tensor flat_grad = position_view(grad_loss, args.flow.grad_loss);
-    args.flow.divisor = flow_divisor(divisor, options.reduction);
+    const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
+    args.grad_divisor = grad_divisor(divisor, options.reduction);
     run(kKernels, Pass::backward, args, log_probs);
   }
   return grad;

@@ -69,12 +69,12 @@ constexpr Range kWide{0x1p-24, 0x1p40};
 Tensor chosen_scale(OptionalTensor grad_scale, const Tensor& input, at::ScalarType loss_type, const Tensor& largest) {
   const auto options = input.options().dtype(at::kDouble);
   // As backward will see it: in the loss's type.
-  const Tensor wished = is_present(grad_scale)
-                            ? grad_scale->detach().reshape({}).to(loss_type).to(at::kDouble).nan_to_num(1)
-                            : at::ones({}, options);
-  if (!largest.defined()) return at::copysign(wished.abs().clamp_(kWide.low, kWide.high), wished);
+  const Tensor expected = is_present(grad_scale)
+                              ? grad_scale->detach().reshape({}).to(loss_type).to(at::kDouble).nan_to_num(1)
+                              : at::ones({}, options);
+  if (!largest.defined()) return at::copysign(expected.abs().clamp_(kWide.low, kWide.high), expected);
   const Tensor unit = at::where(largest.isfinite().logical_and_(largest > 0), largest, at::ones({}, options));
-  return at::copysign(at::clamp(wished.abs(), kFloat16.low / unit, kFloat16.high / unit), wished);
+  return at::copysign(at::clamp(expected.abs(), kFloat16.low / unit, kFloat16.high / unit), expected);
 }
 
 void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor scale, bool keep_zeros) {

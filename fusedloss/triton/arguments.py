@@ -49,11 +49,6 @@ class ClassTensor(NamedTuple):
     inner_stride: int
 
 
-class ClassFlow(NamedTuple):
-    grad_loss: PositionTensor | None
-    divisor: torch.Tensor | None
-
-
 class ClassTarget(NamedTuple):
     index: PositionTensor  # type: ignore[assignment]  # hides a method of tuples, which nothing calls
     ignore_index: int
@@ -76,7 +71,8 @@ class CrossEntropyArgs(NamedTuple):
     loss: PositionTensor | None
     lse: torch.Tensor | None
     total: Total
-    flow: ClassFlow
+    grad_loss: PositionTensor | None
+    grad_divisor: torch.Tensor | None
     grad_lse: torch.Tensor | None
     grad_logits: ClassTensor | None
     grad_probabilities: ClassTensor | None
@@ -90,7 +86,8 @@ class NllArgs(NamedTuple):
     weight: torch.Tensor | None
     loss: PositionTensor | None
     total: Total
-    flow: ClassFlow
+    grad_loss: PositionTensor | None
+    grad_divisor: torch.Tensor | None
     grad_log_probs: ClassTensor | None
 
 
@@ -108,11 +105,6 @@ class ElementwiseTensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class ElementwiseFlow(NamedTuple):
-    grad_loss: ElementwiseTensor | None
-    divisor: torch.Tensor | None
-
-
 class ElementwiseArgs(NamedTuple):
     device: torch.device
     shape: ElementwiseShape
@@ -124,7 +116,8 @@ class ElementwiseArgs(NamedTuple):
     ignore_index: int
     loss: ElementwiseTensor | None
     total: Total
-    flow: ElementwiseFlow
+    grad_loss: ElementwiseTensor | None
+    grad_divisor: torch.Tensor | None
     grad_input: ElementwiseTensor | None
     grad_target: ElementwiseTensor | None
 

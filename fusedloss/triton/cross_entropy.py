@@ -42,9 +42,9 @@ from fusedloss.triton.launch import (
 from fusedloss.triton.portable import divide, number
 from fusedloss.triton.reduce import Parts, store_sums, sum_into
 from fusedloss.triton.rows import (
-    Flow,
     Gradient,
     Gradients,
+    GradOutputs,
     Inputs,
     Outputs,
     Saved,
@@ -216,7 +216,7 @@ def _mass(inputs: Inputs, mass, label_smoothing: tl.float64, tile: tl.constexpr,
 def _gradient(
     inputs: Inputs,
     saved: Saved,
-    flow: Flow,
+    grad_outputs: GradOutputs,
     gradients: Gradients,
     chunks: tl.int64,
     ignore_index: tl.int64,
@@ -233,13 +233,13 @@ def _gradient(
     max = tl.load(saved.max + position, mask=rows.readable, other=0.0)
     log_sum = tl.load(saved.log_sum + position, mask=rows.readable, other=0.0)
     g = number(1.0, tl.float64)
-    if flow.divisor is not None:
-        g = 1.0 / tl.load(flow.divisor)
-    if flow.grad_loss is not None:
-        g = g * load_positions(flow.grad_loss, position, rows.live).to(tl.float64)
+    if grad_outputs.divisor is not None:
+        g = 1.0 / tl.load(grad_outputs.divisor)
+    if grad_outputs.grad_loss is not None:
+        g = g * load_positions(grad_outputs.grad_loss, position, rows.live).to(tl.float64)
     grad_lse = tl.zeros(position.shape, o.acc)
-    if flow.grad_lse is not None:
-        grad_lse = tl.load(flow.grad_lse + position, mask=rows.live, other=0.0)
+    if grad_outputs.grad_lse is not None:
+        grad_lse = tl.load(grad_outputs.grad_lse + position, mask=rows.live, other=0.0)
     problem = rows.problem
     mass = max
     if o.probabilities:
@@ -313,7 +313,7 @@ def _start_forward(args, tile, options):
     gradient = None
     if options.with_gradient:
         counted = count_before(args) if options.is_mean and not options.probabilities else None
-        grad_loss = args.flow.grad_loss
+        grad_loss = args.grad_loss
         gradient = Gradient(view_of(args.grad_logits), None if grad_loss is None else grad_loss.data, counted)
     programs = max(tile.blocks(args.shape), 1)  # the total of nothing has a program too
     parts = Parts(args.total, programs, args.device)
@@ -343,8 +343,8 @@ def _start_slices(args, tile, options, count):
         row_max, row_log_sum = workspace(device, (2, positions), dtype)
         divisor = workspace(device, 1)
         total = args.total._replace(divisor=divisor)
-        flow = args.flow._replace(divisor=divisor if options.is_mean else None)
-        args = args._replace(row_max=row_max, row_log_sum=row_log_sum, total=total, flow=flow)
+        grad_divisor = divisor if options.is_mean else None
+        args = args._replace(row_max=row_max, row_log_sum=row_log_sum, total=total, grad_divisor=grad_divisor)
 
     chunks = ceil_div(tile.chunks(args.shape), count)
     count = ceil_div(tile.chunks(args.shape), chunks)  # none is empty
@@ -367,7 +367,7 @@ def _start_slices(args, tile, options, count):
 
 def _start_gradient(args, mass=None):
     """mass: of each row of probabilities, where it is known."""
-    shape, flow = args.shape, args.flow
+    shape = args.shape
     if shape.classes == 0:  # there is no gradient
         return
     tile, options = _plan(args, gradient_geometry, args.grad_lse is not None, False)
@@ -385,7 +385,7 @@ def _start_gradient(args, mass=None):
         tile.blocks(shape) * chunks,
         inputs,
         Saved(args.row_max, args.row_log_sum, mass),
-        Flow(vector_of(flow.grad_loss), args.grad_lse, flow.divisor),
+        GradOutputs(vector_of(args.grad_loss), args.grad_lse, args.grad_divisor),
         Gradients(view_of(args.grad_logits), view_of(args.grad_probabilities)),
         *(chunks, _ignore_index(args), args.label_smoothing, args.z_loss, args.logit_softcap),
         tile=tile,

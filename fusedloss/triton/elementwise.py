@@ -69,7 +69,7 @@ class Operands(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """What flows into all losses alike; None is 1. counted: parts of the divisor, which a launch before has counted."""
+    """What multiplies the gradients of all losses; None is 1. counted: the divisor's parts, from a launch before."""
 
     grad_loss: tl.tensor
     divisor: tl.tensor
@@ -206,7 +206,7 @@ def _start_count(args, options):
 
 def launch(loss, args, which):
     """Starts the kernels of a pass."""
-    numel, grad_loss = args.shape.numel, args.flow.grad_loss
+    numel, grad_loss = args.shape.numel, args.grad_loss
     options = Options(
         acc=accumulate_type(args.input.data),
         index=index_type(numel),
@@ -217,11 +217,11 @@ def launch(loss, args, which):
     counted, counted_parts = None, 0
     if options.divides and options.ignores and numel > COUNTED_INLINE:
         counted, counted_parts = _start_count(args, options)
-    # One number that flows into all losses, which have no need to load it one by one.
+    # One number for all losses, which have no need to load it one by one.
     one = grad_loss is not None and not any(grad_loss.strides)
     inputs = args.input, args.target, args.weight, args.pos_weight, None if one else grad_loss
     operands = Operands(*map(_operand, (*inputs, args.loss, args.grad_input, args.grad_target)))
-    scale = Scale(grad_loss.data if one else None, args.flow.divisor, counted)
+    scale = Scale(grad_loss.data if one else None, args.grad_divisor, counted)
     programs = ceil_div(numel, BLOCK)
     parts = Parts(args.total, programs if which is Pass.backward else max(programs, 1), args.device)
     numbers = args.shape.sizes, numel, args.ignore_index, counted_parts

@@ -15,10 +15,10 @@ from fusedloss.triton.portable import (
     constant,
     divide,
     exp_nonpositive,
+    fast_divide,
     log1p,
     log1p_unit,
     number,
-    quotient,
     tanh,
     times_exp,
     zero_if,
@@ -271,7 +271,7 @@ def bce_with_logits_evaluate(x, t, pos_weight):
     negative_part = tl.where(x < 0, -x, 0.0)
     loss = negative * (positive_part + tail) + positive * (negative_part + tail)
 
-    smaller = quotient(e, 1.0 + e)
+    smaller = fast_divide(e, 1.0 + e)
     both = smaller * (negative + positive)
     slope = tl.where(x < 0, both - positive, negative - both) + (positive - positive)
     return loss, slope
@@ -303,7 +303,7 @@ def bce_evaluate(p, t, pos_weight):
     least = constant(9.999999960041972e-13, p)  # 1e-12 as a float
     variance = (1.0 - p) * p
     loss = (t - 1.0) * at_least_minus_100(log1p(-p)) - t * at_least_minus_100(tl.log(p))
-    return loss, quotient(p - t, tl.where(variance < least, least, variance))
+    return loss, fast_divide(p - t, tl.where(variance < least, least, variance))
 
 
 @triton.jit

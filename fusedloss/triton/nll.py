@@ -98,7 +98,7 @@ def launch(args, which):
     """Starts the kernels of a pass."""
     shape, target = args.shape, args.target
     if which is Pass.backward:
-        grad, flow = args.grad_log_probs, args.flow
+        grad = args.grad_log_probs
         if grad is None:
             return
         tile = tile_of(shape, [grad], _geometry)
@@ -106,7 +106,7 @@ def launch(args, which):
             _backward,
             tile.blocks(shape) * tile.chunks(shape),
             *(shape_of(shape), view_of(grad), vector_of(target.index), args.weight),
-            *(vector_of(flow.grad_loss), flow.divisor, tile.chunks(shape), target.ignore_index),
+            *(vector_of(args.grad_loss), args.grad_divisor, tile.chunks(shape), target.ignore_index),
             tile=tile,
             ACC=accumulate_type(grad.data),
         )

@@ -32,7 +32,7 @@ def converted(x, pointer):
 
 
 @triton.jit
-def larger(a, b):
+def max_ignoring_nan(a, b):
     """The larger number; NaN in `a` is passed over."""
     return tl.where(a > b, a, b)
 
@@ -50,7 +50,7 @@ def zero_if(condition, value):
 
 
 @triton.jit
-def quotient(a, b):
+def fast_divide(a, b):
     """a / b, for a b that is neither denormal nor close to overflow."""
     return a / b
 
@@ -184,7 +184,7 @@ def exp_nonpositive(x):
 
 
 @triton.jit
-def exp_roughly(x):
+def fast_exp(x):
     """exp(x) for x <= 0, where half precision will hide what it loses."""
     return tl.exp(x)
 

@@ -29,7 +29,7 @@ from fusedloss.triton.class_loss import (
     tile_view,
     weights_of,
 )
-from fusedloss.triton.portable import converted, exp_nonpositive, exp_roughly, larger, number
+from fusedloss.triton.portable import converted, exp_nonpositive, fast_exp, max_ignoring_nan, number
 from fusedloss.triton.reduce import Totals
 
 
@@ -98,8 +98,8 @@ class Saved(NamedTuple):
     mass: tl.tensor
 
 
-class Flow(NamedTuple):
-    """What flows into a row; None is ones, zeros, and not divided."""
+class GradOutputs(NamedTuple):
+    """The gradients of a row's loss and lse; None is ones, zeros, and not divided."""
 
     grad_loss: Vector
     grad_lse: tl.tensor
@@ -177,7 +177,7 @@ class Entries(NamedTuple):
 @triton.jit
 def _exp(x, o: tl.constexpr):
     if o.rough:
-        return exp_roughly(x)
+        return fast_exp(x)
     else:
         return exp_nonpositive(x)
 
@@ -252,7 +252,7 @@ def _statistics_of(rows, weight, part, max, tile: tl.constexpr, o: tl.constexpr)
 @triton.jit
 def whole_rows(rows, weight, part, tile: tl.constexpr, o: tl.constexpr):
     """The statistics of rows that a tile holds whole."""
-    max = larger(tl.max(tl.max(part.x, 2), 1), -float("inf"))
+    max = max_ignoring_nan(tl.max(tl.max(part.x, 2), 1), -float("inf"))
     return _statistics_of(rows, weight, part, max, tile, o)
 
 
@@ -266,7 +266,7 @@ def sweep(rows, weight, begin, end, tile: tl.constexpr, o: tl.constexpr):
     lane = math.RowStatistics(max, sum, sum, tl.zeros((positions, lanes), tl.float64))
     for first in range(begin, end, tile.chunk * tile.lanes):
         part = read(rows, first, tile, o)
-        max = larger(tl.max(part.x, 1), lane.max)
+        max = max_ignoring_nan(tl.max(part.x, 1), lane.max)
         lane = math.relative_to(max, lane, o)
         added = _statistics_of(rows, weight, part, max, tile, o)
         dense_loss = lane.dense_loss

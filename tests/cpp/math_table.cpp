@@ -79,11 +79,11 @@ void gradient_of(const Acc* x, Acc* y) {
 
 template <class Acc>
 constexpr std::array kTable{
-    Row<Acc>{"larger", [](const Acc* x, Acc* y) { y[0] = larger(x[0], x[1]); }},
+    Row<Acc>{"max_ignoring_nan", [](const Acc* x, Acc* y) { y[0] = max_ignoring_nan(x[0], x[1]); }},
     Row<Acc>{"clamp", [](const Acc* x, Acc* y) { y[0] = clamp(x[0], x[1], x[2]); }},
-    Row<Acc>{"quotient", [](const Acc* x, Acc* y) { y[0] = quotient(x[0], x[1]); }},
+    Row<Acc>{"fast_divide", [](const Acc* x, Acc* y) { y[0] = fast_divide(x[0], x[1]); }},
     Row<Acc>{"exp_nonpositive", [](const Acc* x, Acc* y) { y[0] = exp_nonpositive(x[0]); }},
-    Row<Acc>{"exp_roughly", [](const Acc* x, Acc* y) { y[0] = exp_roughly(x[0]); }},
+    Row<Acc>{"fast_exp", [](const Acc* x, Acc* y) { y[0] = fast_exp(x[0]); }},
     Row<Acc>{"times_exp", [](const Acc* x, Acc* y) { y[0] = times_exp(x[0], x[1]); }},
     Row<Acc>{"tanh", [](const Acc* x, Acc* y) { y[0] = fusedloss::math::tanh(x[0]); }},
     Row<Acc>{"log1p_unit", [](const Acc* x, Acc* y) { y[0] = log1p_unit(x[0]); }},

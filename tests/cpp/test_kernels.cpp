@@ -95,7 +95,7 @@ void test_cross_entropy(const Set& set, Layout layout, std::int64_t positions, s
   args.row_max = max.data();
   args.row_log_sum = log_sum.data();
   args.loss = {loss.data(), kDtype<T>, 1};
-  args.flow.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, 0};
+  args.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, 0};
 
   const auto& kernels = cpu::kernels(set.set).cross_entropy;
   args.grad_logits.data = nullptr;
@@ -167,7 +167,7 @@ void test_nll_backward(const Set& set, std::int64_t positions) {
   args.shape = {1, classes, positions};
   args.log_probs = {const_cast<T*>(log_probs.data()), kDtype<T>, 0, 1, classes};
   args.target = {{target.data(), Dtype::uint8, 1}, 255};
-  args.flow.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, 0};
+  args.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, 0};
   const auto& kernels = cpu::kernels(set.set).nll;
   const Sum total = run(kernels, args, Pass::forward);
   EXPECT(total.loss == double(positions - positions / 4), "%s: the sum of %ld rows is %g", set.name, long(positions),
@@ -200,7 +200,7 @@ void test_bce_with_logits(const Set& set, std::int64_t rows, std::int64_t column
   args.pos_weight = {pos_weight.data(), kDtype<T>, false, {0, 1}};
   args.has_ignore_index = true;
   args.ignore_index = 255;
-  args.flow.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, false, {0, 0}};
+  args.grad_loss = {const_cast<T*>(&grad_loss), kDtype<T>, false, {0, 0}};
   args.grad_input = {grad.data(), kDtype<T>, true, {columns, 1}};
   const auto& kernels = cpu::kernels(set.set).bce_with_logits;
   args.grad_input.data = nullptr;

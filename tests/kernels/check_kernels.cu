@@ -229,7 +229,7 @@ void check_nll(const CpuReference& cpu, Dtype dtype, bool full) {
 const ElementOptions kElementOptions[] = {
     {.name = "mean"},
     {.name = "none", .reduction = Reduction::none},
-    {.name = "none, one flow, some ignored", .reduction = Reduction::none, .ignored = 3, .one_flow = true},
+    {.name = "none, one grad_loss, some ignored", .reduction = Reduction::none, .ignored = 3, .one_grad_loss = true},
     {.name = "sum, in place", .reduction = Reduction::sum, .in_place = true},
     {.name = "mean, some ignored, in place", .ignored = 4, .in_place = true},
     {.name = "uint8 targets, some ignored", .other_target = true, .target_dtype = Dtype::uint8, .ignored = 5},

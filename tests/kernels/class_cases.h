@@ -406,7 +406,7 @@ class CrossEntropyCheck {
     Buffer& grad = options_.in_place ? place : grad_;
     const auto with_outputs = [&](bool on_device) {
       CrossEntropyArgs with = args(on_device);
-      with.flow.grad_loss = {grad_loss_.data(on_device), case_.dtype, 0};
+      with.grad_loss = {grad_loss_.data(on_device), case_.dtype, 0};
       if (options_.in_place) with.logits.data = place.data(on_device);
       with.grad_logits = strides_.tensor(grad, on_device);
       return with;
@@ -439,8 +439,8 @@ class CrossEntropyCheck {
       with.total = {};
       with.row_max = max_.data(on_device);
       with.row_log_sum = log_sum_.data(on_device);
-      with.flow.grad_loss = {grad_loss_.data(on_device), case_.dtype, options_.reduction == Reduction::none};
-      if (is_mean) with.flow.divisor = static_cast<const double*>(divisor_.data(on_device));
+      with.grad_loss = {grad_loss_.data(on_device), case_.dtype, options_.reduction == Reduction::none};
+      if (is_mean) with.grad_divisor = static_cast<const double*>(divisor_.data(on_device));
       with.grad_lse = grad_lse_.data(on_device);
       if (options_.in_place) with.logits.data = place.data(on_device);
       if (grad) with.grad_logits = strides_.tensor(grad, on_device);
@@ -579,8 +579,8 @@ class NllCheck {
     divisor.upload();
     const auto backward = [&](bool on_device) {
       NllArgs with = args(on_device);
-      with.flow.grad_loss = {grad_loss.data(on_device), case_.dtype, none};
-      if (is_mean) with.flow.divisor = static_cast<const double*>(divisor.data(on_device));
+      with.grad_loss = {grad_loss.data(on_device), case_.dtype, none};
+      if (is_mean) with.grad_divisor = static_cast<const double*>(divisor.data(on_device));
       with.grad_log_probs = strides_.tensor(grad, on_device);
       return with;
     };

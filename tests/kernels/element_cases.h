@@ -23,7 +23,7 @@ struct ElementOptions {
   bool gaps_in_input = false;
   bool gaps_in_target = false;
   bool grad_target = false;
-  bool one_flow = false;  // an expanded gradient, where the loss is not reduced
+  bool one_grad_loss = false;  // an expanded gradient, where the loss is not reduced
   bool in_place = false;
 };
 
@@ -135,7 +135,7 @@ class ElementCheck {
       total_ = Buffer(case_.dtype, 1);
     }
     divisor_ = Buffer(Dtype::float64, 1);
-    grad_loss_ = none && !options_.one_flow ? make_linear(case_.dtype) : make(case_.dtype, 0, 0);
+    grad_loss_ = none && !options_.one_grad_loss ? make_linear(case_.dtype) : make(case_.dtype, 0, 0);
     for (std::int64_t i = 0; i < grad_loss_.buffer.count(); ++i) grad_loss_.buffer.set(i, 0.5 + random.uniform());
     grad_loss_.buffer.upload();
     grad_ = options_.gaps_in_input ? make(case_.dtype, 2 * case_.columns + 1, 2, case_.lead)
@@ -276,7 +276,7 @@ class ElementCheck {
     View& grad = options_.in_place ? place : grad_;
     const auto with_outputs = [&](bool on_device) {
       ElementwiseArgs with = args(on_device);
-      with.flow.grad_loss = tensor(grad_loss_, on_device);
+      with.grad_loss = tensor(grad_loss_, on_device);
       if (options_.in_place) with.input.data = place.buffer.data(on_device);
       with.grad_input = tensor(grad, on_device);
       return with;
@@ -300,9 +300,9 @@ class ElementCheck {
     const auto with_outputs = [&](bool on_device) {
       ElementwiseArgs with = args(on_device);
       with.total = {};
-      with.flow.grad_loss = tensor(grad_loss_, on_device);
+      with.grad_loss = tensor(grad_loss_, on_device);
       if (options_.reduction == Reduction::mean) {
-        with.flow.divisor = static_cast<const double*>(divisor_.data(on_device));
+        with.grad_divisor = static_cast<const double*>(divisor_.data(on_device));
       }
       with.grad_input = tensor(grad_, on_device);
       with.grad_target = tensor(grad_target_, on_device);

@@ -63,7 +63,7 @@ def build_package(kernels: str) -> None:
     from torch.utils import cpp_extension
 
     shutil.copytree(ROOT / "fusedloss", BUILD / "fusedloss", dirs_exist_ok=True, ignore=shutil.ignore_patterns("_C*"))
-    replaced = {ROOT / "csrc/ops/launch.cpp"}
+    replaced = {ROOT / "csrc/ops/cuda_seam.cpp"}
     sources = [path for path in sorted(ROOT.glob("csrc/**/*.cpp")) if path not in replaced]
     sources.append(ROOT / "tests/kernels/emulated_launch.cpp")
     flags = ["-std=c++20", "-O2", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]

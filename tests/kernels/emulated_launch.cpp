@@ -1,6 +1,6 @@
-// Takes the place of csrc/ops/launch.cpp in a build that is for tests alone (emulate_operators.py): tensors of the CPU
-// go to the CUDA kernels, which an emulator runs there. What it finds (a barrier that not all threads reach, an access
-// out of bounds, an assertion) is raised.
+// Takes the place of csrc/ops/cuda_seam.cpp in a build that is for tests alone (emulate_operators.py): tensors of the
+// CPU go to the CUDA kernels, which an emulator runs there. What it finds (a barrier that not all threads reach, an
+// access out of bounds, an assertion) is raised.
 
 #include "ops/launch.h"
 

@@ -101,7 +101,7 @@ std::int64_t launch(const Loss<Args>& loss, const Args& args, Pass pass, Paralle
     const Partial counted = known ? Partial{.divisor = *known} : sum(loss.count, args, parallel_for);
     if (counted.invalid >= 0) return counted.invalid;
     divisor = counted.divisor;
-    if (args.total.reduction == Reduction::mean) with_divisor.flow.divisor = &divisor;
+    if (args.total.reduction == Reduction::mean) with_divisor.grad_divisor = &divisor;
   }
   const Partial total = sum(loss.forward, with_divisor, parallel_for);
   if (total.invalid < 0) write(args.total, total);

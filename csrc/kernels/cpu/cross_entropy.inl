@@ -167,9 +167,9 @@ struct CrossEntropy {
   }
 
   void load_grads(Group<Acc>& group) const {
-    const double scale = math::mean_scale(args.flow.divisor);
+    const double scale = math::mean_scale(args.grad_divisor);
     Acc buffer[kLanes];
-    const Acc* g = load_positions(args.flow.grad_loss, group.begin, group.count, buffer);
+    const Acc* g = load_positions(args.grad_loss, group.begin, group.count, buffer);
 #pragma omp simd
     for (int i = 0; i < group.count; ++i) group.grad_loss[i] = Acc(double(g[i]) * scale);
     const Acc* grad_lse = static_cast<const Acc*>(args.grad_lse);

@@ -144,8 +144,8 @@ void elementwise_forward(const ElementwiseArgs& args, Partial* partials, std::in
   with_accumulate(args.dtype, [&]<class Acc>() {
     const Acc ignored = ignored_target<Acc>(args);
     double one;  // grad_loss, for all elements
-    const double* flow = load_positions({args.flow.grad_loss.data, args.flow.grad_loss.dtype, 0}, 0, 1, &one);
-    const Acc grad_loss = static_cast<Acc>(*flow * math::mean_scale(args.flow.divisor));
+    const double* g = load_positions({args.grad_loss.data, args.grad_loss.dtype, 0}, 0, 1, &one);
+    const Acc grad_loss = static_cast<Acc>(*g * math::mean_scale(args.grad_divisor));
     Operands<Acc> in;
     Acc loss[kElementwiseRun], grad_buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
@@ -173,14 +173,14 @@ template <class Loss>
 void elementwise_backward(const ElementwiseArgs& args, Partial*, std::int64_t first_block, std::int64_t last_block) {
   with_accumulate(args.dtype, [&]<class Acc>() {
     const Acc ignored = ignored_target<Acc>(args);
-    const Acc scale = static_cast<Acc>(math::mean_scale(args.flow.divisor));
+    const Acc scale = static_cast<Acc>(math::mean_scale(args.grad_divisor));
     Operands<Acc> in;
     Acc g_buffer[kElementwiseRun], grad_buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
       for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
         in.load(run, args);
         const Acc *x = in.x, *t = in.t, *w = in.w, *p = in.p;
-        const Acc* g = run.load(args.flow.grad_loss, g_buffer);
+        const Acc* g = run.load(args.grad_loss, g_buffer);
         if (args.grad_input.data) {
           Acc* grad = run.destination(args.grad_input, grad_buffer);
 #pragma omp simd

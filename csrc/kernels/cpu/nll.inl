@@ -97,7 +97,7 @@ inline void fill_zeros(const NllArgs& args, std::int64_t begin, std::int64_t end
 }
 
 void nll_backward(const NllArgs& args, Partial*, std::int64_t begin, std::int64_t end) {
-  const double scale = math::mean_scale(args.flow.divisor);
+  const double scale = math::mean_scale(args.grad_divisor);
   with_accumulate(args.grad_log_probs.dtype, [&]<class Acc>() {
     const std::int64_t size = positions_per_block(args);
     for (std::int64_t block = begin; block < end; ++block) {
@@ -105,13 +105,13 @@ void nll_backward(const NllArgs& args, Partial*, std::int64_t begin, std::int64_
       fill_zeros(args, block * size, std::min(args.shape.positions(), (block + 1) * size));
       for_each_group<Acc>(args, args.grad_log_probs, block, unused, [&](const Targets<Acc>& targets) {
         Acc buffer[kLanes];
-        const Acc* g = load_positions(args.flow.grad_loss, targets.begin, targets.count, buffer);
+        const Acc* g = load_positions(args.grad_loss, targets.begin, targets.count, buffer);
         with_floating(args.grad_log_probs.dtype, [&]<class T>() {
           T* grad = static_cast<T*>(args.grad_log_probs.data);
           for (int i = 0; i < targets.count; ++i) {
             if (!targets.counts[i]) continue;
-            const Acc flow = static_cast<Acc>(double(g[i]) * scale);
-            grad[targets.offset[i]] = round_to<T>(math::nll_grad(flow, targets.weight[i]));
+            const Acc grad_loss = static_cast<Acc>(double(g[i]) * scale);
+            grad[targets.offset[i]] = round_to<T>(math::nll_grad(grad_loss, targets.weight[i]));
           }
         });
       });

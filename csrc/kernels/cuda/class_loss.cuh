@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../class_loss.h"
-#include "memory.cuh"
-#include "refuse.cuh"
+#include "device_assert.cuh"
+#include "packets.cuh"
 
 namespace fusedloss::cuda {
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ std::int64_t index_at(const PositionTensor& tensor, s
 __device__ __forceinline__ int class_of(const ClassTarget& target, std::int64_t position, std::int64_t classes) {
   const std::int64_t index = index_at(target.index, position);
   if (index == target.ignore_index) return -1;
-  refuse_unless(index >= 0 && index < classes);
+  device_assert(index >= 0 && index < classes);
   return static_cast<int>(index);
 }
 

@@ -71,7 +71,7 @@ class CrossEntropy {
       problem_ = math::row_problem<Acc>(args, args.has_probabilities, classes_, weight_sum);
     }
     if constexpr (kPass == Pass::backward) {
-      scale_ = math::mean_scale(args.flow.divisor);
+      scale_ = math::mean_scale(args.grad_divisor);
     } else if constexpr (kPass == Pass::forward_with_gradient) {
       if (args.total.reduction == Reduction::mean) {
         const double divisor = run.divisor ? *run.divisor : counted_divisor();
@@ -96,7 +96,7 @@ class CrossEntropy {
   // The exponential of a difference. In half precision there is no time for an exact one: two bytes of a logit leave
   // memory as quickly as a dozen instructions pass.
   __device__ __forceinline__ static Acc exp(Acc difference) {
-    return sizeof(T) == 2 ? math::exp_roughly(difference) : math::exp_nonpositive(difference);
+    return sizeof(T) == 2 ? math::fast_exp(difference) : math::exp_nonpositive(difference);
   }
 
   __device__ __forceinline__ bool capped() const { return kGeneral && args_.logit_softcap != 0; }
@@ -122,7 +122,7 @@ class CrossEntropy {
                                       ClassOf class_of) const {
     Acc max = row.max;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) max = math::larger(x[i], max);
+    for (int i = 0; i < kCount; ++i) max = math::max_ignoring_nan(x[i], max);
     const Acc shift = math::finite_shift(max);
     Acc sum = Acc(0);
 #pragma unroll
@@ -236,11 +236,11 @@ class CrossEntropy {
   template <class Lse>
   __device__ __forceinline__ Gradient gradient(std::int64_t position, const Target<Acc>& target, Acc mass, Acc max,
                                                Lse lse, Acc grad_lse) const {
-    const PositionTensor& grad_loss = args_.flow.grad_loss;
-    double flow = scale_;
-    if (grad_loss.data) flow *= load_floating<double>(grad_loss.data, grad_loss.dtype, position * grad_loss.stride);
+    const PositionTensor& grad_loss = args_.grad_loss;
+    double g = scale_;
+    if (grad_loss.data) g *= load_floating<double>(grad_loss.data, grad_loss.dtype, position * grad_loss.stride);
     return {math::row_gradient(problem_, {target.counts, target.mass, Acc(0)}, mass,
-                               problem_.z_loss == Acc(0) ? Acc(0) : lse(), static_cast<Acc>(flow), grad_lse),
+                               problem_.z_loss == Acc(0) ? Acc(0) : lse(), static_cast<Acc>(g), grad_lse),
             max, target.index};
   }
 

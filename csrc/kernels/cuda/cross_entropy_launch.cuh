@@ -75,7 +75,7 @@ void launch_cross_entropy(const CrossEntropyArgs& given, Pass pass, const Alloca
   if (!args.row_max) args.row_max = memory.at<Acc>(plan.row_max);
   if (!args.row_log_sum) args.row_log_sum = memory.at<Acc>(plan.row_log_sum);
   if (!args.total.divisor) args.total.divisor = memory.at<double>(plan.divisor);
-  if (plan.reads_twice && args.total.reduction == Reduction::mean) args.flow.divisor = args.total.divisor;
+  if (plan.reads_twice && args.total.reduction == Reduction::mean) args.grad_divisor = args.total.divisor;
   for (const Step& step : plan.steps) {
     const Run run{memory.grid(step.grid), counted};
     const Total divisor{.reduction = Reduction::mean, .divisor = counted};

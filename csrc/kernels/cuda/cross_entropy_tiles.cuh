@@ -176,8 +176,8 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
     Statistics statistics;
     if (kPass != Pass::backward || this->problem_.probabilities) {
       Acc max = nothing();
-      for_each_entry([&](int k, int c) { max = math::larger(entry(k, c), max); });
-      max = group_reduce(max, plan_.lanes, [](Acc a, Acc b) { return math::larger(a, b); });
+      for_each_entry([&](int k, int c) { max = math::max_ignoring_nan(entry(k, c), max); });
+      max = group_reduce(max, plan_.lanes, [](Acc a, Acc b) { return math::max_ignoring_nan(a, b); });
       statistics.max = max;
       const Acc shift = math::finite_shift(max);
       for_each_entry([&](int k, int c) {

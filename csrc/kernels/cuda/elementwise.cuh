@@ -7,8 +7,8 @@
 
 #pragma once
 
+#include "device_assert.cuh"
 #include "reduce.cuh"
-#include "refuse.cuh"
 #include "workspace.h"
 
 namespace fusedloss::cuda {
@@ -107,16 +107,17 @@ class Elementwise {
       : args_(args), ignored_(args.has_ignore_index ? static_cast<Acc>(args.ignore_index) : math::kNaN<Acc>) {
     double scale = 1;
     if constexpr (kPass == Pass::backward) {
-      scale = math::mean_scale(args.flow.divisor);
+      scale = math::mean_scale(args.grad_divisor);
     } else if constexpr (kPass == Pass::forward_with_gradient) {
       if (args.total.reduction == Reduction::mean) {
         const double divisor = run.counted ? *run.counted : args.has_ignore_index ? counted() : run.divisor;
         scale = math::mean_scale(&divisor);
       }
     }
-    const ElementwiseTensor& flow = args.flow.grad_loss;
-    one_flow_ = kPass == Pass::forward_with_gradient || kPlain || !flow.data;
-    if (kPass != Pass::forward && flow.data && one_flow_) scale *= load_floating<double>(flow.data, flow.dtype, 0);
+    const ElementwiseTensor& grad_loss = args.grad_loss;
+    one_grad_loss_ = kPass == Pass::forward_with_gradient || kPlain || !grad_loss.data;
+    if (kPass != Pass::forward && grad_loss.data && one_grad_loss_)
+      scale *= load_floating<double>(grad_loss.data, grad_loss.dtype, 0);
     scale_ = static_cast<Acc>(scale);
   }
 
@@ -144,7 +145,7 @@ class Elementwise {
 
   __device__ __forceinline__ Element evaluate(Acc x, Acc t, Acc w, Acc p, Acc grad_loss) const {
     const bool counts = t != ignored_;
-    refuse_unless(!counts || (Loss::in_domain(x) && Loss::in_domain(t)));
+    device_assert(!counts || (Loss::in_domain(x) && Loss::in_domain(t)));
     const auto result = Loss::evaluate(x, t, p);
     return {math::zero_if(!counts, w * result.loss), math::zero_if(!counts, grad_loss * w * result.slope), counts};
   }
@@ -186,15 +187,13 @@ class Elementwise {
   }
 
   __device__ __forceinline__ void general(std::int64_t element, ElementSums<Acc>& sums) const {
-    const Offsets in(args_.shape, element, args_.input, args_.target, args_.weight, args_.pos_weight,
-                     args_.flow.grad_loss);
+    const Offsets in(args_.shape, element, args_.input, args_.target, args_.weight, args_.pos_weight, args_.grad_loss);
     const Acc x = convert<Acc>(static_cast<const T*>(args_.input.data)[in.at[0]]);
     const Acc t = load_any<Acc>(args_.target.data, args_.target.dtype, in.at[1]);
     const Acc w = load_any<Acc>(args_.weight.data, args_.weight.dtype, in.at[2]);
     const Acc p = load_any<Acc>(args_.pos_weight.data, args_.pos_weight.dtype, in.at[3]);
-    const bool has_flows = kPass == Pass::backward && !one_flow_;
-    const Acc g =
-        has_flows ? load_any<Acc>(args_.flow.grad_loss.data, args_.flow.grad_loss.dtype, in.at[4]) * scale_ : scale_;
+    const bool one_for_each = kPass == Pass::backward && !one_grad_loss_;
+    const Acc g = one_for_each ? load_any<Acc>(args_.grad_loss.data, args_.grad_loss.dtype, in.at[4]) * scale_ : scale_;
     const Element result = evaluate(x, t, w, p, g);
     sums.add(result.loss, result.counts);
 
@@ -217,8 +216,8 @@ class Elementwise {
   }
 
   const ElementwiseArgs& args_;
-  const Acc ignored_;  // equal to no target where nothing is to be ignored
-  bool one_flow_;      // one gradient flows into all losses: it is in the scale
+  const Acc ignored_;   // equal to no target where nothing is to be ignored
+  bool one_grad_loss_;  // all losses have one gradient, which is in the scale
   Acc scale_;
 };
 
@@ -239,11 +238,11 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   finish(grid, total, blockIdx.x, sums);
 }
 
-// Whether one gradient flows into all losses.
+// Whether all losses have one gradient.
 inline bool is_one_number(const ElementwiseArgs& args) {
   bool one = true;
-  for (int d = 0; d < args.shape.dims; ++d) one = one && args.flow.grad_loss.strides[d] == 0;
-  return one || !args.flow.grad_loss.data;
+  for (int d = 0; d < args.shape.dims; ++d) one = one && args.grad_loss.strides[d] == 0;
+  return one || !args.grad_loss.data;
 }
 
 template <class Loss, class T, bool kPlain>

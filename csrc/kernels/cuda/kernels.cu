@@ -1,7 +1,7 @@
 // The table of the CUDA kernels.
 
 #include "device.h"
-#include "memory.cuh"
+#include "packets.cuh"
 
 namespace fusedloss::cuda {
 

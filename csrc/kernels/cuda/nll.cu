@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
     nll_backward(const __grid_constant__ NllArgs args, const __grid_constant__ Layout layout) {
   using Acc = Accumulate<T>;
   const std::int64_t positions = args.shape.positions(), size = layout.positions_per_block;
-  const double scale = math::mean_scale(args.flow.divisor);
+  const double scale = math::mean_scale(args.grad_divisor);
   T* grad = static_cast<T*>(args.grad_log_probs.data);
   for (std::int64_t begin = blockIdx.x * size; begin < positions; begin += gridDim.x * size) {
     const std::int64_t end = begin + size < positions ? begin + size : positions;
@@ -81,8 +81,9 @@ __global__ void __launch_bounds__(kThreads)
     for (std::int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
       const int index = class_of(args.target, i, args.shape.classes);
       if (index < 0) continue;
-      const PositionTensor& flow = args.flow.grad_loss;
-      const double g = flow.data ? scale * load_floating<double>(flow.data, flow.dtype, i * flow.stride) : scale;
+      const PositionTensor& grad_loss = args.grad_loss;
+      const double g =
+          grad_loss.data ? scale * load_floating<double>(grad_loss.data, grad_loss.dtype, i * grad_loss.stride) : scale;
       const std::int64_t at = offset_of(args.shape, args.grad_log_probs, i) + index * args.grad_log_probs.class_stride;
       grad[at] = convert<T>(math::nll_grad(static_cast<Acc>(g), weight_of<T>(args, index)));
     }

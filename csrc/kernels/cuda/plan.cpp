@@ -56,7 +56,7 @@ struct Problem {
     step.grid = workspace.take_grid(totals ? step.shape.blocks : 1);
   }
   // How many logits a tensor starts behind the start of its first packet.
-  int overhang(const ClassTensor& tensor) const {
+  int misalignment(const ClassTensor& tensor) const {
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(tensor.data) % kPacketBytes / logit_bytes);
   }
 };
@@ -76,8 +76,8 @@ std::optional<Step> plan_tiles(const Problem& problem, Workspace& workspace) {
   };
   plan.stream = follows(args.logits);
   // A tile holds a multiple of 16 bytes (of whole rows of kTileThreads / lanes), so that all tiles start alike.
-  plan.start = plan.stream ? problem.overhang(args.logits) : 0;
-  plan.grad_stream = plan.stream && follows(args.grad_logits) && problem.overhang(args.grad_logits) == plan.start;
+  plan.start = plan.stream ? problem.misalignment(args.logits) : 0;
+  plan.grad_stream = plan.stream && follows(args.grad_logits) && problem.misalignment(args.grad_logits) == plan.start;
   plan.pitch = classes;
   // Rows of a multiple of 16 bytes would start in few of the 32 banks, and lanes of different rows wait for one
   // another.
@@ -115,7 +115,7 @@ int preferred_slices(const Problem& problem, std::int64_t row_bytes) {
 
 // Nothing where forward writes a gradient and shared memory does not hold the rows.
 std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
-  // An overhang at both ends costs a packet more.
+  // An misalignment at both ends costs a packet more.
   const std::int64_t packets = ceil_div(problem.classes + problem.width - 1, problem.width) + 1;
   RowPlan plan{.slices = preferred_slices(problem, packets * kPacketBytes)};
   Step step{plan, problem.pass, problem.general};
@@ -152,7 +152,7 @@ Step plan_columns(const Problem& problem, Workspace& workspace) {
   const int width = problem.width;
   const auto has_packets = [&](const ClassTensor& tensor) {
     return tensor.inner_stride == 1 && tensor.class_stride % width == 0 && tensor.outer_stride % width == 0 &&
-           problem.overhang(tensor) == 0;
+           problem.misalignment(tensor) == 0;
   };
   ColumnPlan plan;
   plan.packets = !problem.general && width > 1 &&

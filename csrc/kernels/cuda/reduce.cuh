@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../../math/reduction.h"
-#include "memory.cuh"
+#include "packets.cuh"
 
 namespace fusedloss::cuda {
 

@@ -3,7 +3,7 @@
 
 #include "../../math/reduction.h"
 #include "device.h"
-#include "memory.cuh"
+#include "packets.cuh"
 
 namespace fusedloss::cuda {
 namespace {

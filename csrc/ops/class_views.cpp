@@ -1,4 +1,4 @@
-#include "class_loss.h"
+#include "class_views.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "huge_pages.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
 

@@ -1,4 +1,4 @@
-#include "elementwise.h"
+#include "elementwise_op.h"
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
@@ -13,8 +13,8 @@
 #include <utility>
 
 #include "checks.h"
+#include "huge_pages.h"
 #include "launch.h"
-#include "memory.h"
 
 namespace fusedloss::ops {
 namespace {
@@ -245,7 +245,7 @@ Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, 
     if (is_present(scale)) {
       scale->copy_(
           chosen_scale(grad_scale, in.input, result.scalar_type(), largest_gradient(in, grad_input.scalar_type())));
-      args.flow.grad_loss = {scale->data_ptr(), Dtype::float64};
+      args.grad_loss = {scale->data_ptr(), Dtype::float64};
     }
     args.total = total_of(result, Tensor(), in.options.reduction);
     if (run(loss.kernels, Pass::forward_with_gradient, args, in.input) >= 0) raise_out_of_domain(loss, in);
@@ -258,7 +258,7 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in,
                               const Tensor& divisor, std::array<bool, 2> output_mask) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check(loss, in, upcast);
-  check_flow(loss.name, in.input, grad_loss, divisor, in.options.reduction, in.input.sym_sizes());
+  check_grad_loss(loss.name, in.input, grad_loss, divisor, in.options.reduction, in.input.sym_sizes());
   TORCH_CHECK(!output_mask[1] || at::isFloatingType(in.target.scalar_type()), loss.name, ": a target of ",
               in.target.scalar_type(), " has no gradient");
 
@@ -274,11 +274,11 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in,
     ElementwiseArgs args;
     Operands operands(in.input);
     fill_inputs(in, operands, args);
-    operands.add(grad_loss, args.flow.grad_loss);
+    operands.add(grad_loss, args.grad_loss);
     if (output_mask[0]) operands.add(grad_input, args.grad_input);
     if (output_mask[1]) operands.add(grad_target, args.grad_target);
     operands.fill(args.shape);
-    args.flow.divisor = flow_divisor(divisor, in.options.reduction);
+    args.grad_divisor = grad_divisor(divisor, in.options.reduction);
     run(loss.kernels, Pass::backward, args, in.input);
   }
   return {grad_input.to(input_type), grad_target};

@@ -130,7 +130,7 @@ __host__ __device__ __forceinline__ bool is_aligned(const T* address, int bytes 
 
 // How many elements a row starts behind the start of its first packet.
 template <class T>
-__host__ __device__ __forceinline__ int overhang(const T* row) {
+__host__ __device__ __forceinline__ int misalignment(const T* row) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % kPacketBytes / sizeof(T));
 }
 
@@ -142,10 +142,10 @@ struct Packets {
 
   T* row;
   std::int64_t count;
-  int start;  // the row's overhang
+  int start;  // the row's misalignment
 
   __host__ __device__ __forceinline__ Packets(T* row, std::int64_t count)
-      : row(row), count(count), start(overhang(row)) {}
+      : row(row), count(count), start(misalignment(row)) {}
 
   __host__ __device__ __forceinline__ std::int64_t size() const { return (start + count + kWidth - 1) / kWidth; }
   __device__ __forceinline__ std::int64_t first(std::int64_t p) const { return p * kWidth - start; }

@@ -9,7 +9,7 @@
 namespace fusedloss::cuda {
 
 // Stops the kernel, and with it the context: the next call that waits for the device raises, as with native torch.
-__device__ __forceinline__ void refuse_unless(bool target_or_value_is_valid) {
+__device__ __forceinline__ void device_assert(bool target_or_value_is_valid) {
   if (!target_or_value_is_valid) {
     assert(target_or_value_is_valid);
     __builtin_unreachable();
