@@ -44,7 +44,7 @@ def check_tensors(error: type[Exception], loss: str, **arguments) -> None:
 
 
 def as_int(loss: str, name: str, value) -> int:
-    """Of an int, a numpy scalar, a tensor of one integer: of whatever has an __index__, but for bool."""
+    """An int of whatever has an __index__ (an int, a numpy scalar, a tensor of one integer), but for bool."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         raise TypeError(_message(loss, name, "be an int", value))
     if is_symbol(value):
@@ -66,7 +66,7 @@ def is_symbol(value) -> bool:
 
 
 def as_float(loss: str, name: str, value) -> float:
-    """Of a number, a numpy scalar, or a tensor of no dimensions that does not require grad."""
+    """A float of a number, a numpy scalar, or a tensor of no dimensions that does not require grad."""
     if isinstance(value, _FLOATS):
         return value
     if isinstance(value, _NUMPY_SCALARS) or (isinstance(value, Tensor) and not (value.dim() or value.requires_grad)):

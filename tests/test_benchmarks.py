@@ -1,4 +1,4 @@
-"""The benchmarks count bytes as by hand, time only who is right, and write what they find."""
+"""The benchmarks count bytes as by hand, time only what is right, and write what they find."""
 
 import json
 import re
@@ -54,7 +54,7 @@ SMALL = cross_entropy(24, 10)
         (bce_with_logits(64, 80, options=("pos_weight",), dtype=torch.bfloat16), 10240 + 10240 + 160, 10240),
         # Of 20 rows, 2 are read.
         (cross_entropy(20, 100, target="nine tenths ignored", dtype=torch.bfloat16), 400 + 160, 4000),
-        # What is cast is the affair of who casts it.
+        # A cast is not part of the loss that is measured.
         (cross_entropy(24, 10, autocast=True, dtype=torch.bfloat16), 480 + 192, 480),
         # A grad_output other than 1 is known when the logits have gone: both inputs are read again.
         (cross_entropy(24, 10, grad_output=0.5), 960 + 192, 960 + 192 + 960),

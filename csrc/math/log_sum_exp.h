@@ -24,8 +24,8 @@ FUSEDLOSS_FN Sum rescale(Sum sum, Acc max, Acc new_max) {
   return sum * Sum(max == new_max ? Acc(1) : factor);
 }
 
-// Sum may be wider than Acc: where one entry dominates, the others are added to a 1, and what that loses is most of
-// what log(sum) is.
+// Sum may be wider than Acc. Where one entry dominates, the sum is a little more than 1, and log(sum) is that little:
+// digits that a narrow sum rounds off are most of it.
 template <class Acc, class Sum = Acc>
 struct LogSumExp {
   Acc max = -kInfinity<Acc>;

@@ -12,7 +12,7 @@ constexpr const char* namespace_of(Backend backend) {
   return backend == Backend::triton ? "fusedloss_triton" : "fusedloss";
 }
 
-// Of the operator that this thread is in.
+// The backend of the operator that this thread is in.
 Backend current_backend();
 
 class BackendGuard {

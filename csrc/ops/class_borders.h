@@ -6,7 +6,7 @@
 
 namespace fusedloss::ops {
 
-// Of the current device (csrc/kernels/cuda/cuda.h). Raises in a build without CUDA kernels.
+// The borders on the current device (csrc/kernels/cuda/cuda.h). Raises in a build without CUDA kernels.
 std::vector<std::int64_t> cuda_class_borders(const cuda::ClassProblem& problem, std::int64_t most);
 
 }  // namespace fusedloss::ops

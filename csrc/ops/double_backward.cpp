@@ -55,7 +55,7 @@ class Arguments {
     }
   }
 
-  // Of what is a tensor.
+  // The names of those that are tensors.
   const std::vector<std::string>& names() const { return tensors_; }
   const c10::IValue& option(const std::string& name) const { return values_.at(name); }
   int64_t reduction() const { return option("reduction").toInt(); }

@@ -100,7 +100,7 @@ Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const
 
 void remember_version(AutogradContext* ctx, const Tensor& input) {
   if (is_compiling() || is_wrapper(input)) return;
-  // Of the input it has the version counter alone, not the memory.
+  // It shares the version counter of the input, and not its memory.
   const Tensor counter = at::empty({0}, input.options());
   torch::autograd::impl::set_version_counter(counter, torch::autograd::impl::version_counter(input));
   ctx->saved_data["counter"] = counter;

@@ -39,7 +39,7 @@ inline std::optional<Dtype> readable_as(at::ScalarType type) {
   }
 }
 
-// Of a type that the checks have let through.
+// What kernels read a type as that the checks have let through.
 inline Dtype dtype_of(at::ScalarType type) {
   const auto dtype = readable_as(type);
   TORCH_INTERNAL_ASSERT(dtype.has_value(), "no kernel reads ", type);

@@ -68,7 +68,7 @@ struct ElementwiseWeights {
 struct TrainingOptions {
   // Treat half precision as float32 when the result's type is decided: what native torch gives under autocast.
   bool upcast = false;
-  // Write the gradient in forward: true, false, or absent: where nothing speaks against it.
+  // Write the gradient in forward: true, false, or absent: where grad_in_forward.h allows it.
   OptionalBool grad_in_forward;
   // One number, the grad_output that backward is expected to be called with; absent: 1.
   std::optional<Tensor> grad_scale;

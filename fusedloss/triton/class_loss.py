@@ -190,7 +190,7 @@ def places_of(view, entry, tile: tl.constexpr):
 
 @triton.jit
 def _packets_with(readable, tile: tl.constexpr):
-    """Of columns: whether any position within the same 16 bytes is to be read; such bytes are loaded at once."""
+    """Whether any position of a column within the same 16 bytes is to be read; such bytes are loaded at once."""
     if tile.align > 1:
         align: tl.constexpr = tile.align
         packets: tl.constexpr = tile.positions // tile.align

@@ -100,7 +100,7 @@ def tile_of(shape, tensors, geometry):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of tiles, for up to so many classes."""
+    """The shape of tiles for up to so many classes."""
 
     classes: float
     entries: int  # of a tile

@@ -54,7 +54,7 @@ def accumulate_type(pointer):
 
 
 def index_type(count):
-    """Of a running number below count: 32 bits where they do, since a division of 64 takes several times as long."""
+    """The type of a number below count: 32 bits where they do, since a division of 64 takes several times as long."""
     return tl.int32 if count < 2**30 else tl.int64
 
 

@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of forward; what is not wanted is None."""
+    """What forward writes; what is not wanted is None."""
 
     loss: tl.tensor
     lse: tl.tensor
@@ -74,7 +74,7 @@ class Outputs(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """Of forward, if it has one; counted: parts of the mean's divisor, if a launch before has counted it."""
+    """What a gradient in forward needs; counted: parts of the mean's divisor, if a launch before has counted it."""
 
     logits: View
     grad_loss: tl.tensor

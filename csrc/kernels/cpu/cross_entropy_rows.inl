@@ -16,8 +16,8 @@ struct Ahead {
 
 // The loops below are functions of their own: inlined into the traversal, GCC 12 finds no vector form for some.
 
-// Of a multiple of kPadding elements. Meanwhile the logits ahead come into the cache, a line at a time: of a whole
-// chunk at once, most lines would wait for one of the few that a processor fetches at a time, and so would it.
+// Writes the exponentials of a multiple of kPadding elements. Meanwhile the logits ahead come into the cache, a line at
+// a time: a processor fetches few lines at once, and would wait for most of a whole chunk.
 template <class Acc>
 [[gnu::noinline]] void exponentials(const Acc* x, Acc shift, Acc* e, std::int64_t count, Ahead next) {
   constexpr int kWidth = kPadding / 4;
@@ -41,7 +41,8 @@ template <class Value, int kWidth, class Combine>
   }
 }
 
-// Of a multiple of kPadding elements. Lane by lane: clang has no vector form of a reduction that passes over NaN.
+// The largest of a multiple of kPadding elements, found lane by lane: clang has no vector form of a reduction that
+// passes over NaN.
 template <class Acc>
 [[gnu::noinline]] Acc largest(const Acc* x, std::int64_t count) {
   Acc lanes[kPadding / 4];
@@ -232,8 +233,8 @@ class Rows {
     return static_cast<Acc*>(grad.data) + p_.offset(grad, group.begin + i, c);
   }
 
-  // Of the rows [first, last): several short ones, or one. Short rows take each step together: one after the other,
-  // each would wait for the end of its own step, a reduction, before it could take the next.
+  // Finds the statistics of the rows [first, last), which are several short ones, or one. Short rows take each step
+  // together: one after the other, each would wait for the end of its own reduction before its next step.
   void statistics(Group<Acc>& group, int first, int last, Acc (*kept)[kChunk]) const {
     Acc buffers[kRowsAtOnce][kChunk];
     Statistics row;

@@ -179,7 +179,7 @@ void store(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, st
   });
 }
 
-inline constexpr std::int64_t kLine = 64;  // bytes of the cache's
+inline constexpr std::int64_t kLine = 64;  // bytes of a line of the cache
 
 // Starts to bring `count` neighbouring elements into the cache, which are going to be written. They need not exist.
 // Always inlined: a call that only prefetches has no effect in the eyes of GCC, which deletes it.

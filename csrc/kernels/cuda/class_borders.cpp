@@ -26,7 +26,7 @@ std::int64_t way_of(const Step& step) {
   if (const auto* columns = std::get_if<ColumnPlan>(&step.plan)) return columns->keeps;
   const auto* rows = std::get_if<RowPlan>(&step.plan);
   if (!rows || step.shape.cluster > 1) return 0;
-  // Of slices that meet through memory a warp adds up 32 at a time.
+  // A warp adds up 32 slices at a time, where they meet through memory.
   return (rows->slices > 1) + (rows->slices > kWarp);
 }
 

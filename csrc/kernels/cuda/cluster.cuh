@@ -7,7 +7,7 @@
 
 namespace fusedloss::cuda {
 
-// Of the architecture that code is compiled for.
+// Whether the architecture that this code is compiled for has clusters.
 #if __CUDA_ARCH__ >= 900
 inline constexpr bool kHasClusters = true;
 #else

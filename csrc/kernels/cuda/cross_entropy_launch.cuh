@@ -66,8 +66,6 @@ void launch_cross_entropy(const CrossEntropyArgs& given, Pass pass, const Alloca
   using Acc = Accumulate<T>;
   constexpr const char* kNames[] = {"cross_entropy_divisor", "cross_entropy_tiles", "cross_entropy_rows",
                                     "cross_entropy_columns"};
-  static_assert(sizeof(math::RowStatistics<Acc, true>) ==
-                row_sums_bytes(sizeof(Acc) == 8 ? Dtype::float64 : Dtype::float32));
   const CrossEntropyPlan plan = plan_cross_entropy(given, pass, current_device(), resident_blocks_of<T>);
   const Memory memory(plan.workspace, allocate, stream);
   double* const counted = memory.at<double>(plan.counted);

@@ -23,7 +23,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   using Statistics = typename Base::Statistics;
   static constexpr int kWidth = kPacketOf<T>;
   static constexpr bool kKeeps = kPass == Pass::forward_with_gradient;
-  // Of a thread: what 64 registers hold beside the rest. The general code is large, and takes a packet at a time.
+  // The packets of a thread that 64 registers hold beside the rest. The general code is large: it takes one at a time.
   static constexpr int kPacketsInFlight = kGeneral ? 1 : 16 / kWidth > 4 ? 4 : 16 / kWidth;
 
  public:
@@ -43,7 +43,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
       }
     }
     if constexpr (kPass != Pass::backward) {
-      // Blocks of a slice each have finished rows one by one, where the last of a row arrives.
+      // Rows whose slices meet through memory have added to the total one by one, in `meet`.
       if (plan_.slices == 1) finish(run.grid, args_.total, blockIdx.x, sums);
       if constexpr (kCluster) {
         if (slice == 0 && plan_.slices > 1) {
@@ -118,8 +118,8 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     return row;
   }
 
-  // Of the block, or of its cluster; every thread gets it. Two buffers take turns: a thread may write its next part
-  // while another still reads the last ones.
+  // Merges the statistics of all threads of the block, or of its cluster; every thread gets the result. Two buffers
+  // take turns: a thread may write its next part while another still reads the last ones.
   __device__ __forceinline__ Statistics merge_threads(Statistics row) {
     turn_ ^= 1;
     row = block_merge(row);

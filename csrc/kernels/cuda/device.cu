@@ -94,7 +94,7 @@ struct Configuration {
   Configuration(const Configuration&) = delete;
 };
 
-// Of one multiprocessor; of clusters, on the whole device.
+// How many blocks one multiprocessor holds, or how many clusters the whole device.
 std::int64_t ask_for_blocks(const void* kernel, const Launch& shape) {
   int count = 0;
   if (shape.cluster == 1) {

@@ -28,7 +28,7 @@ const void* address_of(void (*kernel)(Parameters...)) {
 }
 
 // How many blocks of this shape the current device holds at once; 0 where it has no place for a cluster of them, or the
-// code that it runs knows no clusters. The runtime is asked once for each kernel and shape.
+// code that it runs is not compiled for them. The runtime is asked once for each kernel and shape.
 std::int64_t resident_blocks(const void* kernel, const Launch& shape);
 
 // For blocks without dynamic shared memory that take turns at so many units of work.

@@ -68,7 +68,7 @@ __device__ __forceinline__ Value load(const void* data, Dtype dtype, std::int64_
   return value;
 }
 
-// Of a floating-point type.
+// Loads an element of any floating-point type.
 template <class Value>
 __device__ __forceinline__ Value load_floating(const void* data, Dtype dtype, std::int64_t offset) {
   Value value;

@@ -33,7 +33,7 @@ constexpr RowGeometry kRowGeometry[] = {
 constexpr std::int64_t kSmallestSlice = 8 * 1024;
 constexpr std::int64_t kPreferredShare = 68 * 1024;
 
-// Of positions, for each multiprocessor: fewer would leave most of the device idle.
+// Packets of positions for each multiprocessor: with fewer, most of the device would be idle.
 constexpr std::int64_t kFewestPackets = 8;
 
 int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
@@ -142,7 +142,7 @@ std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
   step.grid = workspace.take_grid(problem.totals ? at_once : 1);
   if (meets) {
     step.row_tickets = workspace.take(problem.positions, kTicketBytes);
-    step.row_parts = workspace.take(step.shape.blocks, row_sums_bytes(problem.args.logits.dtype));
+    step.row_parts = workspace.take(step.shape.blocks, statistics_bytes(problem.args.logits.dtype));
   }
   return step;
 }

@@ -97,9 +97,11 @@ constexpr std::int64_t blocks_for(std::int64_t units, std::int64_t resident) {
 
 // --- The workspace ---
 
-// Of a ticket, of a block's Sums, and of a slice's RowStatistics.
+// The sizes of a ticket, of a block's Sums, and of the statistics of a slice.
 inline constexpr std::size_t kTicketBytes = 4, kSumsBytes = 16;
-constexpr std::size_t row_sums_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 32 : 24; }
+constexpr std::size_t statistics_bytes(Dtype dtype) {
+  return dtype == Dtype::float64 ? sizeof(math::RowStatistics<double, true>) : sizeof(math::RowStatistics<float, true>);
+}
 
 struct Piece {
   std::size_t offset = 0, bytes = 0;  // no bytes: the piece is absent
@@ -156,7 +158,7 @@ struct CrossEntropyPlan {
 // or the kernel is not compiled for clusters.
 using ResidentBlocks = std::int64_t (*)(const Step& step);
 
-// Of the addresses in the arguments it matters which are null, and how the others are aligned.
+// A plan depends on which addresses in the arguments are null, and on how the others are aligned.
 CrossEntropyPlan plan_cross_entropy(const CrossEntropyArgs& args, Pass pass, const Device& device,
                                     ResidentBlocks resident_blocks);
 

@@ -40,7 +40,7 @@ struct Sums {
 
 __device__ __forceinline__ Sums warp_sum(Sums sums) { return {warp_sum(sums.loss), warp_sum(sums.divisor)}; }
 
-// Of a whole block; the result is the first warp's. To be called by all threads; may be called again at once.
+// The sums of a whole block, which the first warp gets. All threads call this, and may call it again at once.
 __device__ __forceinline__ Sums block_sum(Sums sums) {
   __shared__ Sums parts[kWarp];
   const int warps = (blockDim.x + kWarp - 1) / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
