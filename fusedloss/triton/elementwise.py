@@ -49,7 +49,7 @@ class Options:
 
 class Operand(NamedTuple):
     data: tl.tensor
-    strides: tuple  # None: it lies as the elements do
+    strides: tuple | None  # None: it lies as the elements do
 
 
 _ABSENT = Operand(None, None)
