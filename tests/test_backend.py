@@ -70,9 +70,9 @@ def test_backward_takes_the_backend_of_forward(launches):
         reduced = fusedloss.cross_entropy(input, target)
     launches.clear()
     loss.backward()
-    assert launches == ["_backward"]
+    assert launches == ["_gradient"]
     (reduced * 2).backward()
-    assert launches == ["_backward", "_rescale"]
+    assert launches == ["_gradient", "_rescale"]
 
 
 @needs_triton
@@ -81,7 +81,7 @@ def test_double_backward_stays_with_the_backend(launches):
     loss = fusedloss.cross_entropy(input.requires_grad_(), target, backend="triton")
     launches.clear()
     (gradient,) = torch.autograd.grad(loss, input, create_graph=True)
-    assert "_backward" in launches
+    assert "_gradient" in launches
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(input, target), input, create_graph=True)[0]
     seconds = [torch.autograd.grad(g.square().sum(), input)[0] for g in (gradient, expected)]
     torch.testing.assert_close(*seconds)
