@@ -325,7 +325,7 @@ class ElementCheck {
     }
   }
 
-  void (*const cpu_)(const ElementwiseArgs&, Pass);
+  const ReferenceLoss<ElementwiseArgs> cpu_;
   const fusedloss::cuda::Loss<ElementwiseArgs>& loss_of_;
   const bool with_logits_;
   const ElementCase case_;
