@@ -34,14 +34,14 @@ struct Group {
   Acc target_logit[kLanes];  // the maximum where there is no target class
   // The statistics, and what becomes of them.
   Acc max[kLanes];
-  double sum[kLanes];         // of exp(x - max)
-  double dense_loss[kLanes];  // 0 where the target alone has mass
-  double mass[kLanes];        // of probabilities
+  double sum[kLanes];              // of exp(x - max)
+  double dense_loss[kLanes] = {};  // 0 where the target alone has mass
+  double mass[kLanes] = {};        // of probabilities
   double log_sum[kLanes];
   Acc loss[kLanes];
   // What flows into the loss and the lse.
   Acc grad_loss[kLanes];
-  Acc grad_lse[kLanes];
+  Acc grad_lse[kLanes] = {};
   // What a row's entries share in their gradients; the factor is divided by the sum.
   double factor[kLanes], on_target[kLanes], on_all[kLanes];
 
@@ -89,8 +89,6 @@ struct CrossEntropy {
   Acc weight(std::int64_t c) const { return weights ? weights[c] : Acc(1); }
 
   void load_targets(Group<Acc>& group, Partial& partial) const {
-    std::fill_n(group.dense_loss, group.count, 0.0);
-    std::fill_n(group.mass, group.count, 0.0);
     if (problem.probabilities) {
       for (int i = 0; i < group.count; ++i) {
         group.target[i] = Group<Acc>::kNoClass;
@@ -145,8 +143,10 @@ struct CrossEntropy {
     double sum = 0;
 #pragma omp simd
     for (int i = 0; i < count; ++i) group.log_sum[i] = math::log(group.sum[i]);
+    with_problem([&](const math::RowProblem<double>& problem) __attribute__((always_inline)) {
 #pragma omp simd
-    for (int i = 0; i < count; ++i) group.loss[i] = Acc(math::row_loss(wide, group.row(i), group.target_of(i)));
+      for (int i = 0; i < count; ++i) group.loss[i] = Acc(math::row_loss(problem, group.row(i), group.target_of(i)));
+    });
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < count; ++i) sum += double(group.loss[i]);
     partial.loss += sum;
@@ -173,20 +173,21 @@ struct CrossEntropy {
 #pragma omp simd
     for (int i = 0; i < group.count; ++i) group.grad_loss[i] = Acc(double(g[i]) * scale);
     const Acc* grad_lse = static_cast<const Acc*>(args.grad_lse);
-    if (!grad_lse) std::fill_n(group.grad_lse, group.count, Acc(0));
     if (grad_lse) std::copy_n(grad_lse + group.begin, group.count, group.grad_lse);
   }
 
   // The gradients of the rows [begin, end).
   void set_gradients(Group<Acc>& group, int begin, int end, Sum sum) const {
+    with_problem([&](const math::RowProblem<double>& problem) __attribute__((always_inline)) {
 #pragma omp simd
-    for (int i = begin; i < end; ++i) {
-      const auto row = math::row_gradient(wide, group.target_of(i), group.mass[i], group.row(i).lse(),
-                                          double(group.grad_loss[i]), double(group.grad_lse[i]));
-      group.factor[i] = row.factor;
-      group.on_target[i] = row.on_target;
-      group.on_all[i] = row.on_all;
-    }
+      for (int i = begin; i < end; ++i) {
+        const auto row = math::row_gradient(problem, group.target_of(i), group.mass[i], group.row(i).lse(),
+                                            double(group.grad_loss[i]), double(group.grad_lse[i]));
+        group.factor[i] = row.factor;
+        group.on_target[i] = row.on_target;
+        group.on_all[i] = row.on_all;
+      }
+    });
     if (sum == Sum::saved) {
 #pragma omp simd
       for (int i = begin; i < end; ++i) group.factor[i] = math::over_sum(group.factor[i], group.log_sum[i]);
@@ -211,6 +212,14 @@ struct CrossEntropy {
   math::RowProblem<double> wide;  // a row's loss, and what its entries share, are formed in float64
 
  private:
+  // Calls body(problem), where the commonest problem is a constant: its target alone has mass, and there is no z loss.
+  // The formulas' other terms would take as long as a row of ten classes.
+  template <class Body>
+  [[gnu::always_inline]] void with_problem(Body body) const {
+    if (wide.dense() || wide.z_loss != 0) return body(wide);
+    body(math::RowProblem<double>{});
+  }
+
   template <class Value>
   math::RowProblem<Value> problem_of(double weight_sum) const {
     return math::row_problem<Value>(args, args.has_probabilities, double(classes), weight_sum);

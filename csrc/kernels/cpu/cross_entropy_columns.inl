@@ -62,18 +62,19 @@ struct Shared {
   Acc factor[kLanes], on_target[kLanes], on_all[kLanes];
 };
 
-// From exponentials to gradients, for class indices.
-template <class Acc>
+// From exponentials to gradients, for class indices. kDense: every class has mass.
+template <bool kDense, class Acc>
 [[gnu::noinline]] void target_gradients(const Tile<Acc>& tile, const Group<Acc>& group, const Shared<Acc>& rows,
                                         const Acc* weights) {
   using Class = typename Group<Acc>::Class;
   for (std::int64_t c = 0; c < tile.lines; ++c) {
     Acc* e = tile.line(c);
     const Class this_class = static_cast<Class>(c);
-    const Acc weight = weights ? weights[c] : Acc(1);
+    const Acc weight = kDense && weights ? weights[c] : Acc(1);
 #pragma omp simd
     for (int i = 0; i < tile.lanes; ++i) {
-      const Acc on_class = rows.on_all[i] * weight + math::zero_if(group.target[i] != this_class, rows.on_target[i]);
+      const Acc on_target = math::zero_if(group.target[i] != this_class, rows.on_target[i]);
+      const Acc on_class = kDense ? rows.on_all[i] * weight + on_target : on_target;
       e[i] = math::zero_if(group.skip[i], math::logit_grad(e[i], rows.factor[i], on_class));
     }
   }
@@ -175,6 +176,7 @@ class Columns {
   // What the masses that all classes have add to the statistics.
   void add_masses(Group<Acc>& group, const Acc* shift) const {
     const int lanes = group.count;
+    std::fill_n(group.dense_loss, lanes, 0.0);
     if (p_.problem.probabilities) set_masses(group);
     for (std::int64_t c = 0; c < p_.classes; ++c) {
       Acc buffer[kLanes];
@@ -199,10 +201,9 @@ class Columns {
     p_.set_gradients(group, 0, lanes, sum);
     std::copy_n(group.factor, lanes, rows.factor);
     std::copy_n(group.on_target, lanes, rows.on_target);
-    std::copy_n(group.on_all, lanes, rows.on_all);
-    if (!p_.problem.probabilities) {
-      target_gradients(tile(group), group, rows, p_.problem.dense() ? p_.weights : nullptr);
-    }
+    if (p_.problem.dense()) std::copy_n(group.on_all, lanes, rows.on_all);
+    if (!p_.problem.dense()) target_gradients<false>(tile(group), group, rows, p_.weights);
+    if (p_.problem.dense() && !p_.problem.probabilities) target_gradients<true>(tile(group), group, rows, p_.weights);
     for (std::int64_t c = 0; c < p_.classes && p_.problem.probabilities; ++c) {
       Acc buffer[kLanes];
       Acc* e = line(c);
