@@ -17,12 +17,12 @@ from torch.export import exported_program
 
 from fusedloss import reference
 from fusedloss.backend import NAMESPACES
+from fusedloss.functional import REDUCTIONS
 
 _AUTOGRAD_KEYS = [
     getattr(torch._C.DispatchKey, f"Autograd{kind}") for kind in ("Functionality", "Other", "NestedTensor")
 ]
 _HALF = (torch.float16, torch.bfloat16)
-_REDUCTIONS = ("none", "mean", "sum")
 _GRAD_OUTPUTS = ("grad_loss", "grad_lse")  # what a backward operator is given for each output of its loss
 _OF_BACKWARD = {*_GRAD_OUTPUTS, "row_max", "row_log_sum", "divisor", "output_mask"}
 _NOT_OF_THE_LOSS = {"return_lse", "upcast", "grad_in_forward", "grad_scale", "inplace", "statistics"}
@@ -93,7 +93,7 @@ def _forward(name, loss):
     def decomposition(*arguments, **options):
         values = {**defaults, **dict(zip(names, arguments, strict=False)), **options}
         given = {name: value for name, value in values.items() if name not in _NOT_OF_THE_LOSS}
-        given["reduction"] = _REDUCTIONS[given["reduction"]]
+        given["reduction"] = REDUCTIONS[given["reduction"]]
         if values["upcast"]:
             given = {name: _upcast(value) for name, value in given.items()}
         return results(values, *loss(**given))
@@ -177,7 +177,7 @@ def _backward(name, loss):
 
         def outputs(*primals):
             given = {name: values[name] for name in of_the_loss} | dict(zip(wanted, primals, strict=True))
-            given["reduction"] = _REDUCTIONS[given["reduction"]]
+            given["reduction"] = REDUCTIONS[given["reduction"]]
             return loss(**{name: _upcast(value) if upcast else value for name, value in given.items()})
 
         with _autograd():

@@ -28,8 +28,8 @@ from fusedloss.backend import Backend, operators
 
 Reduction = Literal["none", "mean", "sum"]
 GradInForward = bool | Literal["auto"]
-_NAMES = get_args(Reduction)  # in the order of the operators' numbers
-_REDUCTIONS = {name: code for code, name in enumerate(_NAMES)}
+REDUCTIONS = get_args(Reduction)  # in the order of the operators' numbers
+_CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 
 
 class CrossEntropyOptions(TypedDict, total=False):
@@ -175,7 +175,7 @@ def cross_entropy(
     kernels = operators(backend, input)
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
         added: dict[str, Any] = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
-        return reference.cross_entropy(input, target, weight, ignore_index, _NAMES[code], label_smoothing, **added)
+        return reference.cross_entropy(input, target, weight, ignore_index, REDUCTIONS[code], label_smoothing, **added)
     cap = logit_softcap or 0.0
     loss, lse, _, _, _ = kernels.cross_entropy.default(
         input, target, weight, code, ignore_index, label_smoothing, z_loss, cap, return_lse, *options
@@ -223,7 +223,7 @@ def nll_loss(
     code = _reduction_code(reduction, size_average, reduce)
     kernels = operators(backend, input)
     if _native_road():
-        return reference.nll_loss(input, target, weight, ignore_index, _NAMES[code])
+        return reference.nll_loss(input, target, weight, ignore_index, REDUCTIONS[code])
     return kernels.nll.default(input, target, weight, code, ignore_index)[0]
 
 
@@ -280,7 +280,7 @@ def binary_cross_entropy_with_logits(
     kernels = operators(backend, input)
     if _native_road():
         return reference.binary_cross_entropy_with_logits(
-            input, target, weight, _NAMES[code], pos_weight, ignore_index=ignore_index
+            input, target, weight, REDUCTIONS[code], pos_weight, ignore_index=ignore_index
         )
     return kernels.bce_with_logits.default(input, target, weight, pos_weight, code, ignore_index, *options)[0]
 
@@ -330,7 +330,7 @@ def binary_cross_entropy(
     options = _gradient_options("binary_cross_entropy", input, grad_in_forward, grad_scale)[:3]
     kernels = operators(backend, input)
     if _native_road():
-        return reference.binary_cross_entropy(input, target, weight, _NAMES[code], ignore_index=ignore_index)
+        return reference.binary_cross_entropy(input, target, weight, REDUCTIONS[code], ignore_index=ignore_index)
     return kernels.bce.default(input, target, weight, code, ignore_index, *options)[0]
 
 
@@ -346,7 +346,7 @@ def _native_road() -> bool:
 def _reduction_code(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:
     if size_average is not None or reduce is not None:
         reduction = native_reduction.legacy_get_string(size_average, reduce)
-    code = _REDUCTIONS.get(reduction) if reduction.__class__ is str else None
+    code = _CODES.get(reduction) if reduction.__class__ is str else None
     # Native's function raises for an unknown reduction, and warns of one that it has renamed.
     return native_reduction.get_enum(reduction) if code is None else code
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/ne.h>
 #include <ATen/ops/ones.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <numeric>

@@ -1,7 +1,6 @@
 // Negative log likelihood over tensors, and its gradient.
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros_like.h>
 
 #include "../kernels/class_loss.h"
 #include "autograd.h"
