@@ -32,15 +32,18 @@ REDUCTIONS = get_args(Reduction)  # in the order of the operators' numbers
 _CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 
 
-class CrossEntropyOptions(TypedDict, total=False):
+class TrainingOptions(TypedDict, total=False):
+    grad_in_forward: GradInForward
+    grad_scale: float | Tensor | None
+    backend: Backend | None
+
+
+class CrossEntropyOptions(TrainingOptions, total=False):
     """What cross_entropy adds to native's arguments, but for return_lse, on which its overloads differ."""
 
     z_loss: float
     logit_softcap: float | None
-    grad_in_forward: GradInForward
-    grad_scale: float | Tensor | None
     inplace: bool
-    backend: Backend | None
 
 
 @overload
@@ -174,7 +177,11 @@ def cross_entropy(
     options = _gradient_options("cross_entropy", input, grad_in_forward, grad_scale, inplace)
     kernels = operators(backend, input)
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
-        added: dict[str, Any] = {"z_loss": z_loss, "logit_softcap": logit_softcap, "return_lse": return_lse}
+        added: dict[str, Any] = {
+            "z_loss": z_loss,
+            "logit_softcap": logit_softcap,
+            "return_lse": return_lse,
+        }
         return reference.cross_entropy(input, target, weight, ignore_index, REDUCTIONS[code], label_smoothing, **added)
     cap = logit_softcap or 0.0
     loss, lse, _, _, _ = kernels.cross_entropy.default(
