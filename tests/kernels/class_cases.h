@@ -361,20 +361,16 @@ class CrossEntropyCheck {
     check_totals(what);
   }
 
-  struct Flow {
-    double scale;  // of grad_loss
-    bool with_lse;
-  };
-
-  void check_gradient(const std::string& what, const Buffer& grad, const Flow& flow) {
+  // scale: of grad_loss.
+  void check_gradient(const std::string& what, const Buffer& grad, double scale, bool with_lse) {
     Comparison compare(what);
     const double u = rounding(acc_), out = rounding(case_.dtype);
     for (std::int64_t i = 0; i < shape_.positions(); ++i) {
       const Truth& row = truth_[i];
-      const double g = row.counts ? flow_of(i) * flow.scale : 0, from_lse = flow.with_lse ? grad_lse_.at(i) : 0;
+      const double g = row.counts ? grad_loss_of(i) * scale : 0, from_lse = with_lse ? grad_lse_.at(i) : 0;
       const double factor = g * (row.mass + 2 * options_.z_loss * row.lse) + from_lse;
       const double size = std::fabs(g) * (row.mass + 2 * options_.z_loss * std::fabs(row.lse)) + std::fabs(from_lse);
-      const bool skipped = !row.counts && !flow.with_lse;
+      const bool skipped = !row.counts && !with_lse;
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
         const double x = logit(i, c), a = row.counts ? mass(i, c) : 0;
         const double shifted = capped(x) - row.max, p = std::exp(shifted - row.log_sum);
@@ -393,7 +389,7 @@ class CrossEntropyCheck {
     }
   }
 
-  double flow_of(std::int64_t position) const {
+  double grad_loss_of(std::int64_t position) const {
     return grad_loss_.at(options_.reduction == Reduction::none ? position : 0);
   }
 
@@ -422,7 +418,7 @@ class CrossEntropyCheck {
     cpu_.cross_entropy(with_outputs(false), Pass::forward_with_gradient);
     check_totals(what);
     const bool is_mean = options_.reduction == Reduction::mean;
-    check_gradient(what, grad, {is_mean ? 1 / counted_ : 1, false});
+    check_gradient(what, grad, is_mean ? 1 / counted_ : 1, false);
     check_gaps(what, grad, strides_, shape_);
   }
 
@@ -457,7 +453,7 @@ class CrossEntropyCheck {
     cpu_.cross_entropy(with_outputs(false), Pass::backward);
     const double scale = is_mean ? 1 / counted_ : 1;
     if (grad) {
-      check_gradient(what, grad, {scale, options_.lse});
+      check_gradient(what, grad, scale, options_.lse);
       check_gaps(what, grad, strides_, shape_);
     }
     if (!grad_probabilities_) return;
@@ -466,7 +462,7 @@ class CrossEntropyCheck {
     for (std::int64_t i = 0; i < shape_.positions(); ++i) {
       const Truth& row = truth_[i];
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
-        const double factor = flow_of(i) * scale * (1 - options_.smoothing) * weight(c);
+        const double factor = grad_loss_of(i) * scale * (1 - options_.smoothing) * weight(c);
         const double entry = row.log_sum - (capped(logit(i, c)) - row.max), truth = factor * entry;
         const double tolerance =
             rounding(acc_) * std::fabs(factor) * (units() + 4 * row.log_sum + 4 * std::fabs(entry)) +
@@ -592,9 +588,9 @@ class NllCheck {
     cpu_.nll(backward(false), Pass::backward);
     Comparison compare_grad(what);
     for (std::int64_t i = 0; i < positions; ++i) {
-      const double flow = grad_loss.at(none ? i : 0) / (is_mean ? counted : 1), w = weight_of(i);
+      const double g = grad_loss.at(none ? i : 0) / (is_mean ? counted : 1), w = weight_of(i);
       for (std::int64_t c = 0; c < classes; ++c) {
-        const double entry = w != 0 && c == std::int64_t(index.at(i)) ? -w * flow : 0;
+        const double entry = w != 0 && c == std::int64_t(index.at(i)) ? -w * g : 0;
         const double tolerance =
             entry == 0 ? 0
                        : (u + out + 1e-15 * std::sqrt(double(positions))) * std::fabs(entry) + smallest(case_.dtype);

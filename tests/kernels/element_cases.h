@@ -250,8 +250,9 @@ class ElementCheck {
     Comparison compare(what);
     for (std::int64_t e = 0; e < count_; ++e) {
       const Answer slope = slope_of(e);
-      const double flow = at(grad_loss_, e) * scale;
-      compare("gradient", e, 0, grad.buffer, place(grad, e), flow * slope.value, tolerance(slope, flow, case_.dtype));
+      const double grad_loss = at(grad_loss_, e) * scale;
+      compare("gradient", e, 0, grad.buffer, place(grad, e), grad_loss * slope.value,
+              tolerance(slope, grad_loss, case_.dtype));
     }
     bool untouched = grad.buffer.lead_is_poison();
     if (options_.gaps_in_input) {
@@ -319,9 +320,9 @@ class ElementCheck {
     Comparison compare(what);
     for (std::int64_t e = 0; e < count_; ++e) {
       const Answer slope = target_slope_of(e);
-      const double flow = at(grad_loss_, e) * mean_scale();
-      compare("gradient to the target", e, 0, grad_target_.buffer, place(grad_target_, e), flow * slope.value,
-              tolerance(slope, flow, grad_target_.buffer.dtype()));
+      const double grad_loss = at(grad_loss_, e) * mean_scale();
+      compare("gradient to the target", e, 0, grad_target_.buffer, place(grad_target_, e), grad_loss * slope.value,
+              tolerance(slope, grad_loss, grad_target_.buffer.dtype()));
     }
   }
 
@@ -346,29 +347,29 @@ inline void check_rescale(Dtype dtype, std::int64_t count, int lead, double scal
   std::snprintf(what, sizeof(what), "rescale %ld %s lead %d, from %g to %g%s", long(count), name_of(dtype), lead, scale,
                 grad_output, keep_zeros ? ", zeros kept" : "");
   Random random(count);
-  const Dtype flow_dtype = accumulate_type(dtype);
-  Buffer grad(dtype, count, lead), flow(flow_dtype, 1), from(Dtype::float64, 1);
+  const Dtype grad_output_dtype = accumulate_type(dtype);
+  Buffer grad(dtype, count, lead), grad_output_buffer(grad_output_dtype, 1), from(Dtype::float64, 1);
   for (std::int64_t i = 0; i < count; ++i) grad.set(i, i % 3 == 0 ? 0 : random.normal());
   grad.upload();
-  flow.set(0, grad_output);
-  flow.upload();
+  grad_output_buffer.set(0, grad_output);
+  grad_output_buffer.upload();
   from.set(0, scale);
   from.upload();
   fusedloss::cuda::RescaleArgs args{.grad = grad.data(true),
                                     .dtype = dtype,
                                     .numel = count,
-                                    .grad_output = flow.data(true),
-                                    .grad_output_dtype = flow_dtype,
+                                    .grad_output = grad_output_buffer.data(true),
+                                    .grad_output_dtype = grad_output_dtype,
                                     .scale = scale == 1 ? nullptr : static_cast<const double*>(from.data(true)),
                                     .keep_zeros = keep_zeros};
   fusedloss::cuda::rescale(args, nullptr);
   require(cudaDeviceSynchronize(), "rescale");
   grad.download();
-  const double factor = flow.at(0) / from.at(0);
+  const double factor = grad_output_buffer.at(0) / from.at(0);
   for (std::int64_t i = 0; i < count; ++i) {
     const double truth = keep_zeros && grad.at(i) == 0 ? 0 : grad.at(i) * factor;
     const double tolerance =
-        factor == 1 ? 0 : (2 * rounding(flow_dtype) + rounding(dtype)) * std::fabs(truth) + smallest(dtype);
+        factor == 1 ? 0 : (2 * rounding(grad_output_dtype) + rounding(dtype)) * std::fabs(truth) + smallest(dtype);
     EXPECT(agree(grad.got(i), truth, tolerance), "%s: element %ld: %.9g, truth %.9g", what, long(i), grad.got(i),
            truth);
   }

@@ -33,7 +33,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
     for (std::int64_t item = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; item < plan_.items; item += step) {
       positions(item * kWidth, sums);
     }
-    if constexpr (kPass != Pass::backward) finish(run.grid, args_.total, blockIdx.x, sums);
+    if constexpr (kPass != Pass::backward) add_up(run.grid, args_.total, blockIdx.x, sums);
   }
 
  private:

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kDivisorThreads)
   const std::int64_t step = std::int64_t(gridDim.x) * blockDim.x;
   Sums sums;
   sums.divisor = count(args.target, args.shape, static_cast<const Acc*>(args.weight), begin, step);
-  finish(grid, total, blockIdx.x, sums);
+  add_up(grid, total, blockIdx.x, sums);
 }
 
 // The kernel of a step, by what its plan is.

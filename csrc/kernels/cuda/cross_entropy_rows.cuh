@@ -44,10 +44,10 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     }
     if constexpr (kPass != Pass::backward) {
       // Rows whose slices meet through memory have added to the total one by one, in `meet`.
-      if (plan_.slices == 1) finish(run.grid, args_.total, blockIdx.x, sums);
+      if (plan_.slices == 1) add_up(run.grid, args_.total, blockIdx.x, sums);
       if constexpr (kCluster) {
         if (slice == 0 && plan_.slices > 1) {
-          finish(run.grid, args_.total, blockIdx.x / plan_.slices, sums);
+          add_up(run.grid, args_.total, blockIdx.x / plan_.slices, sums);
         }
         cluster_sync();  // no block may leave while its sums are still read
       }
@@ -187,7 +187,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
       merge_lanes(row, kWarp);
       if (threadIdx.x == 0) this->finish_row(position, target, row, logit, sums);
     }
-    finish(run.grid, args_.total, position, sums);
+    add_up(run.grid, args_.total, position, sums);
   }
 
   __device__ __forceinline__ void backward(std::int64_t position, int slice_index) const {

@@ -60,7 +60,7 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
       }
       turn ^= 1;
     }
-    if constexpr (kPass != Pass::backward) finish(run.grid, args_.total, blockIdx.x, sums);
+    if constexpr (kPass != Pass::backward) add_up(run.grid, args_.total, blockIdx.x, sums);
   }
 
  private:

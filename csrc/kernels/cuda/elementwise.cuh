@@ -134,7 +134,7 @@ class Elementwise {
         general(p, sums);
       }
     }
-    if constexpr (kPass != Pass::backward) finish(run.grid, args_.total, blockIdx.x, sums.total());
+    if constexpr (kPass != Pass::backward) add_up(run.grid, args_.total, blockIdx.x, sums.total());
   }
 
  private:
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   const std::int64_t step = std::int64_t(gridDim.x) * blockDim.x;
   Sums sums;
   sums.divisor = count_elements(args, ignored, std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step);
-  finish(grid, total, blockIdx.x, sums);
+  add_up(grid, total, blockIdx.x, sums);
 }
 
 // Whether all losses have one gradient.

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
     sums.loss += static_cast<double>(loss);
     if (args.loss.data) store(args.loss.data, args.loss.dtype, i, loss);
   }
-  finish(grid, args.total, blockIdx.x, sums);
+  add_up(grid, args.total, blockIdx.x, sums);
 }
 
 struct Layout {

@@ -93,7 +93,7 @@ __device__ __forceinline__ bool is_last(unsigned* ticket, std::int64_t count) {
 
 // To be called by all threads of the block once it has finished the unit of work: the last unit's block adds up the
 // parts of all, in order, and writes the total.
-__device__ __forceinline__ void finish(const GridSums& grid, const Total& total, std::int64_t unit, Sums sums) {
+__device__ __forceinline__ void add_up(const GridSums& grid, const Total& total, std::int64_t unit, Sums sums) {
   if (!total.loss && !total.divisor) return;
   sums = block_sum(sums);
   if (grid.units > 1) {
