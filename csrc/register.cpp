@@ -19,7 +19,7 @@ using namespace ops;
 template <class Options>
 static std::string words_of() {
   std::string list;
-  for_each_option<Options>([&](const auto& option) { list += (list.empty() ? "" : ", ") + std::string(option.words); });
+  for_each_option<Options>([&](const auto& option) { list += (list.empty() ? "" : ", ") + option.words(); });
   return list;
 }
 

@@ -77,8 +77,7 @@ class ToPython {
     return named<"CrossEntropyArgs">()(
         "device"_a = device_, "shape"_a = shape(a.shape), "logits"_a = input(a.logits),
         "has_probabilities"_a = a.has_probabilities, "target"_a = a.has_probabilities ? py::none() : target(a.target),
-        "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight),
-        "label_smoothing"_a = a.label_smoothing, "z_loss"_a = a.z_loss, "logit_softcap"_a = a.logit_softcap,
+        "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight), "options"_a = options(a),
         "every_lse"_a = a.every_lse, "row_max"_a = sums(a.row_max), "row_log_sum"_a = sums(a.row_log_sum),
         "loss"_a = tensor(a.loss), "lse"_a = sums(a.lse), "total"_a = total(a.total),
         "grad_loss"_a = tensor(a.grad_loss), "grad_divisor"_a = float64(a.grad_divisor),
@@ -139,6 +138,11 @@ class ToPython {
   py::object sums(const void* data) const { return pointer(data, accumulate_); }
   py::object float64(const double* data) const { return pointer(data, at::kDouble); }
 
+  static py::object options(const math::RowOptions& o) {
+    py::dict fields;
+    for (const auto& [name, field] : o.named()) fields[name] = o.*field;
+    return named<"RowOptions">()(**fields);
+  }
   static py::object shape(const ClassShape& s) {
     return named<"ClassShape">()("outer"_a = s.outer, "classes"_a = s.classes, "inner"_a = s.inner);
   }

@@ -25,17 +25,14 @@ def cross_entropy(
 ):
     input = capped(input, logit_softcap)
     target = _class_indices(target)
-    is_indices = not target.is_floating_point()
     loss = native.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    if z_loss == 0 and not return_lse:
-        return loss
-    wide = input if input.dtype == torch.float64 else input.float()
-    lse = torch.logsumexp(wide, dim=0 if input.dim() == 1 else 1)
     if z_loss != 0:
-        count, weights = counts(target.reshape(lse.shape) if is_indices else None, weight, ignore_index, lse)
+        lse = log_sum_exp(input)
+        indices = None if target.is_floating_point() else target.reshape(lse.shape)
+        count, weights = counts(indices, weight, ignore_index, lse)
         added = torch.where(count, z_loss * lse.square(), torch.zeros_like(lse))
         loss = loss + _reduce(added, reduction, weights.sum()).to(loss.dtype)
-    return (loss, lse) if return_lse else loss
+    return (loss, log_sum_exp(input)) if return_lse else loss
 
 
 def nll_loss(
@@ -92,6 +89,11 @@ def _class_indices(target):
 
 def capped(input, logit_softcap):
     return input if logit_softcap is None else logit_softcap * torch.tanh(input / logit_softcap)
+
+
+def log_sum_exp(input):
+    wide = input if input.dtype == torch.float64 else input.float()
+    return torch.logsumexp(wide, dim=0 if input.dim() == 1 else 1)
 
 
 def counts(indices, weight, ignore_index, like):

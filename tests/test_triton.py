@@ -322,12 +322,12 @@ def test_values_out_of_bounds_stop_the_kernel(loss, reduction):
 
 
 def fields_of(struct):
-    """Of a struct of csrc, the names in order, those of its base first."""
+    """Of a struct of csrc, the names in order. A base is one field, by the last word of its name."""
     headers = "".join(
         path.read_text() for folder in ("math", "kernels") for path in (ROOT / "csrc" / folder).rglob("*.h")
     )
-    base, body = re.search(rf"\nstruct {struct}(?: : math::(\w+))? {{\n(.*?)\n}};", headers, re.DOTALL).groups()
-    inherited = fields_of(base) if base else []
+    base, body = re.search(rf"\nstruct {struct}(?: : math::Row(\w+))? {{\n(.*?)\n}};", headers, re.DOTALL).groups()
+    inherited = [base.lower()] if base else []
     return inherited + re.findall(r"^  [\w:<>, *]+?[ *](\w+)(?: = [^;]*|{})?;", body, re.MULTILINE)
 
 

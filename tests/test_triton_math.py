@@ -59,7 +59,8 @@ if HAS_TRITON:
 
     @triton.jit
     def _row_problem(label_smoothing, z_loss, classes, weight_sum, o: tl.constexpr):
-        return math.row_problem(label_smoothing.to(tl.float64), z_loss.to(tl.float64), classes, weight_sum, o)
+        options = math.RowOptions(label_smoothing.to(tl.float64), z_loss.to(tl.float64), None)
+        return math.row_problem(options, classes, weight_sum, o)
 
     @triton.jit
     def _index_mass(keep, weight):

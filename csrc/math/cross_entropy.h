@@ -24,6 +24,9 @@
 
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "log_sum_exp.h"
 
 namespace fusedloss::math {
@@ -33,6 +36,15 @@ struct RowOptions {
   double label_smoothing = 0;  // s
   double z_loss = 0;           // z
   double logit_softcap = 0;    // the logits are capped first; 0: they are not
+
+  // All of them by name, for those who only hand them on: schemas, autograd, Triton.
+  static constexpr auto named() {
+    return std::array{
+        std::pair{"label_smoothing", &RowOptions::label_smoothing},
+        std::pair{"z_loss", &RowOptions::z_loss},
+        std::pair{"logit_softcap", &RowOptions::logit_softcap},
+    };
+  }
 };
 
 // What the options make of the formulas: the same for all rows of a launch.
@@ -46,16 +58,26 @@ struct RowProblem {
 
   // Whether every class has mass, and not the target alone.
   FUSEDLOSS_FN bool dense() const { return int(probabilities) | int(spread != Acc(0)); }
+  bool operator==(const RowProblem&) const = default;
 };
+
+// Where the target alone has mass.
+template <class Acc>
+FUSEDLOSS_FN RowProblem<Acc> index_problem(const RowOptions& options) {
+  return {.z_loss = Acc(options.z_loss)};
+}
 
 // weight_sum: of the class weights, or the number of classes.
 template <class Acc>
 FUSEDLOSS_FN RowProblem<Acc> row_problem(const RowOptions& options, bool probabilities, double classes,
                                          double weight_sum) {
   const double s = options.label_smoothing;
-  const Acc spread = s == 0 ? Acc(0) : Acc(s / classes);
-  const Acc spread_mass = probabilities || spread == Acc(0) ? Acc(0) : Acc(double(spread) * weight_sum);
-  return {Acc(1 - s), spread, spread_mass, Acc(options.z_loss), probabilities};
+  RowProblem<Acc> problem = index_problem<Acc>(options);
+  problem.keep = Acc(1 - s);
+  problem.spread = s == 0 ? Acc(0) : Acc(s / classes);
+  if (!probabilities && problem.spread != Acc(0)) problem.spread_mass = Acc(double(problem.spread) * weight_sum);
+  problem.probabilities = probabilities;
+  return problem;
 }
 
 // The mass that a class index puts on its class alone.

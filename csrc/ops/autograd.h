@@ -106,11 +106,7 @@ std::array<Tensor, kCount> saved_tensors(AutogradContext* ctx) {
 
 template <class Options>
 Options saved_options(AutogradContext* ctx) {
-  Options options;
-  for_each_option<Options>([&]<class Owner, class Field>(const Option<Owner, Field>& option) {
-    options.*option.field = static_cast<Field>(ctx->saved_data[option.name].template to<ArgumentOf<Field>>());
-  });
-  return options;
+  return options_in<Options>(ctx->saved_data);
 }
 
 }  // namespace fusedloss::ops

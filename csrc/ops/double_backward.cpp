@@ -24,6 +24,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "options.h"
+
 namespace fusedloss::ops {
 
 using at::Tensor;
@@ -57,8 +59,11 @@ class Arguments {
 
   // The names of those that are tensors.
   const std::vector<std::string>& names() const { return tensors_; }
-  const c10::IValue& option(const std::string& name) const { return values_.at(name); }
-  int64_t reduction() const { return option("reduction").toInt(); }
+  template <class Options>
+  Options options() const {
+    return options_in<Options>(values_);
+  }
+  int64_t reduction() const { return values_.at("reduction").toInt(); }
   // Whether the operator was asked for its result i.
   bool is_wanted(size_t i) const {
     const auto mask = values_.find("output_mask");
@@ -112,33 +117,35 @@ Tensor class_indices(const Tensor& target) {
 variable_list cross_entropy(const Arguments& of) {
   Tensor logits = of.operand("logits");
   const Tensor target = class_indices(of.operand("target"));
-  const double z_loss = of.option("z_loss").toDouble(), cap = of.option("logit_softcap").toDouble();
-  const c10::SymInt ignore_index = of.option("ignore_index").toSymInt();
+  const auto options = of.options<CrossEntropyOptions>();
+  const double cap = options.logit_softcap;
   if (cap != 0) logits = cap * at::tanh(logits / cap);
-  const Tensor loss = at::cross_entropy_loss_symint(logits, target, of.weight(), of.reduction(), ignore_index,
-                                                    of.option("label_smoothing").toDouble());
+  Tensor loss = at::cross_entropy_loss_symint(logits, target, of.weight(), of.reduction(), options.ignore_index,
+                                              options.label_smoothing);
   const Tensor lse =
       at::logsumexp(logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat), logits.dim() == 1 ? 0 : 1);
-  if (z_loss == 0) return {loss, lse};
-  Tensor added = z_loss * lse.square();
-  if (!at::isFloatingType(target.scalar_type())) {
-    const Tensor counts = target.reshape_symint(lse.sym_sizes()).ne(ignore_index);
-    added = at::where(counts, added, at::zeros_like(added));
+  if (options.z_loss != 0) {
+    Tensor added = options.z_loss * lse.square();
+    if (!at::isFloatingType(target.scalar_type())) {
+      const Tensor counts = target.reshape_symint(lse.sym_sizes()).ne(options.ignore_index);
+      added = at::where(counts, added, at::zeros_like(added));
+    }
+    loss = loss + reduced(of, added).to(loss.scalar_type());
   }
-  return {loss + reduced(of, added).to(loss.scalar_type()), lse};
+  return {loss, lse};
 }
 
 variable_list nll(const Arguments& of) {
   // Native's own backward refuses channels_last.
   return {at::nll_loss_nd_symint(of.operand("log_probs").contiguous(), class_indices(of.operand("target")), of.weight(),
-                                 of.reduction(), of.option("ignore_index").toSymInt())};
+                                 of.reduction(), of.options<First<2, CrossEntropyOptions>>().ignore_index)};
 }
 
 // A loss of one element, without the elements whose target is ignored. `unreduced` is the loss of each of them.
 template <class Unreduced>
 variable_list elementwise(const Arguments& of, Unreduced unreduced) {
   Tensor input = of.operand("input"), target = of.operand("target"), ignored;
-  if (const auto ignore_index = of.option("ignore_index").toOptional<c10::SymInt>()) ignored = target.eq(*ignore_index);
+  if (const auto index = of.options<ElementwiseOptions>().ignore_index) ignored = target.eq(*index);
   if (!at::isFloatingType(target.scalar_type())) target = target.to(input.scalar_type());
   if (!ignored.defined()) return {reduced(of, unreduced(input, target))};
   // A value that every loss accepts, so that nothing an ignored element holds, NaN included, meets a formula.

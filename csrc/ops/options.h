@@ -1,6 +1,6 @@
-// The options of the operators. Each is listed here and nowhere else in C++: as a field, and by the words that schemas
-// have for it. From these lists come the schemas (csrc/register.cpp), the flat argument lists that the dispatcher knows
-// (csrc/ops/dispatch.h) and what autograd saves (csrc/ops/autograd.h).
+// The options of the operators. Each is listed here and nowhere else in C++, as a field and by the words that schemas
+// have for it; those of a formula stand in csrc/math. From these lists come the schemas (csrc/register.cpp), the flat
+// argument lists that the dispatcher knows (csrc/ops/dispatch.h) and what autograd saves (csrc/ops/autograd.h).
 
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <c10/core/SymInt.h>
 
 #include <optional>
-#include <string_view>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -23,35 +23,39 @@ using OptionalTensor = const std::optional<Tensor>&;
 using OptionalIndex = std::optional<c10::SymInt>;  // symbolic where a compiler traces a value that varies
 using OptionalBool = std::optional<bool>;
 
-// A field, by the words that schemas have for it: "bool upcast=False".
+// A field, and how schemas speak of it: "bool upcast=False".
 template <class Options, class Field>
 struct Option {
-  const char* words;
+  const char* type;
   const char* name;
   Field Options::* field;
+  const char* default_value = "";
 
-  constexpr Option(const char* words, Field Options::* field)
-      : words(words), name(words + std::string_view(words).find(' ') + 1), field(field) {}
+  std::string words() const { return std::string(type) + ' ' + name + default_value; }
 };
+template <class Options, class Field, class... Default>
+Option(const char*, const char*, Field Options::*, Default...) -> Option<Options, Field>;
 
 // Those of the formula are the base's fields, which kernels are handed.
 struct CrossEntropyOptions : math::RowOptions {
   Reduction reduction = Reduction::mean;
   c10::SymInt ignore_index = -100;
 
-  static constexpr std::tuple kOptions{Option("int reduction", &CrossEntropyOptions::reduction),
-                                       Option("SymInt ignore_index", &CrossEntropyOptions::ignore_index),
-                                       Option("float label_smoothing", &CrossEntropyOptions::label_smoothing),
-                                       Option("float z_loss", &CrossEntropyOptions::z_loss),
-                                       Option("float logit_softcap", &CrossEntropyOptions::logit_softcap)};
+  static constexpr auto kOptions = std::apply(
+      [](const auto&... of_formula) {
+        return std::tuple{Option{"int", "reduction", &CrossEntropyOptions::reduction},
+                          Option{"SymInt", "ignore_index", &CrossEntropyOptions::ignore_index},
+                          Option{"float", of_formula.first, of_formula.second}...};
+      },
+      math::RowOptions::named());
 };
 
 struct ElementwiseOptions {
   Reduction reduction = Reduction::mean;
   OptionalIndex ignore_index;
 
-  static constexpr std::tuple kOptions{Option("int reduction", &ElementwiseOptions::reduction),
-                                       Option("SymInt? ignore_index", &ElementwiseOptions::ignore_index)};
+  static constexpr std::tuple kOptions{Option{"int", "reduction", &ElementwiseOptions::reduction},
+                                       Option{"SymInt?", "ignore_index", &ElementwiseOptions::ignore_index}};
 };
 
 // What the losses of one element are weighted with. Each broadcasts to the input's shape.
@@ -59,8 +63,8 @@ struct ElementwiseWeights {
   std::optional<Tensor> weight;
   std::optional<Tensor> pos_weight;
 
-  static constexpr std::tuple kOptions{Option("Tensor? weight", &ElementwiseWeights::weight),
-                                       Option("Tensor? pos_weight", &ElementwiseWeights::pos_weight)};
+  static constexpr std::tuple kOptions{Option{"Tensor?", "weight", &ElementwiseWeights::weight},
+                                       Option{"Tensor?", "pos_weight", &ElementwiseWeights::pos_weight}};
 };
 
 // What a caller may ask of a forward operator beside the loss. All but upcast and statistics concern autograd alone:
@@ -78,11 +82,11 @@ struct TrainingOptions {
   // written in forward. Compilers get them always: they take no undefined outputs.
   bool statistics = false;
 
-  static constexpr std::tuple kOptions{Option("bool upcast=False", &TrainingOptions::upcast),
-                                       Option("bool? grad_in_forward=None", &TrainingOptions::grad_in_forward),
-                                       Option("Tensor? grad_scale=None", &TrainingOptions::grad_scale),
-                                       Option("bool inplace=False", &TrainingOptions::inplace),
-                                       Option("bool statistics=False", &TrainingOptions::statistics)};
+  static constexpr std::tuple kOptions{Option{"bool", "upcast", &TrainingOptions::upcast, "=False"},
+                                       Option{"bool?", "grad_in_forward", &TrainingOptions::grad_in_forward, "=None"},
+                                       Option{"Tensor?", "grad_scale", &TrainingOptions::grad_scale, "=None"},
+                                       Option{"bool", "inplace", &TrainingOptions::inplace, "=False"},
+                                       Option{"bool", "statistics", &TrainingOptions::statistics, "=False"}};
 };
 
 // The first options of a list, for losses that do not have them all.
@@ -106,5 +110,15 @@ template <class Field>
 using ArgumentOf =
     std::conditional_t<std::is_same_v<Field, Reduction>, int64_t,
                        std::conditional_t<std::is_same_v<Field, std::optional<Tensor>>, OptionalTensor, Field>>;
+
+// From IValues by their names.
+template <class Options, class Values>
+Options options_in(const Values& values) {
+  Options options;
+  for_each_option<Options>([&]<class Owner, class Field>(const Option<Owner, Field>& option) {
+    options.*option.field = static_cast<Field>(values.at(option.name).template to<ArgumentOf<Field>>());
+  });
+  return options;
+}
 
 }  // namespace fusedloss::ops

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusedloss.triton.math import RowOptions
+
 Pass = Enum("Pass", ["forward", "forward_with_gradient", "backward"])
 Reduction = Enum("Reduction", ["none", "mean", "sum"])
 
@@ -56,9 +58,7 @@ class ClassTarget(NamedTuple):
 
 class CrossEntropyArgs(NamedTuple):
     device: torch.device
-    label_smoothing: float
-    z_loss: float
-    logit_softcap: float
+    options: RowOptions
     shape: ClassShape
     logits: ClassTensor
     has_probabilities: bool

@@ -32,6 +32,7 @@ from fusedloss.triton.launch import (
     accumulate_type,
     ceil_div,
     hidden,
+    hidden_floats,
     kernel,
     multiprocessors,
     next_power_of_2,
@@ -52,6 +53,8 @@ from fusedloss.triton.rows import (
     class_weights,
     masses_of,
     options_of,
+    options_shown,
+    problem_with,
     read,
     row_target,
     rows_of,
@@ -74,14 +77,11 @@ def _forward(
     out: Outputs,
     gradient: Gradient,
     ignore_index: tl.int64,
-    label_smoothing: tl.float64,
-    z_loss: tl.float64,
-    logit_softcap: tl.float64,
     tile: tl.constexpr,
     o: tl.constexpr,
 ):
     """Statistics, merge and finish of whole rows; and their gradient, where it is wanted."""
-    rows = rows_of(inputs, tl.program_id(0), ignore_index, label_smoothing, z_loss, logit_softcap, tile, o)
+    rows = rows_of(inputs, tl.program_id(0), ignore_index, tile, o)
     target_logit = target_logits(rows, o)
     end = rows.logits.classes + tile.shift
     if tile.sweeps:
@@ -92,7 +92,7 @@ def _forward(
         statistics = whole_rows(rows, inputs.weight, whole, tile, o)
 
     row = math.finished(statistics, o)
-    problem = math.with_weight_sum(rows.problem, statistics.mass, o)
+    problem = problem_with(rows, statistics.mass, o)
     target = row_target(rows, target_logit - row.max, o)
     losses = math.row_loss(problem, row, target, o)
     loss_sum, divisor_sum = store_rows(rows, row, losses, out)
@@ -129,15 +129,13 @@ def _statistics(
     inputs: Inputs,
     slices: Slices,
     ignore_index: tl.int64,
-    label_smoothing: tl.float64,
-    logit_softcap: tl.float64,
     tile: tl.constexpr,
     o: tl.constexpr,
 ):
     """The statistics of a slice of each row."""
     count = shown(slices.count)
     slice = tl.program_id(0) % count
-    rows = rows_of(inputs, tl.program_id(0) // count, ignore_index, label_smoothing, 0.0, logit_softcap, tile, o)
+    rows = rows_of(inputs, tl.program_id(0) // count, ignore_index, tile, o)
     length = shown(slices.chunks).to(tl.int32) * (tile.chunk * tile.lanes)
     begin = slice.to(tl.int32) * length
     statistics = sweep(
@@ -158,15 +156,12 @@ def _finish(
     slices: Slices,
     out: Outputs,
     ignore_index: tl.int64,
-    label_smoothing: tl.float64,
-    z_loss: tl.float64,
-    logit_softcap: tl.float64,
     tile: tl.constexpr,
     o: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     """Merge and finish of rows, from the statistics of their slices."""
-    rows = rows_of(inputs, tl.program_id(0), ignore_index, label_smoothing, z_loss, logit_softcap, tile, o)
+    rows = rows_of(inputs, tl.program_id(0), ignore_index, tile, o)
     target_logit = target_logits(rows, o)
     count = shown(slices.count)
     slice = tl.arange(0, SLICES)[None, :]
@@ -183,7 +178,7 @@ def _finish(
     statistics = math.merge(math.RowStatistics(max, sum, dense_loss, mass), o)
 
     row = math.finished(statistics, o)
-    problem = math.with_weight_sum(rows.problem, statistics.mass, o)
+    problem = problem_with(rows, statistics.mass, o)
     losses = math.row_loss(problem, row, row_target(rows, target_logit - row.max, o), o)
     loss_sum, divisor_sum = store_rows(rows, row, losses, out)
     if out.mass is not None:
@@ -195,12 +190,11 @@ def _finish(
 
 
 @kernel
-def _mass(inputs: Inputs, mass, label_smoothing: tl.float64, tile: tl.constexpr, o: tl.constexpr):
+def _mass(inputs: Inputs, mass, tile: tl.constexpr, o: tl.constexpr):
     """The mass of each row of probabilities, which the gradient has to know before it writes."""
     shape = sizes_of(inputs.shape)
     position, live = positions_of(tl.program_id(0), shape.positions, tile)
-    smoothing = number(label_smoothing, tl.float64)
-    problem = math.row_problem(smoothing, smoothing, shape.classes, shape.classes, o)  # with no use for the z loss
+    problem = math.row_problem(options_shown(inputs), shape.classes, shape.classes, o)
     view = tile_view(inputs.probabilities, position, shape, tile)
     count: tl.constexpr = tile.positions
     lanes: tl.constexpr = tile.lanes
@@ -220,15 +214,12 @@ def _gradient(
     gradients: Gradients,
     chunks: tl.int64,
     ignore_index: tl.int64,
-    label_smoothing: tl.float64,
-    z_loss: tl.float64,
-    logit_softcap: tl.float64,
     tile: tl.constexpr,
     o: tl.constexpr,
 ):
     """One tile of the gradients."""
     chunk = (tl.program_id(0) % chunks).to(tl.int32)
-    rows = rows_of(inputs, tl.program_id(0) // chunks, ignore_index, label_smoothing, z_loss, logit_softcap, tile, o)
+    rows = rows_of(inputs, tl.program_id(0) // chunks, ignore_index, tile, o)
     position = rows.position
     max = tl.load(saved.max + position, mask=rows.readable, other=0.0)
     log_sum = tl.load(saved.log_sum + position, mask=rows.readable, other=0.0)
@@ -245,7 +236,7 @@ def _gradient(
     if o.probabilities:
         mass = tl.load(saved.mass + position, mask=rows.live, other=0.0).to(o.acc)
     elif saved.mass is not None:
-        problem = math.with_weight_sum(problem, tl.load(saved.mass), o)
+        problem = problem_with(rows, tl.load(saved.mass), o)
     lse = math.log_sum_exp(max, log_sum)
     shared = math.row_gradient(problem, row_target(rows, max, o), mass, lse, g.to(o.acc), grad_lse, o)
 
@@ -282,10 +273,10 @@ def _plan(args, geometry, every_lse, with_gradient):
     options = options_of(
         acc=accumulate_type(args.logits.data),
         rough=args.logits.data.dtype.itemsize == 2,
-        dense=args.has_probabilities or args.label_smoothing != 0,
+        dense=args.has_probabilities or args.options.label_smoothing != 0,
         probabilities=args.has_probabilities,
-        capped=args.logit_softcap != 0,
-        has_z=args.z_loss != 0,
+        capped=args.options.logit_softcap != 0,
+        has_z=args.options.z_loss != 0,
         every_lse=every_lse,
         is_mean=args.total.is_mean,
         with_gradient=with_gradient,
@@ -297,7 +288,14 @@ def _plan(args, geometry, every_lse, with_gradient):
 
 def _inputs(args):
     target = None if args.target is None else vector_of(args.target.index)
-    return Inputs(shape_of(args.shape), view_of(args.logits), target, view_of(args.probabilities), args.weight)
+    return Inputs(
+        shape_of(args.shape),
+        view_of(args.logits),
+        target,
+        view_of(args.probabilities),
+        args.weight,
+        hidden_floats(args.options),
+    )
 
 
 def _ignore_index(args):
@@ -317,9 +315,8 @@ def _start_forward(args, tile, options):
         gradient = Gradient(view_of(args.grad_logits), None if grad_loss is None else grad_loss.data, counted)
     programs = max(tile.blocks(args.shape), 1)  # the total of nothing has a program too
     parts = Parts(args.total, programs, args.device)
-    numbers = _ignore_index(args), args.label_smoothing, args.z_loss, args.logit_softcap
     tensors = _inputs(args), _outputs(args, parts), gradient
-    start(_forward, programs, *tensors, *numbers, tile=tile, o=options, warps=tile.warps)
+    start(_forward, programs, *tensors, _ignore_index(args), tile=tile, o=options, warps=tile.warps)
     parts.add_up()
 
 
@@ -351,15 +348,15 @@ def _start_slices(args, tile, options, count):
     statistics = workspace(device, 3 * count * positions, dtype)
     masses = workspace(device, count * positions) if options.dense else None
     given = _inputs(args), Slices(statistics, masses, hidden(count), hidden(chunks))
-    numbers = _ignore_index(args), args.label_smoothing
-    programs = tile.blocks(args.shape) * count
-    start(_statistics, programs, *given, *numbers, args.logit_softcap, tile=tile, o=options, warps=tile.warps)
+    ignore_index, programs = _ignore_index(args), tile.blocks(args.shape) * count
+    start(_statistics, programs, *given, ignore_index, tile=tile, o=options, warps=tile.warps)
 
     padded = next_power_of_2(count)
     rows = replace(tile, positions=max(2048 // padded, 1))
     parts = Parts(args.total, rows.blocks(args.shape), device)
-    numbers = *numbers, args.z_loss, args.logit_softcap
-    start(_finish, parts.programs, *given, _outputs(args, parts, mass), *numbers, tile=rows, o=options, SLICES=padded)
+    start(
+        _finish, parts.programs, *given, _outputs(args, parts, mass), ignore_index, tile=rows, o=options, SLICES=padded
+    )
     parts.add_up()
     if with_gradient:
         _start_gradient(args, mass)
@@ -375,7 +372,7 @@ def _start_gradient(args, mass=None):
     if options.probabilities and mass is None:
         mass = workspace(args.device, shape.positions)
         blocks = tile.blocks(shape)
-        start(_mass, blocks, inputs, mass, args.label_smoothing, tile=tile, o=options, warps=tile.warps)
+        start(_mass, blocks, inputs, mass, tile=tile, o=options, warps=tile.warps)
     elif options.dense and not options.probabilities and args.weight is not None:
         mass = workspace(args.device, 1)
         sum_into(mass, args.weight, shape.classes, args.device)
@@ -387,7 +384,8 @@ def _start_gradient(args, mass=None):
         Saved(args.row_max, args.row_log_sum, mass),
         GradOutputs(vector_of(args.grad_loss), args.grad_lse, args.grad_divisor),
         Gradients(view_of(args.grad_logits), view_of(args.grad_probabilities)),
-        *(chunks, _ignore_index(args), args.label_smoothing, args.z_loss, args.logit_softcap),
+        chunks,
+        _ignore_index(args),
         tile=tile,
         o=options,
         warps=tile.warps,

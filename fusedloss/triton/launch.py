@@ -1,6 +1,7 @@
 """How kernels are declared, started, and given memory; what the device is like."""
 
 import functools
+import struct
 
 import torch
 import triton
@@ -14,9 +15,9 @@ def kernel(function):
 
     Numbers are annotated with their type and not specialised: Triton would compile once for 1, once for multiples of
     16, once for each other number; and it would take a float for a float32. In a NamedTuple it does so whatever is
-    annotated, so that a number is there `hidden`, and no float.
+    annotated, so that a number is there `hidden`, and a float is two.
     """
-    numbers = [name for name, kind in function.__annotations__.items() if kind in (tl.int64, tl.float64)]
+    numbers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
     return triton.jit(function, debug=True, do_not_specialize=numbers)
 
 
@@ -33,6 +34,23 @@ def hidden(number):
 def shown(number):
     """What `hidden` has hidden."""
     return (number - _HIDDEN) >> 1
+
+
+@functools.lru_cache
+def hidden_floats(numbers):
+    """Numbers of a float64 each, as the halves of their bits."""
+    bits = struct.pack(f"<{len(numbers)}d", *numbers)
+    return tuple((hidden(low), hidden(high)) for low, high in struct.iter_unpack("<II", bits))
+
+
+@triton.jit
+def shown_floats(numbers):
+    """What `hidden_floats` has hidden, as a tuple of as many."""
+    floats = ()
+    for i in tl.static_range(len(numbers)):
+        bits = shown(numbers[i][0]) | (shown(numbers[i][1]) << 32)
+        floats += (bits.to(tl.float64, bitcast=True),)
+    return floats
 
 
 def start(function, programs, *arguments, warps=4, **constants):

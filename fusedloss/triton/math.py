@@ -67,6 +67,12 @@ def log_sum_exp(max, log_sum):
 # --- cross_entropy.h -------------------------------------------------------------------------------------------
 
 
+class RowOptions(NamedTuple):
+    label_smoothing: float
+    z_loss: float
+    logit_softcap: float
+
+
 class RowProblem(NamedTuple):
     """The numbers of it; `probabilities` and `dense` are o's."""
 
@@ -77,20 +83,14 @@ class RowProblem(NamedTuple):
 
 
 @triton.jit
-def row_problem(label_smoothing, z_loss, classes, weight_sum, o: tl.constexpr):
-    """label_smoothing and z_loss are float64 tensors."""
-    spread = (label_smoothing / classes.to(tl.float64)).to(o.acc)
-    problem = RowProblem((1.0 - label_smoothing).to(o.acc), spread, spread, z_loss.to(o.acc))
-    return with_weight_sum(problem, weight_sum, o)
-
-
-@triton.jit
-def with_weight_sum(problem, weight_sum, o: tl.constexpr):
-    """The problem of rows whose weights' sum forward knows only when it has read them."""
+def row_problem(options, classes, weight_sum, o: tl.constexpr):
+    """The options are float64 tensors."""
+    spread = (options.label_smoothing / classes.to(tl.float64)).to(o.acc)
     spread_mass = number(0.0, o.acc)
     if o.dense and not o.probabilities:
-        spread_mass = (problem.spread.to(tl.float64) * weight_sum).to(o.acc)
-    return RowProblem(problem.keep, problem.spread, spread_mass, problem.z_loss)
+        spread_mass = (spread.to(tl.float64) * weight_sum).to(o.acc)
+    keep = 1.0 - options.label_smoothing
+    return RowProblem(keep.to(o.acc), spread, spread_mass, options.z_loss.to(o.acc))
 
 
 @triton.jit

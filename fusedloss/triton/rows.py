@@ -29,7 +29,8 @@ from fusedloss.triton.class_loss import (
     tile_view,
     weights_of,
 )
-from fusedloss.triton.portable import converted, exp_nonpositive, fast_exp, max_ignoring_nan, number
+from fusedloss.triton.launch import shown_floats
+from fusedloss.triton.portable import converted, exp_nonpositive, fast_exp, max_ignoring_nan
 from fusedloss.triton.reduce import Totals
 
 
@@ -60,6 +61,7 @@ class Inputs(NamedTuple):
     target: Vector  # class indices, or None
     probabilities: View  # or None
     weight: tl.tensor
+    options: math.RowOptions  # hidden
 
 
 class Outputs(NamedTuple):
@@ -128,8 +130,8 @@ class Rows(NamedTuple):
     logits: TileView
     masses: TileView  # of probabilities; without any that of the logits, which stands for the place of each class
     target: TargetClass
+    options: math.RowOptions
     problem: math.RowProblem
-    softcap: tl.tensor
 
 
 @triton.jit
@@ -151,17 +153,27 @@ def _masses_view(inputs, logits, position, shape, tile: tl.constexpr):
 
 
 @triton.jit
-def rows_of(inputs, block, ignore_index, label_smoothing, z_loss, logit_softcap, tile: tl.constexpr, o: tl.constexpr):
+def options_shown(inputs):
+    return math.RowOptions(*shown_floats(inputs.options))
+
+
+@triton.jit
+def rows_of(inputs, block, ignore_index, tile: tl.constexpr, o: tl.constexpr):
     shape = sizes_of(inputs.shape)
     position, live = positions_of(block, shape.positions, tile)
     target = _target_class(inputs, shape, position, live, ignore_index, o)
     logits = tile_view(inputs.logits, position, shape, tile)
     masses = _masses_view(inputs, logits, position, shape, tile)
     readable = live & (target.counts | o.every_lse)
-    smoothing = number(label_smoothing, tl.float64)
-    problem = math.row_problem(smoothing, number(z_loss, tl.float64), shape.classes, shape.classes, o)
-    softcap = number(logit_softcap, tl.float64)
-    return Rows(shape, position, live, readable, logits, masses, target, problem, softcap)
+    options = options_shown(inputs)
+    problem = math.row_problem(options, shape.classes, shape.classes, o)
+    return Rows(shape, position, live, readable, logits, masses, target, options, problem)
+
+
+@triton.jit
+def problem_with(rows, weight_sum, o: tl.constexpr):
+    """The problem of rows whose weights' sum is known only when they have been read."""
+    return math.row_problem(rows.options, rows.shape.classes, weight_sum, o)
 
 
 # --- Entries of a tile -------------------------------------------------------------------------------------------
@@ -183,9 +195,9 @@ def _exp(x, o: tl.constexpr):
 
 
 @triton.jit
-def _capped(x, softcap, exists, o: tl.constexpr):
+def _capped(x, options, exists, o: tl.constexpr):
     """(value, slope), both from float64: what the cap rounds off, exp magnifies."""
-    value, slope = math.soft_cap(x.to(tl.float64), softcap)
+    value, slope = math.soft_cap(x.to(tl.float64), options.logit_softcap)
     return tl.where(exists, value.to(o.acc), x), slope.to(o.acc)
 
 
@@ -197,7 +209,7 @@ def read(rows, begin, tile: tl.constexpr, o: tl.constexpr):
     exists = is_class(rows.logits, at, tile) & rows.readable[:, None, None]
     slope = x
     if o.capped:
-        x, slope = _capped(x, rows.softcap, exists, o)
+        x, slope = _capped(x, rows.options, exists, o)
     return Entries(at, x, slope, exists)
 
 
@@ -291,7 +303,7 @@ def target_logits(rows, o: tl.constexpr):
         at = rows.logits.rows + (target.index + rows.logits.head).to(tl.int64) * rows.logits.class_stride
         x = tl.load(at, mask=target.counts, other=0.0).to(o.acc)
         if o.capped:
-            x, slope = _capped(x, rows.softcap, target.counts, o)
+            x, slope = _capped(x, rows.options, target.counts, o)
         return x
 
 

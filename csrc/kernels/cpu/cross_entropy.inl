@@ -216,8 +216,9 @@ struct CrossEntropy {
   // The formulas' other terms would take as long as a row of ten classes.
   template <class Body>
   [[gnu::always_inline]] void with_problem(Body body) const {
-    if (wide.dense() || wide.z_loss != 0) return body(wide);
-    body(math::RowProblem<double>{});
+    constexpr math::RowProblem<double> kCommonest;
+    if (wide == kCommonest) return body(kCommonest);
+    body(wide);
   }
 
   template <class Value>

@@ -60,7 +60,7 @@ class CrossEntropy {
       : args_(args),
         classes_(static_cast<int>(args.shape.classes)),
         weight_(static_cast<const Acc*>(args.weight)),
-        problem_{.z_loss = static_cast<Acc>(args.z_loss)} {
+        problem_(math::index_problem<Acc>(args)) {
     if constexpr (kGeneral) {
       double weight_sum = classes_;
       if (weight_ && args.label_smoothing != 0 && !args.has_probabilities) {
