@@ -38,14 +38,14 @@ def shown(number):
 
 @functools.lru_cache
 def hidden_floats(numbers):
-    """Numbers of a float64 each, as the halves of their bits."""
+    """A NamedTuple of float64 numbers, as one of the halves of their bits."""
     bits = struct.pack(f"<{len(numbers)}d", *numbers)
-    return tuple((hidden(low), hidden(high)) for low, high in struct.iter_unpack("<II", bits))
+    return numbers._make((hidden(low), hidden(high)) for low, high in struct.iter_unpack("<II", bits))
 
 
 @triton.jit
 def shown_floats(numbers):
-    """What `hidden_floats` has hidden, as a tuple of as many."""
+    """What `hidden_floats` has hidden, as a tuple without names."""
     floats = ()
     for i in tl.static_range(len(numbers)):
         bits = shown(numbers[i][0]) | (shown(numbers[i][1]) << 32)
