@@ -40,19 +40,13 @@ struct LossFunction : torch::autograd::Function<Derived> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const BackendGuard guard(static_cast<Backend>(ctx->saved_data["backend"].toInt()));
-    variable_list input_grads(argument_count(Derived::evaluate));
+    variable_list input_grads(8);  // evaluate has fewer arguments: autograd drops undefined gradients that are too many
     const std::array wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [grad_input, grad_target] = Derived::gradients(ctx, grads, wanted);
     // Absent gradients are undefined tensors, not the operators' empty ones.
     if (wanted[0]) input_grads[0] = std::move(grad_input);
     if (wanted[1]) input_grads[1] = std::move(grad_target);
     return input_grads;
-  }
-
- private:
-  template <class Result, class... Argument>
-  static constexpr std::size_t argument_count(Result (*)(AutogradContext*, Argument...)) {
-    return sizeof...(Argument);
   }
 };
 
@@ -65,22 +59,6 @@ inline void check_no_grad(const char* loss, const char* name, OptionalTensor ten
 
 inline void check_not_overwritten(const char* loss, const Tensor& input) {
   TORCH_CHECK(input.defined(), loss, ": double backward needs the input that inplace=True has overwritten");
-}
-
-template <class Call>
-auto call_below_autograd(Call call) {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call();
-}
-
-// Backward calls an operator: below autograd when nobody will differentiate the result.
-template <class Call>
-auto call_backward(Call call) {
-  return at::GradMode::is_enabled() ? call() : call_below_autograd(call);
-}
-
-inline std::optional<Tensor> to_optional(const Tensor& tensor) {
-  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
 
 // Saves tensors, absent ones as undefined, and options for backward. Autograd keeps no tensor that was made in

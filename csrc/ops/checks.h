@@ -8,21 +8,25 @@
 
 #include <initializer_list>
 #include <optional>
+#include <string>
 
 #include "options.h"
 
 namespace fusedloss::ops {
+
+inline bool is_present(OptionalTensor tensor) { return tensor.has_value() && tensor->defined(); }
+
+inline std::optional<at::Tensor> to_optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
 
 struct NamedTensor {
   const char* name;
   const at::Tensor* tensor;  // null: absent
 
   NamedTensor(const char* name, const at::Tensor& tensor) : name(name), tensor(&tensor) {}
-  NamedTensor(const char* name, const std::optional<at::Tensor>& tensor)
-      : name(name), tensor(tensor.has_value() && tensor->defined() ? &*tensor : nullptr) {}
+  NamedTensor(const char* name, OptionalTensor tensor) : name(name), tensor(is_present(tensor) ? &*tensor : nullptr) {}
 };
-
-inline bool is_present(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
 
 inline void check_reduction(const char* loss, Reduction reduction) {
   TORCH_CHECK_VALUE(reduction >= Reduction::none && reduction <= Reduction::sum, loss,

@@ -14,10 +14,8 @@ struct CrossEntropyFunction : LossFunction<CrossEntropyFunction> {
   static variable_list evaluate(AutogradContext* ctx, const Tensor& logits, const Tensor& target, OptionalTensor weight,
                                 const CrossEntropyOptions& options, bool return_lse, bool upcast,
                                 CrossEntropy::Outputs* outputs) {
-    *outputs = call_below_autograd([&] {
-      return Operator<&CrossEntropy::forward>::call(logits, target, weight, options, return_lse,
-                                                    {.upcast = upcast, .statistics = true});
-    });
+    *outputs = Operator<&CrossEntropy::forward>::call_below_autograd(logits, target, weight, options, return_lse,
+                                                                     {.upcast = upcast, .statistics = true});
     const auto& [loss, lse, row_max, row_log_sum, divisor] = *outputs;
     if (has_hooks()) remember_version(ctx, logits);
     save(ctx, {logits, target, weight.value_or(Tensor()), row_max, row_log_sum, divisor}, options);
@@ -34,11 +32,9 @@ struct CrossEntropyFunction : LossFunction<CrossEntropyFunction> {
       const bool reduced = options.reduction != Reduction::none;
       grad_loss = at::zeros_symint(reduced ? c10::SymIntArrayRef() : row_max.sym_sizes(), row_max.options());
     }
-    return call_backward([&] {
-      return Operator<&CrossEntropy::backward>::call(grad_loss, grads.size() > 1 ? to_optional(grads[1]) : std::nullopt,
-                                                     logits, target, to_optional(weight), row_max, row_log_sum, divisor,
-                                                     options, wanted);
-    });
+    return Operator<&CrossEntropy::backward>::call_in_backward(
+        grad_loss, grads.size() > 1 ? to_optional(grads[1]) : std::nullopt, logits, target, to_optional(weight),
+        row_max, row_log_sum, divisor, options, wanted);
   }
 };
 
@@ -46,10 +42,8 @@ struct CrossEntropyWithGrad : LossFunction<CrossEntropyWithGrad> {
   static Tensor evaluate(AutogradContext* ctx, const Tensor& logits, const Tensor& target, OptionalTensor weight,
                          const CrossEntropyOptions& options, const TrainingOptions& training) {
     GradientInForward gradient(kName, logits, training, empty_like_logits, {{"target", target}, {"weight", weight}});
-    Tensor loss = call_below_autograd([&] {
-      return Operator<&CrossEntropy::with_grad>::call(logits, target, weight, training.grad_scale, options,
-                                                      training.upcast, gradient.grad(), gradient.scale());
-    });
+    Tensor loss = Operator<&CrossEntropy::with_grad>::call_below_autograd(
+        logits, target, weight, training.grad_scale, options, training.upcast, gradient.grad(), gradient.scale());
     const auto [grad, scale] = gradient.to_save(ctx);
     save(ctx,
          {grad, scale, target, weight.value_or(Tensor()),
@@ -67,10 +61,8 @@ struct CrossEntropyWithGrad : LossFunction<CrossEntropyWithGrad> {
     check_not_overwritten(kName, input);
     const Tensor logits = from_forward(kName, ctx, input);
     const auto options = saved_options<CrossEntropyOptions>(ctx);
-    const auto [loss, lse, row_max, row_log_sum, divisor] = call_below_autograd([&] {
-      return Operator<&CrossEntropy::forward>::call(logits, target, to_optional(weight), options, /*return_lse=*/false,
-                                                    {.upcast = true, .statistics = true});
-    });
+    const auto [loss, lse, row_max, row_log_sum, divisor] = Operator<&CrossEntropy::forward>::call_below_autograd(
+        logits, target, to_optional(weight), options, /*return_lse=*/false, {.upcast = true, .statistics = true});
     return Operator<&CrossEntropy::backward>::call(grads[0], std::nullopt, logits, target, to_optional(weight), row_max,
                                                    row_log_sum, divisor, options, wanted);
   }
@@ -84,10 +76,9 @@ CrossEntropy::Outputs CrossEntropy::autograd(const Tensor& logits, const Tensor&
   check_dense(kName, {{"input", logits}, {"target", target}, {"weight", weight}});
   check_no_grad(kName, "weight", weight);
   if (!wants_grad(logits) && !wants_grad(target)) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
     const bool statistics = training.statistics || is_compiling();
-    return Operator<&CrossEntropy::forward>::call(logits, target, weight, options, return_lse,
-                                                  {.upcast = training.upcast, .statistics = statistics});
+    return Operator<&CrossEntropy::forward>::call_below_autograd(logits, target, weight, options, return_lse,
+                                                                 {.upcast = training.upcast, .statistics = statistics});
   }
   const bool possible =
       options.reduction != Reduction::none && !return_lse && wants_grad(logits) && !wants_grad(target);

@@ -3,7 +3,9 @@
 
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 
 #include <array>
 #include <numeric>
@@ -89,6 +91,17 @@ struct Operator<kFunction, Result(Parameter...), std::tuple<Argument...>> {
           return handle(current_backend())->call(std::forward<decltype(argument)>(argument)...);
         },
         std::tuple_cat(Flat<Parameter>::flatten(parameter)...));
+  }
+
+  // Where nobody differentiates the result.
+  static Result call_below_autograd(Parameter... parameter) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call(static_cast<Parameter&&>(parameter)...);
+  }
+
+  // In a backward pass, which somebody differentiates under create_graph=True alone.
+  static Result call_in_backward(Parameter... parameter) {
+    return (at::GradMode::is_enabled() ? call : call_below_autograd)(static_cast<Parameter&&>(parameter)...);
   }
 
   // What the dispatcher is to call for a backend.

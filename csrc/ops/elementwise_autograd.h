@@ -14,10 +14,8 @@ struct ElementwiseFunction : LossFunction<ElementwiseFunction<Loss>> {
   static Tensor evaluate(AutogradContext* ctx, const Tensor& input, const Tensor& target, OptionalTensor weight,
                          OptionalTensor pos_weight, const ElementwiseOptions& options, bool upcast,
                          LossAndDivisor* outputs) {
-    *outputs = call_below_autograd([&] {
-      return Operator<&Loss::forward>::call(input, target, ElementwiseWeights{weight, pos_weight}, options,
-                                            TrainingOptions{.upcast = upcast});
-    });
+    *outputs = Operator<&Loss::forward>::call_below_autograd(input, target, ElementwiseWeights{weight, pos_weight},
+                                                             options, TrainingOptions{.upcast = upcast});
     const auto& [loss, divisor] = *outputs;
     save(ctx, {input, target, weight.value_or(Tensor()), pos_weight.value_or(Tensor()), divisor}, options);
     return loss;
@@ -25,11 +23,9 @@ struct ElementwiseFunction : LossFunction<ElementwiseFunction<Loss>> {
 
   static TwoGrads gradients(AutogradContext* ctx, const variable_list& grads, const std::array<bool, 2>& wanted) {
     const auto [input, target, weight, pos_weight, divisor] = saved_tensors<5>(ctx);
-    return call_backward([&] {
-      return Operator<&Loss::backward>::call(grads[0], input, target,
-                                             ElementwiseWeights{to_optional(weight), to_optional(pos_weight)}, divisor,
-                                             saved_options<ElementwiseOptions>(ctx), wanted);
-    });
+    const ElementwiseWeights weights{to_optional(weight), to_optional(pos_weight)};
+    return Operator<&Loss::backward>::call_in_backward(grads[0], input, target, weights, divisor,
+                                                       saved_options<ElementwiseOptions>(ctx), wanted);
   }
 };
 
@@ -41,11 +37,9 @@ struct ElementwiseWithGrad : LossFunction<ElementwiseWithGrad<Loss>> {
     GradientInForward gradient(Loss::kLoss.name, input, training,
                                [](const Tensor& like) { return at::empty_like(like); },
                                {{"target", target}, {"weight", weight}, {"pos_weight", pos_weight}});
-    Tensor loss = call_below_autograd([&] {
-      return Operator<&Loss::with_grad>::call(input, target, ElementwiseWeights{weight, pos_weight},
-                                              training.grad_scale, options, training.upcast, gradient.grad(),
-                                              gradient.scale());
-    });
+    Tensor loss = Operator<&Loss::with_grad>::call_below_autograd(input, target, ElementwiseWeights{weight, pos_weight},
+                                                                  training.grad_scale, options, training.upcast,
+                                                                  gradient.grad(), gradient.scale());
     const auto [grad, scale] = gradient.to_save(ctx);
     save(ctx,
          {grad, scale, gradient.overwrites() ? Tensor() : input, target, weight.value_or(Tensor()),
@@ -63,9 +57,8 @@ struct ElementwiseWithGrad : LossFunction<ElementwiseWithGrad<Loss>> {
     }
     check_not_overwritten(Loss::kLoss.name, input);
     const ElementwiseWeights weights{to_optional(weight), to_optional(pos_weight)};
-    const auto [loss, divisor] = call_below_autograd([&] {
-      return Operator<&Loss::forward>::call(input, target, weights, options, TrainingOptions{.upcast = true});
-    });
+    const auto [loss, divisor] =
+        Operator<&Loss::forward>::call_below_autograd(input, target, weights, options, TrainingOptions{.upcast = true});
     return Operator<&Loss::backward>::call(grads[0], input, target, weights, divisor, options, wanted);
   }
 };
@@ -79,9 +72,8 @@ LossAndDivisor Elementwise<Loss>::autograd(const Tensor& input, const Tensor& ta
   check_no_grad(name, "weight", weight);
   check_no_grad(name, "pos_weight", pos_weight);
   if (!wants_grad(input) && !wants_grad(target)) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return Operator<&Elementwise::forward>::call(input, target, weights, options,
-                                                 TrainingOptions{.upcast = training.upcast});
+    return Operator<&Elementwise::forward>::call_below_autograd(input, target, weights, options,
+                                                                TrainingOptions{.upcast = training.upcast});
   }
   const bool fits = !Loss::kLoss.probabilities || input.scalar_type() != at::kHalf;
   TORCH_CHECK_VALUE(fits || !training.grad_in_forward.value_or(false), name,

@@ -81,7 +81,6 @@ std::pair<Tensor, Tensor> GradientInForward::to_save(AutogradContext* ctx) {
 
 Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const Tensor& grad, const Tensor& scale,
                                    const Tensor& grad_output, bool keep_zeros) {
-  const std::optional<Tensor> from = scale.defined() ? std::optional<Tensor>(scale) : std::nullopt;
   const auto claim = ctx->saved_data.find("claim");
   if (claim != ctx->saved_data.end()) check_claim(loss, claim->second.toInt());
   // Else another backward will start from what is saved, or a hook has kept it.
@@ -91,10 +90,11 @@ Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const
     release_claim(claim->second.toInt());
   }
   const bool in_place = is_ours_alone && !is_compiling() && !is_wrapper(grad) && !is_wrapper(grad_output);
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  if (!in_place) return Operator<&rescale_grad>::call(grad, grad_output, from, keep_zeros);
+  if (!in_place) {
+    return Operator<&rescale_grad>::call_below_autograd(grad, grad_output, to_optional(scale), keep_zeros);
+  }
   Tensor result = grad;
-  Operator<&rescale_grad_>::call(result, grad_output, from, keep_zeros);
+  Operator<&rescale_grad_>::call_below_autograd(result, grad_output, to_optional(scale), keep_zeros);
   return result;
 }
 

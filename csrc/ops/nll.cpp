@@ -28,8 +28,7 @@ void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
 struct NllFunction : LossFunction<NllFunction> {
   static Tensor evaluate(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
                          const Nll::Options& options, const Nll::Training& training, LossAndDivisor* outputs) {
-    *outputs = call_below_autograd(
-        [&] { return Operator<&Nll::forward>::call(log_probs, target, weight, options, training); });
+    *outputs = Operator<&Nll::forward>::call_below_autograd(log_probs, target, weight, options, training);
     const auto& [loss, divisor] = *outputs;
     save(ctx, {log_probs, target, weight.value_or(Tensor()), divisor}, options);
     return loss;
@@ -37,10 +36,8 @@ struct NllFunction : LossFunction<NllFunction> {
 
   static TwoGrads gradients(AutogradContext* ctx, const variable_list& grads, const std::array<bool, 2>& wanted) {
     const auto [log_probs, target, weight, divisor] = saved_tensors<4>(ctx);
-    return {call_backward([&] {
-              return Operator<&Nll::backward>::call(grads[0], log_probs, target, to_optional(weight), divisor,
-                                                    saved_options<Nll::Options>(ctx));
-            }),
+    return {Operator<&Nll::backward>::call_in_backward(grads[0], log_probs, target, to_optional(weight), divisor,
+                                                       saved_options<Nll::Options>(ctx)),
             Tensor()};
   }
 };
@@ -97,8 +94,7 @@ LossAndDivisor Nll::autograd(const Tensor& log_probs, const Tensor& target, Opti
   check_dense(kName, {{"input", log_probs}, {"target", target}, {"weight", weight}});
   check_no_grad(kName, "weight", weight);
   if (!wants_grad(log_probs)) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return Operator<&Nll::forward>::call(log_probs, target, weight, options, training);
+    return Operator<&Nll::forward>::call_below_autograd(log_probs, target, weight, options, training);
   }
   LossAndDivisor outputs;
   std::get<0>(outputs) = NllFunction::apply(log_probs, target, weight, options, training, &outputs);
