@@ -28,6 +28,11 @@ struct NamedTensor {
   NamedTensor(const char* name, OptionalTensor tensor) : name(name), tensor(is_present(tensor) ? &*tensor : nullptr) {}
 };
 
+// What a message says that it has got.
+inline std::string type_and_shape(const at::Tensor& tensor) {
+  return c10::str(tensor.scalar_type(), " of shape ", tensor.sym_sizes());
+}
+
 inline void check_reduction(const char* loss, Reduction reduction) {
   TORCH_CHECK_VALUE(reduction >= Reduction::none && reduction <= Reduction::sum, loss,
                     ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", static_cast<int64_t>(reduction));
@@ -59,13 +64,12 @@ inline bool is_supported_floating(at::ScalarType type) {
 
 inline void check_floating(const char* loss, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_supported_floating(tensor.scalar_type()), loss, ": ", name,
-                              " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type(),
-                              " of shape ", tensor.sym_sizes());
+                              " must be float32, float64, bfloat16 or float16, got ", type_and_shape(tensor));
 }
 
 inline void check_real(const char* loss, const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK(!at::isComplexType(tensor.scalar_type()), loss, ": ", name, " must be real, got ", tensor.scalar_type(),
-              " of shape ", tensor.sym_sizes());
+  TORCH_CHECK(!at::isComplexType(tensor.scalar_type()), loss, ": ", name, " must be real, got ",
+              type_and_shape(tensor));
 }
 
 // A weight that is promoted, not one that must have the input's type.
@@ -83,7 +87,7 @@ inline void check_grad_loss(const char* loss, const at::Tensor& input, const at:
   TORCH_CHECK(grad_loss.sym_sizes() == (reduced ? c10::SymIntArrayRef() : unreduced_sizes), loss,
               ": grad_loss must have the loss's shape, got ", grad_loss.sym_sizes());
   TORCH_CHECK(divisor.scalar_type() == at::kDouble && divisor.dim() == 0, loss, ": divisor must be one float64, got ",
-              divisor.scalar_type(), " of shape ", divisor.sym_sizes());
+              type_and_shape(divisor));
 }
 
 // What every operator that computes loss and gradient in one pass is given.
@@ -92,17 +96,13 @@ inline void check_with_grad(const char* loss, const at::Tensor& input, const at:
   check_devices(loss, {{"input", input}, {"grad", grad}, {"grad_scale", grad_scale}, {"scale", scale}});
   TORCH_CHECK_VALUE(reduction != Reduction::none, loss, ": an unreduced loss has no gradient in forward");
   TORCH_CHECK(grad.sym_sizes() == input.sym_sizes() && grad.scalar_type() == input.scalar_type(), loss,
-              ": grad must have the input's type and shape ", input.sym_sizes(), ", got ", grad.scalar_type(),
-              " of shape ", grad.sym_sizes());
+              ": grad must have the input's type and shape ", input.sym_sizes(), ", got ", type_and_shape(grad));
   TORCH_CHECK(
       !is_present(grad_scale) || (grad_scale->sym_numel() == 1 && at::isFloatingType(grad_scale->scalar_type())), loss,
-      ": grad_scale must be one floating-point number, got ",
-      is_present(grad_scale) ? grad_scale->scalar_type() : at::kFloat, " of shape ",
-      is_present(grad_scale) ? grad_scale->sym_sizes() : c10::SymIntArrayRef());
+      ": grad_scale must be one floating-point number, got ", type_and_shape(*grad_scale));
   TORCH_CHECK(is_present(scale) || !is_present(grad_scale), loss, ": grad_scale needs a place for scale");
   TORCH_CHECK(!is_present(scale) || (scale->dim() == 0 && scale->scalar_type() == at::kDouble), loss,
-              ": scale must be one float64, got ", is_present(scale) ? scale->scalar_type() : at::kDouble, " of shape ",
-              is_present(scale) ? scale->sym_sizes() : c10::SymIntArrayRef());
+              ": scale must be one float64, got ", type_and_shape(*scale));
 }
 
 }  // namespace fusedloss::ops

@@ -38,28 +38,30 @@ c10::SymDimVector position_sizes(const Tensor& logits) {
   return sizes;
 }
 
-void check_class_target(const char* loss, const char* name, const Tensor& logits, const Tensor& target) {
+void check_class_target(const char* loss, const Tensor& logits, const Tensor& target) {
   const auto logits_sizes = logits.sym_sizes();
   const auto target_sizes = target.sym_sizes();
-  TORCH_CHECK_VALUE(logits.dim() > 0, loss, ": ", name, " must have a dimension of classes, got shape ", logits_sizes);
+  TORCH_CHECK_VALUE(logits.dim() > 0, loss, ": input must have a dimension of classes, got shape ", logits_sizes);
   const auto check_type = [&] {
     const auto type = target.scalar_type();
     TORCH_CHECK(type == at::kLong || type == at::kInt || type == at::kByte, loss,
-                ": target must hold class indices as int64, int32 or uint8, or class probabilities in the shape of ",
-                name, "; got ", type, " of shape ", target_sizes);
+                ": target must hold class indices as int64, int32 or uint8, or class probabilities in the shape of "
+                "input; got ",
+                type_and_shape(target));
   };
   if (logits.dim() == 1) {
     check_type();
-    TORCH_CHECK(target.dim() <= 1, loss, ": target must be one class index for ", name, " of shape ", logits_sizes,
+    TORCH_CHECK(target.dim() <= 1, loss, ": target must be one class index for input of shape ", logits_sizes,
                 ", got shape ", target_sizes);
-    TORCH_CHECK_VALUE(target.dim() == 0 || target_sizes[0] == 1, loss, ": target must be one class index for ", name,
-                      " of shape ", logits_sizes, ", got shape ", target_sizes);
+    TORCH_CHECK_VALUE(target.dim() == 0 || target_sizes[0] == 1, loss,
+                      ": target must be one class index for input of shape ", logits_sizes, ", got shape ",
+                      target_sizes);
   } else {
     TORCH_CHECK_VALUE(target.dim() > 0 && target_sizes[0] == logits_sizes[0], loss, ": target's batch size (shape ",
-                      target_sizes, ") must be that of ", name, " (shape ", logits_sizes, ")");
+                      target_sizes, ") must be that of input (shape ", logits_sizes, ")");
     const auto expected = position_sizes(logits);
     TORCH_CHECK(target_sizes == c10::SymIntArrayRef(expected), loss, ": target must have the shape ",
-                c10::SymIntArrayRef(expected), " (", name, "'s shape ", logits_sizes, " without the classes), got ",
+                c10::SymIntArrayRef(expected), " (input's shape ", logits_sizes, " without the classes), got ",
                 target_sizes);
     check_type();
   }
@@ -75,9 +77,9 @@ void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor w
 
 void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor weight, bool upcast) {
   if (!is_present(weight)) return;
-  const auto expected = logits.scalar_type(), type = weight->scalar_type();
-  TORCH_CHECK(upcast_type(type, upcast) == upcast_type(expected, upcast), loss, ": weight must have the input's type ",
-              expected, ", got ", type, " of shape ", weight->sym_sizes());
+  const auto expected = logits.scalar_type();
+  TORCH_CHECK(upcast_type(weight->scalar_type(), upcast) == upcast_type(expected, upcast), loss,
+              ": weight must have the input's type ", expected, ", got ", type_and_shape(*weight));
 }
 
 void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position) {

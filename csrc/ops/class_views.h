@@ -16,8 +16,7 @@ inline int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 
 // The shape of the unreduced loss: the logits' shape without the classes.
 c10::SymDimVector position_sizes(const Tensor& logits);
 
-// `name` is what the loss calls its first argument.
-void check_class_target(const char* loss, const char* name, const Tensor& logits, const Tensor& target);
+void check_class_target(const char* loss, const Tensor& logits, const Tensor& target);
 // `beside_indices`: native torch accepts a weight of any shape with one element per class, beside class indices of an
 // input that has inner dimensions.
 void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor weight, bool beside_indices = true);

@@ -34,20 +34,18 @@ void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, co
   check_reduction(kName, options.reduction);
   check_devices(kName, {{"input", logits}, {"target", target}, {"weight", weight}});
   const bool probabilities = has_probabilities(logits, target);
-  if (probabilities) {
-    TORCH_CHECK(is_supported_floating(target.scalar_type()), kName,
-                ": target has the input's shape and so must hold probabilities in a floating-point type, got ",
-                target.scalar_type(), " of shape ", target.sym_sizes());
-    TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
-    TORCH_CHECK(options.ignore_index < 0, kName, ": ignore_index is not supported for a target of probabilities, got ",
-                options.ignore_index);
-    check_floating(kName, "input", logits);
-    if (is_present(weight)) check_weight(kName, "weight", *weight);
-  } else {
-    TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
-    check_floating(kName, "input", logits);
-    check_class_target(kName, "input", logits, target);
+  TORCH_CHECK(!probabilities || is_supported_floating(target.scalar_type()), kName,
+              ": target has the input's shape and so must hold probabilities in a floating-point type, got ",
+              type_and_shape(target));
+  TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
+  TORCH_CHECK(!probabilities || options.ignore_index < 0, kName,
+              ": ignore_index is not supported for a target of probabilities, got ", options.ignore_index);
+  check_floating(kName, "input", logits);
+  if (!probabilities) {
+    check_class_target(kName, logits, target);
     check_weight_type(kName, logits, weight, upcast);
+  } else if (is_present(weight)) {
+    check_weight(kName, "weight", *weight);
   }
   check_class_weight(kName, logits, weight, !probabilities);
   TORCH_CHECK(!(options.label_smoothing > 1), kName, ": label_smoothing must be between 0 and 1, got ",
@@ -207,7 +205,7 @@ TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse
     const auto& [name, tensor] = statistic;
     TORCH_CHECK(!tensor || (tensor->scalar_type() == expected && tensor->sym_sizes() == c10::SymIntArrayRef(positions)),
                 kName, ": ", name, " must be ", expected, " of shape ", c10::SymIntArrayRef(positions), ", got ",
-                tensor->scalar_type(), " of shape ", tensor->sym_sizes());
+                type_and_shape(*tensor));
   };
   check_statistic({"row_max", row_max}, statistics);
   check_statistic({"row_log_sum", row_log_sum}, statistics);

@@ -19,7 +19,7 @@ constexpr LossKernels<NllArgs> kKernels = [](const auto& losses) -> const auto& 
 void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight, Reduction reduction, bool upcast) {
   check_reduction(kName, reduction);
   check_devices(kName, {{"input", log_probs}, {"target", target}, {"weight", weight}});
-  check_class_target(kName, "input", log_probs, target);
+  check_class_target(kName, log_probs, target);
   check_floating(kName, "input", log_probs);
   check_weight_type(kName, log_probs, weight, upcast);
   check_class_weight(kName, log_probs, weight);

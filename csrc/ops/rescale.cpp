@@ -84,8 +84,7 @@ void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor scale
   check_floating("rescale_grad_", "grad", grad);
   check_floating("rescale_grad_", "grad_output", grad_output);
   TORCH_CHECK(!is_present(scale) || (scale->sym_numel() == 1 && scale->scalar_type() == at::kDouble),
-              "rescale_grad_: scale must be one float64, got ", is_present(scale) ? scale->scalar_type() : at::kDouble,
-              " of shape ", is_present(scale) ? scale->sym_sizes() : c10::SymIntArrayRef());
+              "rescale_grad_: scale must be one float64, got ", type_and_shape(*scale));
   if (grad.is_meta()) return;
   if (current_backend() == Backend::compiled && !runs_on_cuda(grad)) {
     const double from = is_present(scale) ? number_in(*scale) : 1;
