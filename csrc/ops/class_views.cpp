@@ -9,26 +9,21 @@
 namespace fusedloss::ops {
 namespace {
 
-// Whether dimensions 2 and up can be walked with one stride.
-bool inner_dims_merge(const Tensor& tensor) {
-  if (tensor.dim() <= 3) return true;
-  const auto sizes = tensor.sym_sizes();
-  const auto strides = tensor.sym_strides();
-  std::optional<c10::SymInt> expected;
+// The stride that walks all of dimensions 2 and up, if there is one.
+std::optional<c10::SymInt> inner_stride(const Tensor& tensor) {
+  const auto sizes = tensor.sym_sizes(), strides = tensor.sym_strides();
+  std::optional<c10::SymInt> innermost, expected;
   for (int64_t d = tensor.dim() - 1; d >= 2; --d) {
     if (sizes[d] == 1) continue;
-    if (expected.has_value() && strides[d] != *expected) return false;
+    if (!innermost) innermost = strides[d];
+    if (expected && strides[d] != *expected) return std::nullopt;
     expected = strides[d] * sizes[d];
   }
-  return true;
+  return innermost.value_or(0);
 }
 
-int64_t inner_stride(const Tensor& tensor) {
-  for (int64_t d = tensor.dim() - 1; d >= 2; --d) {
-    if (tensor.size(d) != 1) return tensor.stride(d);
-  }
-  return 0;
-}
+// One dimension always merges, whatever its size: a compiler that traces it need not know.
+bool inner_dims_merge(const Tensor& tensor) { return tensor.dim() <= 3 || inner_stride(tensor).has_value(); }
 
 }  // namespace
 
@@ -82,7 +77,8 @@ void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor we
               ": weight must have the input's type ", expected, ", got ", type_and_shape(*weight));
 }
 
-void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position) {
+void check_in_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position) {
+  if (position < 0) return;
   // On the CPU only: kernels of other devices report no position, and nothing is read back from them.
   const int64_t value = target.reshape({-1}).select(0, position).item().toLong();
   TORCH_CHECK_INDEX(false, loss, ": target ", value, " at position ", position, " is out of bounds for ",
@@ -105,11 +101,12 @@ void fill_class_views(ClassShape& shape, std::initializer_list<ClassOperand> ope
 
   bool merge = shape.outer > 1;
   for (const auto& [tensor, view] : operands) {
+    if (!tensor.defined()) continue;
     view.data = tensor.data_ptr();
     view.dtype = dtype_of(tensor.scalar_type());
     view.outer_stride = tensor.dim() == 1 ? 0 : tensor.stride(0);
     view.class_stride = tensor.stride(class_dim(tensor));
-    view.inner_stride = inner_stride(tensor);
+    view.inner_stride = inner_stride(tensor)->expect_int();
     merge = merge && (shape.inner == 1 || view.outer_stride == shape.inner * view.inner_stride);
   }
   if (!merge) return;
@@ -128,8 +125,11 @@ Tensor position_view(const Tensor& tensor, PositionTensor& view) {
   return flat;
 }
 
-Tensor accumulate_weight(OptionalTensor weight, at::ScalarType dtype) {
-  return is_present(weight) ? weight->to(accumulate_type(dtype)).contiguous() : Tensor();
+Tensor weight_view(OptionalTensor weight, at::ScalarType dtype, const void*& view) {
+  if (!is_present(weight)) return Tensor();
+  Tensor flat = weight->to(accumulate_type(dtype)).contiguous();
+  view = flat.const_data_ptr();
+  return flat;
 }
 
 }  // namespace fusedloss::ops

@@ -22,8 +22,8 @@ void check_class_target(const char* loss, const Tensor& logits, const Tensor& ta
 void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor weight, bool beside_indices = true);
 // Beside class indices the weight has the input's type; under autocast, one that autocast makes equal to it.
 void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor weight, bool upcast);
-[[noreturn]] void raise_target_out_of_bounds(const char* loss, const Tensor& logits, const Tensor& target,
-                                             int64_t position);
+// Raises if a kernel has found that the target at a position is no class; -1: it has found none.
+void check_in_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position);
 
 // An output with the logits' shape, type and, where a kernel can write it, memory layout.
 Tensor empty_like_logits(const Tensor& logits);
@@ -31,8 +31,8 @@ Tensor empty_like_logits(const Tensor& logits);
 // A tensor with the logits' shape that a kernel can address; a copy where the inner dimensions cannot be merged.
 Tensor addressable(const Tensor& tensor);
 
-// Fills `shape` and the strides of all tensors, which are addressable; positions that lie at one stride in all of
-// them are merged into the inner dimension.
+// Fills `shape` and the views of all tensors, which are addressable, and but for the first may be undefined: absent.
+// Positions that lie at one stride in all of them are merged into the inner dimension.
 struct ClassOperand {
   const Tensor& tensor;
   ClassTensor& view;
@@ -50,7 +50,7 @@ void set_results(Args& args, const Tensor& loss, const Tensor& divisor, Reductio
   if (!args.total.loss) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
 }
 
-// (classes,) of the accumulate type, or an undefined tensor.
-Tensor accumulate_weight(OptionalTensor weight, at::ScalarType dtype);
+// (classes,) of the accumulate type of `dtype`, or null. The result keeps the memory alive.
+Tensor weight_view(OptionalTensor weight, at::ScalarType dtype, const void*& view);
 
 }  // namespace fusedloss::ops

@@ -76,26 +76,19 @@ struct Problem {
   Tensor logits, target, weight;
 
   Problem(const Tensor& logits_, const Tensor& target_, OptionalTensor weight_, const CrossEntropyOptions& options,
-          Tensor grad_logits = {}, Tensor grad_target = {})
-      : logits(addressable(logits_)), weight(accumulate_weight(weight_, logits_.scalar_type())) {
-    // Without a gradient, the logits stand in: a second view of them changes nothing in what can be merged.
-    const Tensor& logits_like = grad_logits.defined() ? grad_logits : logits;
+          const Tensor& grad_logits = {}, const Tensor& grad_target = {})
+      : logits(addressable(logits_)), weight(weight_view(weight_, logits_.scalar_type(), args.weight)) {
     args.has_probabilities = has_probabilities(logits_, target_);
     if (args.has_probabilities) {
       target = addressable(target_);
-      const Tensor& target_like = grad_target.defined() ? grad_target : target;
-      fill_class_views(args.shape, {{logits, args.logits},
-                                    {target, args.probabilities},
-                                    {logits_like, args.grad_logits},
-                                    {target_like, args.grad_probabilities}});
-      if (!grad_target.defined()) args.grad_probabilities.data = nullptr;
     } else {
-      fill_class_views(args.shape, {{logits, args.logits}, {logits_like, args.grad_logits}});
       target = position_view(target_, args.target.index);
       args.target.ignore_index = options.ignore_index.expect_int();
     }
-    if (!grad_logits.defined()) args.grad_logits.data = nullptr;
-    args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+    fill_class_views(args.shape, {{logits, args.logits},
+                                  {args.has_probabilities ? target : Tensor(), args.probabilities},
+                                  {grad_logits, args.grad_logits},
+                                  {grad_target, args.grad_probabilities}});
     static_cast<math::RowOptions&>(args) = options;
     if (!(options.label_smoothing > 0)) args.label_smoothing = 0;  // NaN and negative numbers too
   }
@@ -157,8 +150,7 @@ CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& 
     }
     args.lse = return_lse ? lse.data_ptr() : nullptr;
     set_results(args, loss, divisor, options.reduction);
-    const int64_t invalid = run(kKernels, Pass::forward, args, logits);
-    if (invalid >= 0) raise_target_out_of_bounds(kName, logits, target, invalid);
+    check_in_bounds(kName, logits, target, run(kKernels, Pass::forward, args, logits));
   }
   if (lse.defined()) lse = lse.to(accumulate_type(logits.scalar_type()));
   return {loss, lse, row_max, row_log_sum, divisor};
@@ -183,8 +175,7 @@ Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, Optio
       args.grad_loss = {scale->data_ptr(), Dtype::float64, 0};
     }
     set_results(args, loss, Tensor(), options.reduction);
-    const int64_t invalid = run(kKernels, Pass::forward_with_gradient, args, logits);
-    if (invalid >= 0) raise_target_out_of_bounds(kName, logits, target, invalid);
+    check_in_bounds(kName, logits, target, run(kKernels, Pass::forward_with_gradient, args, logits));
     if (!grad.is_same(grad_logits)) grad_logits.copy_(grad);
   }
   return loss;

@@ -25,6 +25,15 @@ void check(const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
   check_class_weight(kName, log_probs, weight);
 }
 
+// Runs a pass, of whose arguments those are missing that every pass has.
+int64_t run_on_targets(Pass pass, NllArgs& args, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
+                       const Nll::Options& options) {
+  const Tensor index = position_view(target, args.target.index);
+  const Tensor flat_weight = weight_view(weight, log_probs.scalar_type(), args.weight);
+  args.target.ignore_index = options.ignore_index.expect_int();
+  return run(kKernels, pass, args, log_probs);
+}
+
 struct NllFunction : LossFunction<NllFunction> {
   static Tensor evaluate(AutogradContext* ctx, const Tensor& log_probs, const Tensor& target, OptionalTensor weight,
                          const Nll::Options& options, const Nll::Training& training, LossAndDivisor* outputs) {
@@ -57,13 +66,9 @@ LossAndDivisor Nll::forward(const Tensor& log_probs, const Tensor& target, Optio
     NllArgs args;
     const Tensor input = addressable(log_probs);
     fill_class_views(args.shape, {{input, args.log_probs}});
-    const Tensor index = position_view(target, args.target.index);
-    args.target.ignore_index = options.ignore_index.expect_int();
-    const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
-    args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
     set_results(args, loss, divisor, options.reduction);
-    const int64_t invalid = run(kKernels, Pass::forward, args, log_probs);
-    if (invalid >= 0) raise_target_out_of_bounds(kName, log_probs, target, invalid);
+    const int64_t invalid = run_on_targets(Pass::forward, args, log_probs, target, weight, options);
+    check_in_bounds(kName, log_probs, target, invalid);
   }
   return {loss, divisor};
 }
@@ -78,13 +83,9 @@ Tensor Nll::backward(const Tensor& grad_loss, const Tensor& log_probs, const Ten
   if (!log_probs.is_meta()) {
     NllArgs args;
     fill_class_views(args.shape, {{grad, args.grad_log_probs}});
-    const Tensor index = position_view(target, args.target.index);
-    args.target.ignore_index = options.ignore_index.expect_int();
-    const Tensor class_weight = accumulate_weight(weight, log_probs.scalar_type());
-    args.weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
     const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
     args.grad_divisor = grad_divisor(divisor, options.reduction);
-    run(kKernels, Pass::backward, args, log_probs);
+    run_on_targets(Pass::backward, args, log_probs, target, weight, options);
   }
   return grad;
 }
