@@ -4,7 +4,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/ones.h>
 
 #include <cmath>
 #include <limits>
@@ -94,17 +93,13 @@ struct Problem {
   }
 };
 
-// For float16, in whose range a gradient must stay: no entry of it is larger, for a grad_output of 1. Undefined for
-// other types.
+// No entry of the gradient is larger, for a grad_output of 1. There are logits.
 Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTensor weight,
                         const CrossEntropyOptions& options) {
-  if (logits.scalar_type() != at::kHalf) return Tensor();
-  const auto one_number = logits.options().dtype(at::kDouble);
-  if (logits.numel() == 0) return at::ones({}, one_number);
   const bool indices = !has_probabilities(logits, target), mean = options.reduction == Reduction::mean;
   const Tensor weights = is_present(weight) ? weight->flatten().to(at::kDouble) : Tensor();
   // An entry is p A - a: masses may have both signs.
-  Tensor largest = weights.defined() ? weights.abs().amax() * 2 : at::full({}, 2, one_number);
+  Tensor largest = weights.defined() ? weights.abs().amax() * 2 : at::full({}, 2, logits.options().dtype(at::kDouble));
   // Smoothing adds the mass of one more distribution, at most.
   if (!indices) largest = largest * (target.to(at::kFloat).abs().sum(class_dim(logits)).amax() + 1);
   constexpr double kLargestLse = 0x1p16;
@@ -170,8 +165,8 @@ Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, Optio
     Problem problem(wide, target, weight, options, grad);
     CrossEntropyArgs& args = problem.args;
     if (is_present(scale)) {
-      const Tensor largest = largest_gradient(logits, target, weight, options);
-      scale->copy_(chosen_scale(grad_scale, logits, loss.scalar_type(), largest));
+      scale->copy_(chosen_scale(grad_scale, grad_logits, loss.scalar_type(),
+                                [&] { return largest_gradient(logits, target, weight, options); }));
       args.grad_loss = {scale->data_ptr(), Dtype::float64, 0};
     }
     set_results(args, loss, Tensor(), options.reduction);

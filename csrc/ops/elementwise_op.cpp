@@ -6,7 +6,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ne.h>
-#include <ATen/ops/ones.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
@@ -170,12 +169,8 @@ void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArg
   operands.add(in.pos_weight, args.pos_weight);
 }
 
-// For float16, in whose range a gradient must stay: the gradient of no element of a loss on logits is larger, for a
-// grad_output of 1. Undefined for other types.
-Tensor largest_gradient(const ElementwiseInputs& in, at::ScalarType grad_type) {
-  if (grad_type != at::kHalf) return Tensor();
-  const auto options = in.input.options().dtype(at::kDouble);
-  if (in.input.numel() == 0) return at::ones({}, options);
+// The gradient of no element of a loss on logits is larger, for a grad_output of 1. There are elements.
+Tensor largest_gradient(const ElementwiseInputs& in) {
   const auto largest = [](const Tensor& tensor) { return tensor.to(at::kFloat).abs().amax().to(at::kDouble); };
   Tensor result = largest(in.target);
   if (in.pos_weight.defined()) result = result * (largest(in.pos_weight) + 1);
@@ -184,7 +179,7 @@ Tensor largest_gradient(const ElementwiseInputs& in, at::ScalarType grad_type) {
   if (in.options.reduction != Reduction::mean) return result;
   const bool ignores = in.options.ignore_index.has_value();
   return result / (ignores ? in.target.ne(in.options.ignore_index->expect_int()).sum()
-                           : at::full({}, in.input.numel(), options));
+                           : at::full({}, in.input.numel(), in.input.options().dtype(at::kDouble)));
 }
 
 [[noreturn]] void raise_out_of_domain(const ElementwiseLoss& loss, const ElementwiseInputs& in) {
@@ -244,8 +239,7 @@ Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, 
     operands.add(grad, args.grad_input);
     operands.fill(args.shape);
     if (is_present(scale)) {
-      scale->copy_(
-          chosen_scale(grad_scale, in.input, result.scalar_type(), largest_gradient(in, grad_input.scalar_type())));
+      scale->copy_(chosen_scale(grad_scale, grad_input, result.scalar_type(), [&] { return largest_gradient(in); }));
       args.grad_loss = {scale->data_ptr(), Dtype::float64};
     }
     args.total = total_of(result, Tensor(), in.options.reduction);

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/util/FunctionRef.h>
 
 #include <functional>
 #include <string>
@@ -145,8 +146,9 @@ inline const double* grad_divisor(const at::Tensor& divisor, Reduction reduction
 }
 
 // The grad_output that forward assumes (csrc/ops/rescale.cpp): grad_scale, or the nearest number for which the gradient
-// neither overflows nor vanishes. largest: an entry of it that none exceeds, for a grad_output of 1, where that
-// matters.
-Tensor chosen_scale(OptionalTensor grad_scale, const Tensor& input, at::ScalarType loss_type, const Tensor& largest);
+// neither overflows nor vanishes. largest_gradient: a number that no entry of it exceeds, for a grad_output of 1; asked
+// only where that matters.
+Tensor chosen_scale(OptionalTensor grad_scale, const Tensor& grad, at::ScalarType loss_type,
+                    c10::function_ref<Tensor()> largest_gradient);
 
 }  // namespace fusedloss::ops

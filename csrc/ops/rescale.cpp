@@ -1,6 +1,5 @@
 // A gradient that was written in forward: for which grad_output, and what it becomes once the real one is known.
 
-#include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/copysign.h>
@@ -9,6 +8,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
+#include <c10/core/DynamicCast.h>
 
 #include <cmath>
 
@@ -19,12 +19,9 @@
 namespace fusedloss::ops {
 namespace {
 
-// The number in a tensor of one element of the CPU.
+// The number in a tensor of one element of the CPU. Unlike item(), this is no operator, which a mode would see.
 double number_in(const Tensor& tensor) {
-  double number = 0;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "rescale_grad_",
-                                  [&] { number = static_cast<double>(*tensor.const_data_ptr<scalar_t>()); });
-  return number;
+  return c10::fetch_and_cast<double>(tensor.scalar_type(), tensor.const_data_ptr());
 }
 
 // The factor is a tensor of the accumulate type, which ATen multiplies by as it is: a number it would round first, in
@@ -56,25 +53,22 @@ void rescale_on_device(Tensor& grad, const Tensor& grad_output, OptionalTensor s
   }
 }
 
-// How large a grad_output may be, times the largest entry of the gradient that it multiplies. In float16 the entries
-// from there down to a millionth of it keep their digits; the other types have room for any sensible number.
-struct Range {
-  double low, high;
-};
-constexpr Range kFloat16{1, 0x1p15};
-constexpr Range kWide{0x1p-24, 0x1p40};
-
 }  // namespace
 
-Tensor chosen_scale(OptionalTensor grad_scale, const Tensor& input, at::ScalarType loss_type, const Tensor& largest) {
-  const auto options = input.options().dtype(at::kDouble);
+Tensor chosen_scale(OptionalTensor grad_scale, const Tensor& grad, at::ScalarType loss_type,
+                    c10::function_ref<Tensor()> largest_gradient) {
+  const auto options = grad.options().dtype(at::kDouble);
   // As backward will see it: in the loss's type.
   const Tensor expected = is_present(grad_scale)
                               ? grad_scale->detach().reshape({}).to(loss_type).to(at::kDouble).nan_to_num(1)
                               : at::ones({}, options);
-  if (!largest.defined()) return at::copysign(expected.abs().clamp_(kWide.low, kWide.high), expected);
-  const Tensor unit = at::where(largest.isfinite().logical_and_(largest > 0), largest, at::ones({}, options));
-  return at::copysign(at::clamp(expected.abs(), kFloat16.low / unit, kFloat16.high / unit), expected);
+  // These types have room for any sensible number.
+  if (grad.scalar_type() != at::kHalf) return at::copysign(expected.abs().clamp_(0x1p-24, 0x1p40), expected);
+  // In float16 the entries from 2^15 down to a millionth of it keep their digits: no entry becomes larger, and the
+  // largest no smaller than 1.
+  const Tensor one = at::ones({}, options), largest = grad.numel() == 0 ? one : largest_gradient();
+  const Tensor unit = at::where(largest.isfinite().logical_and_(largest > 0), largest, one);
+  return at::copysign(at::clamp(expected.abs(), 1 / unit, 0x1p15 / unit), expected);
 }
 
 void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor scale, bool keep_zeros) {
@@ -89,13 +83,11 @@ void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor scale
   if (current_backend() == Backend::compiled && !runs_on_cuda(grad)) {
     const double from = is_present(scale) ? number_in(*scale) : 1;
     rescale_on_cpu(grad, number_in(grad_output) / from, keep_zeros);
-  } else if (grad.is_non_overlapping_and_dense()) {
-    rescale_on_device(grad, grad_output, scale, keep_zeros);
   } else {
-    // Overwritten logits with gaps between their rows, which are not ours.
-    Tensor dense = grad.contiguous();
+    // Overwritten logits may have gaps between their rows, which are not ours.
+    Tensor dense = grad.is_non_overlapping_and_dense() ? grad : grad.contiguous();
     rescale_on_device(dense, grad_output, scale, keep_zeros);
-    grad.copy_(dense);
+    if (!dense.is_same(grad)) grad.copy_(dense);
   }
 }
 
