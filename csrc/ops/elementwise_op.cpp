@@ -1,6 +1,5 @@
 #include "elementwise_op.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -23,27 +22,26 @@ void check_broadcasts(const ElementwiseLoss& loss, const char* name, const Tenso
   if (!tensor.defined()) return;
   check_weight(loss.name, name, tensor);
   const auto sizes = tensor.sym_sizes(), input_sizes = input.sym_sizes();
-  bool fits = sizes.size() <= input_sizes.size();
-  for (size_t d = 1; fits && d <= sizes.size(); ++d) {
-    const auto& size = sizes[sizes.size() - d];
-    fits = size == 1 || size == input_sizes[input_sizes.size() - d];
-  }
+  // Unlike at::is_expandable_to, this asks nothing of the input where the tensor has one element: a compiler may not
+  // know the input's size.
+  const bool fits = sizes.size() <= input_sizes.size() && std::equal(sizes.rbegin(), sizes.rend(), input_sizes.rbegin(),
+                                                                     [](const auto& size, const auto& input_size) {
+                                                                       return size == 1 || size == input_size;
+                                                                     });
   TORCH_CHECK(fits, loss.name, ": ", name, " of shape ", sizes, " does not broadcast to the input's shape ",
               input_sizes);
 }
 
-// One number of the CPU may weigh tensors of another device, where native torch multiplies by it as it is; native's
-// loss of probabilities expands it first.
-bool is_number(const ElementwiseLoss& loss, const Tensor& weight) {
-  return !loss.probabilities && weight.defined() && weight.dim() == 0 && weight.is_cpu();
+// A weight that must be where the input is. One number of the CPU may weigh tensors of another device, where native
+// torch multiplies by it as it is; native's loss of probabilities expands it first.
+std::optional<Tensor> unless_number(const ElementwiseLoss& loss, const Tensor& weight) {
+  const bool is_number = !loss.probabilities && weight.defined() && weight.dim() == 0 && weight.is_cpu();
+  return is_number ? std::nullopt : to_optional(weight);
 }
 
 void check(const ElementwiseLoss& loss, const ElementwiseInputs& in, bool upcast) {
   check_reduction(loss.name, in.options.reduction);
-  const auto unless_number = [&](const Tensor& weight) {
-    return std::optional<Tensor>(is_number(loss, weight) ? Tensor() : weight);
-  };
-  const auto weight = unless_number(in.weight), pos_weight = unless_number(in.pos_weight);
+  const auto weight = unless_number(loss, in.weight), pos_weight = unless_number(loss, in.pos_weight);
   check_devices(loss.name,
                 {{"input", in.input}, {"target", in.target}, {"weight", weight}, {"pos_weight", pos_weight}});
   TORCH_CHECK_VALUE(in.target.sym_sizes() == in.input.sym_sizes(), loss.name, ": target must have the input's shape ",
@@ -87,86 +85,58 @@ void prepare(ElementwiseInputs& in, bool upcast) {
   for (Tensor* tensor : {&in.target, &in.weight, &in.pos_weight, &in.input}) *tensor = walkable(*tensor, in.input);
 }
 
-// The tensors of one kernel launch: views are filled when all operands are known, since dimensions can be merged only
-// where the strides of every operand allow it.
-class Operands {
- public:
-  explicit Operands(const Tensor& input) : sizes_(input.sizes()) {}
-
-  void add(const Tensor& tensor, ElementwiseTensor& view) {
-    if (!tensor.defined()) return;
-    operands_.push_back({tensor.expand(sizes_), &view});
-  }
-
-  void fill(ElementwiseShape& shape) {
-    merge();
-    TORCH_INTERNAL_ASSERT(dims_.size() <= kMaxDims);
-    shape.dims = static_cast<int>(dims_.size());
-    shape.numel = c10::multiply_integers(sizes_);
-    for (size_t d = 0; d < dims_.size(); ++d) shape.sizes[d] = dims_[d].size;
-    for (size_t i = 0; i < operands_.size(); ++i) {
-      auto& [tensor, view] = operands_[i];
-      view->data = tensor.data_ptr();
-      view->dtype = dtype_of(tensor.scalar_type());
-      view->linear = true;
-      int64_t expected = 1;
-      for (size_t d = dims_.size(); d-- > 0; expected *= dims_[d].size) {
-        view->strides[d] = dims_[d].strides[i];
-        view->linear = view->linear && dims_[d].strides[i] == expected;
-      }
-    }
-  }
-
- private:
-  struct Operand {
-    Tensor tensor;
-    ElementwiseTensor* view;
-  };
-
-  struct Dim {
-    int64_t size;
-    c10::SmallVector<int64_t, 6> strides;  // one for each operand
-  };
-
-  // Outermost first by the first operand's strides; neighbours that all operands walk with one stride become one.
-  void merge() {
-    dims_.clear();
-    c10::SmallVector<int64_t, 8> order(sizes_.size());
-    std::iota(order.begin(), order.end(), 0);
-    const Tensor& first = operands_.front().tensor;
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return first.stride(a) > first.stride(b); });
-    for (const int64_t d : order) {
-      if (sizes_[d] == 1) continue;
-      Dim dim{sizes_[d], {}};
-      for (const auto& operand : operands_) dim.strides.push_back(operand.tensor.stride(d));
-      bool mergeable = !dims_.empty();
-      for (size_t i = 0; mergeable && i < operands_.size(); ++i) {
-        mergeable = dims_.back().strides[i] == dim.strides[i] * dim.size;
-      }
-      if (mergeable) {
-        dim.size *= dims_.back().size;
-        dims_.back() = std::move(dim);
-      } else {
-        dims_.push_back(std::move(dim));
-      }
-    }
-  }
-
-  at::IntArrayRef sizes_;
-  c10::SmallVector<Operand, 8> operands_;
-  c10::SmallVector<Dim, kMaxDims> dims_;
+// A tensor of a kernel launch, undefined where it is absent, and what the kernel is told of it.
+struct Operand {
+  Tensor tensor;
+  ElementwiseTensor& view;
 };
 
-// What forward and backward tell the kernel alike.
-void fill_inputs(const ElementwiseInputs& in, Operands& operands, ElementwiseArgs& args) {
+// Outermost first by the first operand's strides; neighbours that all operands walk with one stride become one.
+void merge_dims(ElementwiseShape& shape, at::IntArrayRef sizes, at::ArrayRef<Operand> operands) {
+  c10::SmallVector<int64_t, kMaxDims> order(sizes.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto strides = operands.front().tensor.strides();
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  for (const int64_t d : order) {
+    if (sizes[d] == 1) continue;
+    const bool merges = shape.dims > 0 && std::all_of(operands.begin(), operands.end(), [&](const Operand& operand) {
+                          return operand.view.strides[shape.dims - 1] == operand.tensor.stride(d) * sizes[d];
+                        });
+    if (!merges) {
+      TORCH_INTERNAL_ASSERT(shape.dims < kMaxDims);
+      shape.sizes[shape.dims++] = 1;
+    }
+    shape.sizes[shape.dims - 1] *= sizes[d];
+    for (const auto& [tensor, view] : operands) view.strides[shape.dims - 1] = tensor.stride(d);
+  }
+}
+
+// What every pass tells the kernel, and all its tensors: dimensions can be merged only where the strides of every one
+// of them allow it. results: what the pass has beside its inputs.
+void fill(ElementwiseArgs& args, const ElementwiseInputs& in, std::initializer_list<Operand> results) {
   args.dtype = dtype_of(in.input.scalar_type());
   args.has_ignore_index = in.options.ignore_index.has_value();
   args.ignore_index = in.options.ignore_index.value_or(0).expect_int();
-  operands.add(in.input, args.input);
-  operands.add(in.target, args.target);
-  operands.add(in.weight, args.weight);
-  operands.add(in.pos_weight, args.pos_weight);
+  args.shape.numel = in.input.numel();
+
+  const std::initializer_list<Operand> inputs{
+      {in.input, args.input}, {in.target, args.target}, {in.weight, args.weight}, {in.pos_weight, args.pos_weight}};
+  c10::SmallVector<Operand, 8> operands;
+  for (const auto& list : {inputs, results}) {
+    for (const auto& [tensor, view] : list) {
+      if (tensor.defined()) operands.push_back({tensor.expand(in.input.sizes()), view});
+    }
+  }
+  merge_dims(args.shape, in.input.sizes(), operands);
+  for (const auto& [tensor, view] : operands) {
+    view.data = tensor.data_ptr();
+    view.dtype = dtype_of(tensor.scalar_type());
+    view.linear = true;
+    int64_t expected = 1;
+    for (int d = args.shape.dims; d-- > 0; expected *= args.shape.sizes[d]) {
+      view.linear = view.linear && view.strides[d] == expected;
+    }
+  }
 }
 
 // The gradient of no element of a loss on logits is larger, for a grad_output of 1. There are elements.
@@ -189,10 +159,10 @@ Tensor largest_gradient(const ElementwiseInputs& in) {
   const double* t = target.const_data_ptr<double>();
   for (int64_t i = 0; i < input.numel(); ++i) {
     if (in.options.ignore_index.has_value() && t[i] == double(in.options.ignore_index->expect_int())) continue;
-    TORCH_CHECK(x[i] >= 0 && x[i] <= 1, loss.name, ": all elements of input should be between 0 and 1, got ", x[i],
-                " at position ", i);
-    TORCH_CHECK(t[i] >= 0 && t[i] <= 1, loss.name, ": all elements of target should be between 0 and 1, got ", t[i],
-                " at position ", i);
+    for (const auto& [name, value] : {std::pair{"input", x[i]}, std::pair{"target", t[i]}}) {
+      TORCH_CHECK(value >= 0 && value <= 1, loss.name, ": all elements of ", name, " should be between 0 and 1, got ",
+                  value, " at position ", i);
+    }
   }
   TORCH_CHECK(false, loss.name, ": input or target changed while the loss was computed");
 }
@@ -210,15 +180,12 @@ LossAndDivisor elementwise_forward(const ElementwiseLoss& loss, ElementwiseInput
 
   if (!in.input.is_meta()) {
     prepare(in, upcast);
-    const Tensor written = reduced ? result : walkable(result, in.input);
+    const Tensor written = reduced ? Tensor() : walkable(result, in.input);
     ElementwiseArgs args;
-    Operands operands(in.input);
-    fill_inputs(in, operands, args);
-    if (!reduced) operands.add(written, args.loss);
-    operands.fill(args.shape);
+    fill(args, in, {{written, args.loss}});
     args.total = total_of(result, divisor, in.options.reduction);
     if (run(loss.kernels, Pass::forward, args, in.input) >= 0) raise_out_of_domain(loss, in);
-    if (!written.is_same(result)) result.copy_(written);
+    if (!reduced && !written.is_same(result)) result.copy_(written);
   }
   return {result, divisor};
 }
@@ -234,10 +201,7 @@ Tensor elementwise_with_grad(const ElementwiseLoss& loss, ElementwiseInputs in, 
     const bool same_type = in.input.scalar_type() == grad_input.scalar_type();
     Tensor grad = same_type ? walkable(grad_input, in.input) : at::empty_like(in.input);
     ElementwiseArgs args;
-    Operands operands(in.input);
-    fill_inputs(in, operands, args);
-    operands.add(grad, args.grad_input);
-    operands.fill(args.shape);
+    fill(args, in, {{grad, args.grad_input}});
     if (is_present(scale)) {
       scale->copy_(chosen_scale(grad_scale, grad_input, result.scalar_type(), [&] { return largest_gradient(in); }));
       args.grad_loss = {scale->data_ptr(), Dtype::float64};
@@ -267,12 +231,10 @@ TwoGrads elementwise_backward(const ElementwiseLoss& loss, ElementwiseInputs in,
 
   if (!in.input.is_meta()) {
     ElementwiseArgs args;
-    Operands operands(in.input);
-    fill_inputs(in, operands, args);
-    operands.add(grad_loss, args.grad_loss);
-    if (output_mask[0]) operands.add(grad_input, args.grad_input);
-    if (output_mask[1]) operands.add(grad_target, args.grad_target);
-    operands.fill(args.shape);
+    fill(args, in,
+         {{grad_loss, args.grad_loss},
+          {output_mask[0] ? grad_input : Tensor(), args.grad_input},
+          {output_mask[1] ? grad_target : Tensor(), args.grad_target}});
     args.grad_divisor = grad_divisor(divisor, in.options.reduction);
     run(loss.kernels, Pass::backward, args, in.input);
   }
