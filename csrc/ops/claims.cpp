@@ -29,10 +29,6 @@ struct Claims {
   std::mutex mutex;
   std::vector<Claim> live;
   int64_t last = 0;
-
-  void forget_the_dead() {
-    std::erase_if(live, [](const Claim& claim) { return claim.is_dead(); });
-  }
 };
 
 Claims& claims() {
@@ -48,7 +44,7 @@ void check_unclaimed(const char* loss, const at::Tensor& input) {
               "shape ",
               input.sizes(), " with strides ", input.strides());
   const std::lock_guard lock(claims().mutex);
-  claims().forget_the_dead();
+  std::erase_if(claims().live, [](const Claim& claim) { return claim.is_dead(); });
   for (const Claim& claim : claims().live) {
     TORCH_CHECK(!overlap(input, claim.place), loss,
                 ": inplace=True cannot overwrite an input that overlaps another which holds the gradient of a loss");
@@ -56,11 +52,8 @@ void check_unclaimed(const char* loss, const at::Tensor& input) {
 }
 
 int64_t claim(const at::Tensor& input, const at::Tensor& grad, bool hooks) {
-  const at::Tensor place = at::for_blob(grad.data_ptr(), grad.sizes())
-                               .strides(grad.strides())
-                               .options(grad.options())
-                               .target_device(grad.device())
-                               .make_tensor();
+  const at::Tensor place =
+      at::from_blob(grad.data_ptr(), grad.sizes(), grad.strides(), /*deleter=*/nullptr, grad.options(), grad.device());
   const std::lock_guard lock(claims().mutex);
   auto& [mutex, live, last] = claims();
   std::vector<uint32_t> before;

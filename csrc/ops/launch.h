@@ -9,6 +9,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/FunctionRef.h>
 
+#include <algorithm>
+#include <array>
 #include <functional>
 #include <string>
 #include <type_traits>
@@ -22,21 +24,15 @@
 
 namespace fusedloss::ops {
 
+// The type of each Dtype, in their order.
+constexpr std::array kScalarTypes{at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kByte,
+                                  at::kChar,  at::kShort,  at::kInt,      at::kLong};
+
 // What kernels read a type as; absent: none of them reads it.
 inline std::optional<Dtype> readable_as(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return Dtype::float32;
-    case at::kDouble: return Dtype::float64;
-    case at::kBFloat16: return Dtype::bfloat16;
-    case at::kHalf: return Dtype::float16;
-    case at::kBool:
-    case at::kByte: return Dtype::uint8;
-    case at::kChar: return Dtype::int8;
-    case at::kShort: return Dtype::int16;
-    case at::kInt: return Dtype::int32;
-    case at::kLong: return Dtype::int64;
-    default: return std::nullopt;
-  }
+  if (type == at::kBool) return Dtype::uint8;
+  const auto found = std::find(kScalarTypes.begin(), kScalarTypes.end(), type);
+  return found != kScalarTypes.end() ? std::optional(static_cast<Dtype>(found - kScalarTypes.begin())) : std::nullopt;
 }
 
 // What kernels read a type as that the checks have let through.
@@ -60,12 +56,10 @@ inline at::ScalarType upcast_type(at::ScalarType type, bool upcast) {
 
 // Follows ATEN_CPU_CAPABILITY, as native kernels do.
 inline const Losses<cpu::Loss>& cpu_kernels() {
-  static const Losses<cpu::Loss>& chosen = [&]() -> const Losses<cpu::Loss>& {
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return cpu::kernels(cpu::InstructionSet::avx512);
-    if (capability == "AVX2") return cpu::kernels(cpu::InstructionSet::avx2);
-    return cpu::kernels(cpu::InstructionSet::baseline);
-  }();
+  static const std::string capability = at::get_cpu_capability();
+  static const Losses<cpu::Loss>& chosen = cpu::kernels(capability == "AVX512" ? cpu::InstructionSet::avx512
+                                                        : capability == "AVX2" ? cpu::InstructionSet::avx2
+                                                                               : cpu::InstructionSet::baseline);
   return chosen;
 }
 
