@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "ops/class_borders.h"
 #include "ops/double_backward.h"
+#include "ops/launch.h"
 #include "triton.h"
 
 namespace {

@@ -34,7 +34,7 @@ struct LossFunction : torch::autograd::Function<Derived> {
   template <class... Argument>
   static auto forward(AutogradContext* ctx, Argument&&... argument) {
     ctx->saved_data.reserve(8);  // the first of what is kept there: else the table grows three times
-    ctx->saved_data["backend"] = static_cast<int64_t>(current_backend());
+    ctx->saved_data["backend"] = static_cast<int64_t>(current_backend);
     return Derived::evaluate(ctx, std::forward<Argument>(argument)...);
   }
 

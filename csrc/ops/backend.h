@@ -4,21 +4,19 @@
 
 #pragma once
 
+#include <utility>
+
 namespace fusedloss::ops {
 
 enum class Backend { compiled, triton };
 
-constexpr const char* namespace_of(Backend backend) {
-  return backend == Backend::triton ? "fusedloss_triton" : "fusedloss";
-}
-
 // The backend of the operator that this thread is in.
-Backend current_backend();
+inline constinit thread_local Backend current_backend = Backend::compiled;
 
 class BackendGuard {
  public:
-  explicit BackendGuard(Backend backend);
-  ~BackendGuard();
+  explicit BackendGuard(Backend inner) : outer_(std::exchange(current_backend, inner)) {}
+  ~BackendGuard() { current_backend = outer_; }
   BackendGuard(const BackendGuard&) = delete;
   BackendGuard& operator=(const BackendGuard&) = delete;
 

@@ -78,7 +78,7 @@ struct Operator<kFunction, Result(Parameter...), std::tuple<Argument...>> {
   static inline std::array<std::optional<c10::TypedOperatorHandle<Result(Argument...)>>, 2> handles;
 
   static void find(Backend backend, const std::string& name) {
-    const std::string qualified = namespace_of(backend) + ("::" + name);
+    const std::string qualified = (backend == Backend::triton ? "fusedloss_triton::" : "fusedloss::") + name;
     handle(backend) =
         c10::Dispatcher::singleton().findSchemaOrThrow(qualified.c_str(), "").typed<Result(Argument...)>();
   }
@@ -88,7 +88,7 @@ struct Operator<kFunction, Result(Parameter...), std::tuple<Argument...>> {
   static Result call(Parameter... parameter) {
     return std::apply(
         [](auto&&... argument) -> Result {
-          return handle(current_backend())->call(std::forward<decltype(argument)>(argument)...);
+          return handle(current_backend)->call(std::forward<decltype(argument)>(argument)...);
         },
         std::tuple_cat(Flat<Parameter>::flatten(parameter)...));
   }

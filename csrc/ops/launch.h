@@ -14,12 +14,12 @@
 #include <functional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../kernels/cpu/cpu.h"
 #include "../kernels/cuda/cuda.h"
 #include "backend.h"
 #include "checks.h"
-#include "class_borders.h"
 #include "losses.h"
 
 namespace fusedloss::ops {
@@ -71,7 +71,11 @@ using TritonLaunch = std::function<void(const Args& args, Pass pass, const at::T
 struct TritonKernels : Losses<TritonLaunch> {
   std::function<void(const cuda::RescaleArgs& args, const at::Tensor& grad)> rescale;
 };
-TritonKernels& triton_kernels();
+inline TritonKernels& triton_kernels() {
+  // Never destroyed: the interpreter that the launchers belong to may be gone by then.
+  static auto& kernels = *new TritonKernels();
+  return kernels;
+}
 
 template <class... Arguments>
 void launch_triton(const std::function<void(Arguments...)>& launch, std::type_identity_t<Arguments>... arguments) {
@@ -94,9 +98,10 @@ struct LossKernels {
 // Whether a tensor is the CUDA kernels' business, under the compiled backend.
 bool runs_on_cuda(const at::Tensor& tensor);
 
-// Both raise in a build without CUDA kernels.
+// These raise in a build without CUDA kernels. The borders are for the tests in Python.
 const Losses<cuda::Loss>& cuda_kernels();
 void cuda_rescale(const cuda::RescaleArgs& args, void* stream);
+std::vector<std::int64_t> cuda_class_borders(const cuda::ClassProblem& problem, std::int64_t most);
 
 // The current stream of a device, as its kernels take it.
 void* current_stream(at::Device device);
@@ -107,7 +112,7 @@ inline void parallel_for(int64_t count, const cpu::Work& work) { at::parallel_fo
 // on CUDA and in Triton an assertion of the device takes its place. Nothing is written then.
 template <class Args>
 int64_t run(const LossKernels<Args>& loss, Pass pass, const Args& args, const at::Tensor& input) {
-  if (current_backend() == Backend::triton) {
+  if (current_backend == Backend::triton) {
     const c10::DeviceGuard guard(input.device());
     launch_triton(loss.triton(triton_kernels()), args, pass, input);
     return -1;

@@ -46,7 +46,7 @@ void rescale_on_device(Tensor& grad, const Tensor& grad_output, OptionalTensor s
   args.grad_output_dtype = dtype_of(grad_output.scalar_type());
   args.scale = is_present(scale) ? scale->const_data_ptr<double>() : nullptr;
   args.keep_zeros = keep_zeros;
-  if (current_backend() == Backend::triton) {
+  if (current_backend == Backend::triton) {
     launch_triton(triton_kernels().rescale, args, grad);
   } else {
     cuda_rescale(args, current_stream(grad.device()));
@@ -80,7 +80,7 @@ void rescale_grad_(Tensor& grad, const Tensor& grad_output, OptionalTensor scale
   TORCH_CHECK(!is_present(scale) || (scale->sym_numel() == 1 && scale->scalar_type() == at::kDouble),
               "rescale_grad_: scale must be one float64, got ", type_and_shape(*scale));
   if (grad.is_meta()) return;
-  if (current_backend() == Backend::compiled && !runs_on_cuda(grad)) {
+  if (current_backend == Backend::compiled && !runs_on_cuda(grad)) {
     const double from = is_present(scale) ? number_in(*scale) : 1;
     rescale_on_cpu(grad, number_in(grad_output) / from, keep_zeros);
   } else {
