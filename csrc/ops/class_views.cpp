@@ -1,6 +1,5 @@
 #include "class_views.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include "checks.h"

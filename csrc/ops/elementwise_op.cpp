@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/ne.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
