@@ -20,38 +20,11 @@ namespace {
 
 using namespace py::literals;
 
-at::ScalarType scalar_type(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float32: return at::kFloat;
-    case Dtype::float64: return at::kDouble;
-    case Dtype::bfloat16: return at::kBFloat16;
-    case Dtype::float16: return at::kHalf;
-    case Dtype::uint8: return at::kByte;
-    case Dtype::int8: return at::kChar;
-    case Dtype::int16: return at::kShort;
-    case Dtype::int32: return at::kInt;
-    case Dtype::int64: return at::kLong;
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
+at::ScalarType scalar_type(Dtype dtype) { return ops::kScalarTypes[static_cast<std::size_t>(dtype)]; }
 
-const char* name_of(Pass pass) {
-  switch (pass) {
-    case Pass::forward: return "forward";
-    case Pass::forward_with_gradient: return "forward_with_gradient";
-    case Pass::backward: return "backward";
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
-
-const char* name_of(Reduction reduction) {
-  switch (reduction) {
-    case Reduction::none: return "none";
-    case Reduction::mean: return "mean";
-    case Reduction::sum: return "sum";
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
+// By the values of the enumerations of csrc/kernels/types.h.
+constexpr const char* kPasses[] = {"forward", "forward_with_gradient", "backward"};
+constexpr const char* kReductions[] = {"none", "mean", "sum"};
 
 template <std::size_t kSize>
 struct Name {
@@ -161,7 +134,7 @@ class ToPython {
     return named<"ClassTarget">()("index"_a = input(t.index), "ignore_index"_a = t.ignore_index);
   }
   py::object total(const Total& t) const {
-    return named<"Total">()("reduction"_a = named<"Reduction">().attr(name_of(t.reduction)),
+    return named<"Total">()("reduction"_a = named<"Reduction">().attr(kReductions[static_cast<int>(t.reduction)]),
                             "loss"_a = pointer(t.loss, scalar_type(t.dtype)), "divisor"_a = float64(t.divisor));
   }
 
@@ -194,7 +167,9 @@ void install_triton(const py::object& launchers) {
   static_cast<Losses<ops::TritonLaunch>&>(kernels) = kernels.map<ops::TritonLaunch>(
       [&]<class Args>(const char* name, const ops::TritonLaunch<Args>&) -> ops::TritonLaunch<Args> {
         return [launch = py::object(launchers.attr(name))](const Args& args, Pass pass, const at::Tensor& input) {
-          in_python([&] { launch(ToPython(input, dtype_of(args))(args), named<"Pass">().attr(name_of(pass))); });
+          in_python([&] {
+            launch(ToPython(input, dtype_of(args))(args), named<"Pass">().attr(kPasses[static_cast<int>(pass)]));
+          });
         };
       });
   kernels.rescale = [launch = py::object(launchers.attr("rescale"))](const cuda::RescaleArgs& args,
