@@ -85,8 +85,9 @@ class Columns {
  public:
   explicit Columns(const CrossEntropyArgs& args) : p_(args), lanes_(column_lanes(args.shape.classes)) {
     const std::int64_t size = p_.classes * lanes_;
-    tile_ = static_cast<Acc*>(scratch((p_.cap != 0 ? 2 : 1) * size * sizeof(Acc)));
+    tile_ = static_cast<Acc*>(scratch((1 + (p_.cap != 0) + p_.problem.probabilities) * size * sizeof(Acc)));
     slopes_ = tile_ + size;
+    masses_ = p_.cap != 0 ? slopes_ + size : slopes_;
   }
 
   void count(std::int64_t begin, std::int64_t end, Partial& partial) const {
@@ -99,7 +100,7 @@ class Columns {
       load_tile(group);
       statistics(group);
       p_.finish(group, partial);
-      if (p_.gradient) gradient(group, Sum::fresh);
+      if (p_.gradient) gradient<Sum::fresh>(group);
     }
   }
 
@@ -109,11 +110,11 @@ class Columns {
       p_.load_targets(group, unused);
       p_.load_statistics(group);
       load_tile(group);
-      if (p_.problem.probabilities) set_masses(group);
+      if (p_.problem.probabilities) load_masses(group);
       if (p_.args.grad_probabilities.data) probability_gradient(group);
       if (!p_.gradient) continue;
       take_exponentials(tile(group), group.max);
-      gradient(group, Sum::saved);
+      gradient<Sum::saved>(group);
     }
   }
 
@@ -137,25 +138,21 @@ class Columns {
     for (std::int64_t c = 0; c < p_.classes; ++c) p_.apply_cap(line(c), slopes_ + c * lanes_, group.count);
   }
 
-  // The masses of one class; only for probabilities.
-  const Acc* masses(const Group<Acc>& group, std::int64_t c, Acc* buffer) const {
-    const int lanes = group.count;
-    const Acc* q = p_.probabilities(group.begin, c, p_.args.probabilities.inner_stride, lanes, buffer);
-    const Acc w = p_.weight(c);
-#pragma omp simd
-    for (int i = 0; i < lanes; ++i) buffer[i] = math::probability_mass(p_.problem, q[i], w);
-    return buffer;
-  }
-
-  void set_masses(Group<Acc>& group) const {
-    double mass[kLanes] = {};
+  // Probabilities become their masses once, in a tile of their own.
+  void load_masses(Group<Acc>& group) const {
+    const ClassTensor& q = p_.args.probabilities;
+    load_lines(q.data, q.dtype, p_.offset(q, group.begin), q.class_stride, q.inner_stride, p_.classes, group.count,
+               masses_, lanes_);
+    std::fill_n(group.mass, group.count, 0.0);
     for (std::int64_t c = 0; c < p_.classes; ++c) {
-      Acc buffer[kLanes];
-      const Acc* a = masses(group, c, buffer);
+      Acc* a = masses_ + c * lanes_;
+      const Acc w = p_.weight(c);
 #pragma omp simd
-      for (int i = 0; i < group.count; ++i) mass[i] += double(a[i]);
+      for (int i = 0; i < group.count; ++i) {
+        a[i] = math::probability_mass(p_.problem, a[i], w);
+        group.mass[i] += double(a[i]);
+      }
     }
-    std::copy_n(mass, group.count, group.mass);
   }
 
   // Replaces the tile by its exponentials.
@@ -177,12 +174,11 @@ class Columns {
   void add_masses(Group<Acc>& group, const Acc* shift) const {
     const int lanes = group.count;
     std::fill_n(group.dense_loss, lanes, 0.0);
-    if (p_.problem.probabilities) set_masses(group);
+    if (p_.problem.probabilities) load_masses(group);
     for (std::int64_t c = 0; c < p_.classes; ++c) {
-      Acc buffer[kLanes];
       const Acc* x = line(c);
       if (p_.problem.probabilities) {
-        const Acc* a = masses(group, c, buffer);
+        const Acc* a = masses_ + c * lanes_;
 #pragma omp simd
         for (int i = 0; i < lanes; ++i) group.dense_loss[i] += double(math::entry_loss_at_max(x[i] - shift[i], a[i]));
       } else {
@@ -194,20 +190,25 @@ class Columns {
   }
 
   // Replaces the tile of exponentials by the gradient, and stores it.
-  void gradient(Group<Acc>& group, Sum sum) const {
+  template <Sum kSum>
+  void gradient(Group<Acc>& group) const {
     const int lanes = group.count;
     Shared<Acc> rows;
     p_.load_grads(group);
-    p_.set_gradients(group, 0, lanes, sum);
-    std::copy_n(group.factor, lanes, rows.factor);
-    std::copy_n(group.on_target, lanes, rows.on_target);
-    if (p_.problem.dense()) std::copy_n(group.on_all, lanes, rows.on_all);
+    p_.with_problem([&](const math::RowProblem<double>& problem) __attribute__((always_inline)) {
+#pragma omp simd
+      for (int i = 0; i < lanes; ++i) {
+        const auto row = p_.template row_gradient<kSum>(problem, group, i);
+        rows.factor[i] = Acc(row.factor);
+        rows.on_target[i] = Acc(row.on_target);
+        rows.on_all[i] = Acc(row.on_all);
+      }
+    });
     if (!p_.problem.dense()) target_gradients<false>(tile(group), group, rows, p_.weights);
     if (p_.problem.dense() && !p_.problem.probabilities) target_gradients<true>(tile(group), group, rows, p_.weights);
     for (std::int64_t c = 0; c < p_.classes && p_.problem.probabilities; ++c) {
-      Acc buffer[kLanes];
       Acc* e = line(c);
-      const Acc* a = masses(group, c, buffer);
+      const Acc* a = masses_ + c * lanes_;
 #pragma omp simd
       for (int i = 0; i < lanes; ++i) e[i] = math::logit_grad(e[i], rows.factor[i], rows.on_all[i] * a[i]);
     }
@@ -243,6 +244,7 @@ class Columns {
   const std::int64_t lanes_;
   Acc* tile_;
   Acc* slopes_;
+  Acc* masses_;
 };
 
 }  // namespace

@@ -117,12 +117,11 @@ class Rows {
           }
           // The other logarithms are taken all at once.
           if (p_.problem.z_loss != 0) group.log_sum[i] = math::log(group.sum[i]);
-          p_.set_gradients(group, i, i + 1, Sum::fresh);
+          const auto row = p_.template row_gradient<Sum::fresh>(p_.wide, group, i);
           for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
             const Acc max = rows_at_once_ > 1 ? group.max[i] : chunk_max_[c / kChunk];
-            const double all = group.factor[i],
-                         factor = max == group.max[i] ? all : math::rescale(all, max, group.max[i]);
-            gradient(group, i, c, place_of(group, first, i, c, kept), Acc(factor));
+            const double factor = max == group.max[i] ? row.factor : math::rescale(row.factor, max, group.max[i]);
+            gradient(group, i, c, place_of(group, first, i, c, kept), Acc(factor), row);
           }
         }
       }
@@ -143,7 +142,7 @@ class Rows {
         }
         if (p_.problem.probabilities) group.mass[i] = mass_of(group.begin + i);
         if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
-        p_.set_gradients(group, i, i + 1, Sum::saved);
+        const auto row = p_.template row_gradient<Sum::saved>(p_.wide, group, i);
         for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
           Acc x_buffer[kChunk], e[kChunk];
           std::int64_t count = chunk_size(c);
@@ -151,7 +150,7 @@ class Rows {
           if (p_.args.grad_probabilities.data) probability_gradient(group, i, c, x);
           if (!p_.gradient) continue;
           exponentials(x, group.max[i], e, count, ahead(group.begin + i, c));
-          gradient(group, i, c, e, Acc(group.factor[i]));
+          gradient(group, i, c, e, Acc(row.factor), row);
         }
       }
     }
@@ -205,7 +204,8 @@ class Rows {
 
   const Acc* masses(std::int64_t position, std::int64_t c, Acc* buffer) const {
     const std::int64_t count = chunk_size(c);
-    const Acc* q = p_.probabilities(position, c, p_.args.probabilities.class_stride, count, buffer);
+    const ClassTensor& tensor = p_.args.probabilities;
+    const Acc* q = load(tensor.data, tensor.dtype, p_.offset(tensor, position, c), tensor.class_stride, count, buffer);
     const Acc* w = weights(c);
 #pragma omp simd
     for (std::int64_t k = 0; k < count; ++k) buffer[k] = math::probability_mass(p_.problem, q[k], w[k]);
@@ -316,7 +316,8 @@ class Rows {
   }
 
   // A chunk's gradient from its exponentials, of which e may be the place.
-  void gradient(const Group<Acc>& group, int i, std::int64_t c, const Acc* e, Acc factor) const {
+  void gradient(const Group<Acc>& group, int i, std::int64_t c, const Acc* e, Acc factor,
+                const math::RowGradient<double>& row) const {
     Acc buffer[kChunk], mass_buffer[kChunk];
     const ClassTensor& tensor = p_.args.grad_logits;
     const std::int64_t position = group.begin + i, count = chunk_size(c), at = p_.offset(tensor, position, c);
@@ -324,7 +325,7 @@ class Rows {
     if (grad == buffer) prefetch_for_writing(tensor.data, tensor.dtype, at + count, count);
     if (p_.problem.dense()) {
       const Acc* a = p_.problem.probabilities ? masses(position, c, mass_buffer) : weights(c);
-      const Acc on_all = Acc(group.on_all[i]);
+      const Acc on_all = Acc(row.on_all);
 #pragma omp simd
       for (std::int64_t k = 0; k < count; ++k) grad[k] = math::logit_grad(e[k], factor, on_all * a[k]);
     } else {
@@ -335,8 +336,8 @@ class Rows {
     if (t >= 0 && t < count) {
       // In float64: p - 1 of a confident row keeps the digits that both numbers share.
       const double exponential = math::exp_nonpositive(group.target_of(i).shifted);
-      const double on_all = p_.problem.dense() ? group.on_all[i] * double(p_.weight(c + t)) : 0;
-      grad[t] = Acc(math::logit_grad(exponential, group.factor[i], on_all + group.on_target[i]));
+      const double on_all = p_.problem.dense() ? row.on_all * double(p_.weight(c + t)) : 0;
+      grad[t] = Acc(math::logit_grad(exponential, row.factor, on_all + row.on_target));
     }
     if (p_.cap != 0) {
       const Acc* slopes = slopes_ + c;
