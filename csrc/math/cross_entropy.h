@@ -58,7 +58,7 @@ struct RowProblem {
 
   // Whether every class has mass, and not the target alone.
   FUSEDLOSS_FN bool dense() const { return int(probabilities) | int(spread != Acc(0)); }
-  bool operator==(const RowProblem&) const = default;
+  FUSEDLOSS_FN bool operator==(const RowProblem&) const = default;
 };
 
 // Where the target alone has mass.
