@@ -33,6 +33,8 @@ _CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 
 
 class TrainingOptions(TypedDict, total=False):
+    """What all losses add that may write their gradient in forward."""
+
     grad_in_forward: GradInForward
     grad_scale: float | Tensor | None
     backend: Backend | None

@@ -68,6 +68,8 @@ def log_sum_exp(max, log_sum):
 
 
 class RowOptions(NamedTuple):
+    """As csrc/triton.cpp makes them. Kernels are handed them hidden (launch.py); formulas take float64 tensors."""
+
     label_smoothing: float
     z_loss: float
     logit_softcap: float
@@ -84,7 +86,6 @@ class RowProblem(NamedTuple):
 
 @triton.jit
 def row_problem(options, classes, weight_sum, o: tl.constexpr):
-    """The options are float64 tensors."""
     spread = (options.label_smoothing / classes.to(tl.float64)).to(o.acc)
     spread_mass = number(0.0, o.acc)
     if o.dense and not o.probabilities:
