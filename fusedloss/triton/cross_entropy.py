@@ -73,12 +73,7 @@ FEWEST_PROGRAMS = 2  # for each multiprocessor; with fewer, swept rows are slice
 
 @kernel
 def _forward(
-    inputs: Inputs,
-    out: Outputs,
-    gradient: Gradient,
-    ignore_index: tl.int64,
-    tile: tl.constexpr,
-    o: tl.constexpr,
+    inputs: Inputs, out: Outputs, gradient: Gradient, ignore_index: tl.int64, tile: tl.constexpr, o: tl.constexpr
 ):
     """Statistics, merge and finish of whole rows; and their gradient, where it is wanted."""
     rows = rows_of(inputs, tl.program_id(0), ignore_index, tile, o)
@@ -125,13 +120,7 @@ def _forward(
 
 
 @kernel
-def _statistics(
-    inputs: Inputs,
-    slices: Slices,
-    ignore_index: tl.int64,
-    tile: tl.constexpr,
-    o: tl.constexpr,
-):
+def _statistics(inputs: Inputs, slices: Slices, ignore_index: tl.int64, tile: tl.constexpr, o: tl.constexpr):
     """The statistics of a slice of each row."""
     count = shown(slices.count)
     slice = tl.program_id(0) % count
