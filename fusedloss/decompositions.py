@@ -105,7 +105,8 @@ def _cross_entropy_results(values, loss, lse):
     logits, return_lse = values["logits"], values["return_lse"]
     if not values["statistics"]:
         return loss, lse if return_lse else None, None, None, None
-    row_max = reference.capped(logits.to(lse.dtype), values["logit_softcap"] or None).amax(_class_dimension(logits))
+    capped = reference.capped(logits.to(lse.dtype), values["logit_softcap"] or None)
+    row_max = capped.amax(reference.class_dimension(logits))
     return loss, lse if return_lse else lse.new_empty(0), row_max, lse - row_max, _class_divisor(logits, values)
 
 
@@ -122,13 +123,9 @@ def _elementwise_results(values, loss):
 _RESULTS = {"cross_entropy": _cross_entropy_results, "nll": _nll_results}
 
 
-def _class_dimension(input):
-    return 0 if input.dim() == 1 else 1
-
-
 def _class_divisor(input, values):
     """The weights of the positions that count, added up in float64."""
-    like, target = input.select(_class_dimension(input), 0), values["target"]
+    like, target = input.select(reference.class_dimension(input), 0), values["target"]
     indices = None if target.is_floating_point() else target.long().reshape(like.shape)
     return reference.counts(indices, values["weight"], values["ignore_index"], like)[1].sum()
 

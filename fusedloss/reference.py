@@ -5,6 +5,8 @@ are decomposed into it, and calls under functorch transforms and forward-mode AD
 never a fallback. The arguments are those of fusedloss.functional, without native's legacy size_average and reduce.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,13 +28,13 @@ def cross_entropy(
     input = capped(input, logit_softcap)
     target = _class_indices(target)
     loss = native.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    lse: Any = log_sum_exp(input) if z_loss != 0 or return_lse else None
     if z_loss != 0:
-        lse = log_sum_exp(input)
         indices = None if target.is_floating_point() else target.reshape(lse.shape)
         count, weights = counts(indices, weight, ignore_index, lse)
         added = torch.where(count, z_loss * lse.square(), torch.zeros_like(lse))
         loss = loss + _reduce(added, reduction, weights.sum()).to(loss.dtype)
-    return (loss, log_sum_exp(input)) if return_lse else loss
+    return (loss, lse) if return_lse else loss
 
 
 def nll_loss(
@@ -91,9 +93,13 @@ def capped(input, logit_softcap):
     return input if logit_softcap is None else logit_softcap * torch.tanh(input / logit_softcap)
 
 
+def class_dimension(input):
+    return 0 if input.dim() == 1 else 1
+
+
 def log_sum_exp(input):
     wide = input if input.dtype == torch.float64 else input.float()
-    return torch.logsumexp(wide, dim=0 if input.dim() == 1 else 1)
+    return torch.logsumexp(wide, class_dimension(input))
 
 
 def counts(indices, weight, ignore_index, like):

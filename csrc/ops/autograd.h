@@ -40,13 +40,19 @@ struct LossFunction : torch::autograd::Function<Derived> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const BackendGuard guard(static_cast<Backend>(ctx->saved_data["backend"].toInt()));
-    variable_list input_grads(8);  // evaluate has fewer arguments: autograd drops undefined gradients that are too many
+    variable_list input_grads(argument_count(Derived::evaluate));
     const std::array wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [grad_input, grad_target] = Derived::gradients(ctx, grads, wanted);
     // Absent gradients are undefined tensors, not the operators' empty ones.
     if (wanted[0]) input_grads[0] = std::move(grad_input);
     if (wanted[1]) input_grads[1] = std::move(grad_target);
     return input_grads;
+  }
+
+ private:
+  template <class Result, class... Argument>
+  static constexpr std::size_t argument_count(Result (*)(AutogradContext*, Argument...)) {
+    return sizeof...(Argument);
   }
 };
 

@@ -24,7 +24,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "options.h"
+#include "losses.h"
 
 namespace fusedloss::ops {
 
@@ -138,7 +138,7 @@ variable_list cross_entropy(const Arguments& of) {
 variable_list nll(const Arguments& of) {
   // Native's own backward refuses channels_last.
   return {at::nll_loss_nd_symint(of.operand("log_probs").contiguous(), class_indices(of.operand("target")), of.weight(),
-                                 of.reduction(), of.options<First<2, CrossEntropyOptions>>().ignore_index)};
+                                 of.reduction(), of.options<Nll::Options>().ignore_index)};
 }
 
 // A loss of one element, without the elements whose target is ignored. `unreduced` is the loss of each of them.

@@ -54,12 +54,14 @@ inline at::ScalarType upcast_type(at::ScalarType type, bool upcast) {
   return upcast && (type == at::kBFloat16 || type == at::kHalf) ? at::kFloat : type;
 }
 
+inline cpu::InstructionSet instruction_set(const std::string& capability) {
+  if (capability == "AVX512") return cpu::InstructionSet::avx512;
+  return capability == "AVX2" ? cpu::InstructionSet::avx2 : cpu::InstructionSet::baseline;
+}
+
 // Follows ATEN_CPU_CAPABILITY, as native kernels do.
 inline const Losses<cpu::Loss>& cpu_kernels() {
-  static const std::string capability = at::get_cpu_capability();
-  static const Losses<cpu::Loss>& chosen = cpu::kernels(capability == "AVX512" ? cpu::InstructionSet::avx512
-                                                        : capability == "AVX2" ? cpu::InstructionSet::avx2
-                                                                               : cpu::InstructionSet::baseline);
+  static const Losses<cpu::Loss>& chosen = cpu::kernels(instruction_set(at::get_cpu_capability()));
   return chosen;
 }
 

@@ -38,7 +38,7 @@ def shown(number):
 
 @functools.lru_cache
 def hidden_floats(numbers):
-    """A NamedTuple of float64 numbers, as one of the halves of their bits."""
+    """A NamedTuple of float64 numbers; of each, the two halves of its bits."""
     bits = struct.pack(f"<{len(numbers)}d", *numbers)
     return numbers._make((hidden(low), hidden(high)) for low, high in struct.iter_unpack("<II", bits))
 
