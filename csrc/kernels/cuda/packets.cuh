@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "plan.h"
@@ -21,6 +22,15 @@ using Float16 = __half;
 
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The same bytes, as another type: std::bit_cast for types of CUDA, which not all are trivial.
+template <class To, class From>
+__device__ __forceinline__ To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
 
 template <class To, class From>
 __device__ __forceinline__ To convert(From value) {
@@ -86,10 +96,105 @@ __device__ __forceinline__ void store(void* data, Dtype dtype, std::int64_t offs
 template <class T>
 inline constexpr int kPacketOf = kPacketBytes / sizeof(T);
 
-// N neighbouring elements as they lie in memory.
+// Two elements of half precision that share a word.
+template <class T>
+struct Pair;
+
+template <>
+struct Pair<BFloat16> {
+  using Type = __nv_bfloat162;
+  // A float whose lower half is zero.
+  __device__ __forceinline__ static float low(std::uint32_t word) { return __uint_as_float(word << 16); }
+  __device__ __forceinline__ static float high(std::uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+  __device__ __forceinline__ static Type rounded(float low, float high) { return __floats2bfloat162_rn(low, high); }
+};
+
+template <>
+struct Pair<Float16> {
+  using Type = __half2;
+  __device__ __forceinline__ static float low(std::uint32_t word) { return __low2float(bits<Type>(word)); }
+  __device__ __forceinline__ static float high(std::uint32_t word) { return __high2float(bits<Type>(word)); }
+  __device__ __forceinline__ static Type rounded(float low, float high) { return __floats2half2_rn(low, high); }
+};
+
+// N neighbouring elements as they lie in memory: words, which are taken apart only where they are used. A thread that
+// took a packet apart as it comes would wait for it before it asks for the next.
 template <class T, int N = kPacketOf<T>>
 struct alignas(N * sizeof(T)) Packet {
-  T values[N];
+  static constexpr bool kPairs = (std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>) && N % 2 == 0;
+  using Word = std::conditional_t<sizeof(T) < 4 && N * sizeof(T) % 4 == 0, std::uint32_t, T>;
+  static constexpr int kWords = N * sizeof(T) / sizeof(Word);
+
+  union {
+    Word words[kWords];
+    T values[N];
+  };
+
+  __device__ __forceinline__ static Packet filled(T value) {
+    T values[N];
+#pragma unroll
+    for (T& element : values) element = value;
+    return bits<Packet>(values);
+  }
+
+  template <class Acc>
+  __device__ __forceinline__ void unpack(Acc (&x)[N]) const {
+    if constexpr (kPairs) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = i % 2 ? Pair<T>::high(words[i / 2]) : Pair<T>::low(words[i / 2]);
+    } else {
+      T values[N];
+      memcpy(values, words, sizeof(values));
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = convert<Acc>(values[i]);
+    }
+  }
+
+  template <class Acc>
+  __device__ __forceinline__ static Packet pack(const Acc (&x)[N]) {
+    Packet packet;
+    if constexpr (kPairs) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) packet.words[w] = bits<Word>(Pair<T>::rounded(x[2 * w], x[2 * w + 1]));
+    } else {
+      T values[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) values[i] = convert<T>(x[i]);
+      memcpy(packet.words, values, sizeof(values));
+    }
+    return packet;
+  }
+
+  // The larger of the two at each place; NaN is passed over.
+  __device__ __forceinline__ Packet max(const Packet& other) const {
+    Packet packet;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) packet.words[w] = max_of(words[w], other.words[w]);
+    return packet;
+  }
+
+  // The largest element.
+  __device__ __forceinline__ Accumulate<T> max() const {
+    Word largest = words[0];
+#pragma unroll
+    for (int w = 1; w < kWords; ++w) largest = max_of(largest, words[w]);
+    if constexpr (kPairs) {
+      return math::max_ignoring_nan(Pair<T>::low(largest), Pair<T>::high(largest));
+    } else {
+      return convert<Accumulate<T>>(largest);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static Word max_of(Word a, Word b) {
+    if constexpr (kPairs) {
+      using Type = typename Pair<T>::Type;
+      return bits<Word>(__hmax2(bits<Type>(a), bits<Type>(b)));
+    } else {
+      using Acc = Accumulate<T>;
+      return convert<Word>(math::max_ignoring_nan(convert<Acc>(a), convert<Acc>(b)));
+    }
+  }
 };
 
 #if defined(__CUDA_EMU__)
@@ -99,27 +204,30 @@ struct alignas(N * sizeof(T)) Packet {
 #define FUSEDLOSS_LOAD __forceinline__
 #endif
 
-// Streamed: each is used once, and must not drive from the cache what is used again.
+// The type in which a packet of so many bytes is read and written.
+template <int kBytes>
+using PacketBits = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
+
+// Streamed: each is used once, and must not drive from the cache what is used again. One element alone is no packet:
+// its neighbours are read by others.
 template <int N, class T>
 __device__ FUSEDLOSS_LOAD Packet<T, N> load_streaming(const T* from) {
+  using Bits = PacketBits<sizeof(Packet<T, N>)>;
+  if constexpr (N > 1) return bits<Packet<T, N>>(__ldcs(reinterpret_cast<const Bits*>(from)));
   Packet<T, N> packet;
-  if constexpr (sizeof(packet) == 16) {
-    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
-    memcpy(&packet, &bits, sizeof(bits));
-  } else {
-    for (int i = 0; i < N; ++i) packet.values[i] = from[i];
-  }
+  packet.values[0] = from[0];
   return packet;
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store_streaming(T* to, const Packet<T, N>& packet) {
-  if constexpr (sizeof(packet) == 16) {
-    uint4 bits;
-    memcpy(&bits, &packet, sizeof(bits));
-    __stcs(reinterpret_cast<uint4*>(to), bits);
+  using Bits = PacketBits<sizeof(Packet<T, N>)>;
+  if constexpr (N > 1) {
+    __stcs(reinterpret_cast<Bits*>(to), bits<Bits>(packet));
   } else {
-    for (int i = 0; i < N; ++i) to[i] = packet.values[i];
+    to[0] = packet.values[0];
   }
 }
 
@@ -133,6 +241,36 @@ template <class T>
 __host__ __device__ __forceinline__ int misalignment(const T* row) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % kPacketBytes / sizeof(T));
 }
+
+// `count` elements from `data` on: a body of packets that are aligned in memory, and before and behind it single
+// elements, fewer than two packets hold. Nothing has to be asked of a packet then, and each single element has a thread
+// of its own.
+template <class T, class Index = std::int64_t>
+struct Span {
+  using Value = std::remove_const_t<T>;
+  static constexpr int kWidth = kPacketOf<Value>;
+
+  T* data;
+  Index packets;
+  int head;     // elements before the body
+  int singles;  // before it and behind it
+
+  __host__ __device__ __forceinline__ Span(T* data, Index count) : data(data) {
+    const Index before = (kWidth - misalignment(data)) % kWidth;
+    head = static_cast<int>(before < count ? before : count);
+    packets = (count - head) / kWidth;
+    singles = static_cast<int>(count - packets * kWidth);
+  }
+
+  // The first element of a packet, and the place of a single one.
+  __device__ __forceinline__ Index first(Index p) const { return head + p * kWidth; }
+  __device__ __forceinline__ Index single(int i) const { return i < head ? i : i + packets * kWidth; }
+
+  __device__ __forceinline__ Packet<Value> load(Index p) const { return load_streaming<kWidth>(data + first(p)); }
+  __device__ __forceinline__ void store(Index p, const Packet<Value>& packet) const {
+    store_streaming(data + first(p), packet);
+  }
+};
 
 // `count` elements from `row` on, as packets: packet p holds the elements [first(p), first(p) + kPacketOf<T>).
 template <class T>
