@@ -18,9 +18,10 @@ __device__ __forceinline__ std::int64_t index_at(const PositionTensor& tensor, s
   }
 }
 
-// A class index; ignored ones are no class. Any other number that is no class stops the kernel before it is used.
-__device__ __forceinline__ int class_of(const ClassTarget& target, std::int64_t position, std::int64_t classes) {
-  const std::int64_t index = index_at(target.index, position);
+// The class that an index stands for; an ignored one is no class, -1. Any other number that is no class stops the
+// kernel before it is used. Whoever needs several indices loads them all before this judges the first: it waits for its
+// own.
+__device__ __forceinline__ int class_of(const ClassTarget& target, std::int64_t index, std::int64_t classes) {
   if (index == target.ignore_index) return -1;
   device_assert(index >= 0 && index < classes);
   return static_cast<int>(index);
@@ -32,7 +33,7 @@ __device__ __forceinline__ double count(const ClassTarget& target, const ClassSh
                                         std::int64_t begin, std::int64_t step) {
   double sum = 0;
   for (std::int64_t i = begin; i < shape.positions(); i += step) {
-    const int index = class_of(target, i, shape.classes);
+    const int index = class_of(target, index_at(target.index, i), shape.classes);
     if (index >= 0) sum += weight ? static_cast<double>(weight[index]) : 1;
   }
   return sum;

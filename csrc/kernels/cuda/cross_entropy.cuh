@@ -82,14 +82,21 @@ class CrossEntropy {
 
   __device__ __forceinline__ int classes() const { return classes_; }
 
-  __device__ __forceinline__ Target<Acc> target(std::int64_t position) const {
+  // A position's class index, loaded and not looked at; with probabilities there is none.
+  __device__ __forceinline__ std::int64_t index_at(std::int64_t position) const {
+    return problem_.probabilities ? 0 : cuda::index_at(args_.target.index, position);
+  }
+
+  __device__ __forceinline__ Target<Acc> target_of(std::int64_t class_index) const {
     if (problem_.probabilities) return {-1, classes_ > 0, false, Acc(0)};
-    const int index = class_of(args_.target, position, classes_);
+    const int index = class_of(args_.target, class_index, classes_);
     const bool counts = index >= 0;
     const Acc weight = counts && weight_ ? weight_[index] : Acc(1);
     const bool lse_is_wanted = kPass == Pass::backward ? args_.grad_lse != nullptr : args_.every_lse;
     return {index, counts, !counts && !lse_is_wanted, math::index_mass(problem_, weight)};
   }
+
+  __device__ __forceinline__ Target<Acc> target(std::int64_t position) const { return target_of(index_at(position)); }
 
   // --- Entries ---
 

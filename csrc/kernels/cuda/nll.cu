@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t positions = args.shape.positions(), step = std::int64_t(gridDim.x) * blockDim.x;
   Sums sums;
   for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < positions; i += step) {
-    const int index = class_of(args.target, i, args.shape.classes);
+    const int index = class_of(args.target, index_at(args.target.index, i), args.shape.classes);
     Acc loss = Acc(0);
     if (index >= 0) {
       const T* row = static_cast<const T*>(args.log_probs.data) + offset_of(args.shape, args.log_probs, i);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
     fill<T>(args, layout, begin, end);
     __syncthreads();
     for (std::int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      const int index = class_of(args.target, i, args.shape.classes);
+      const int index = class_of(args.target, index_at(args.target.index, i), args.shape.classes);
       if (index < 0) continue;
       const PositionTensor& grad_loss = args.grad_loss;
       const double g =
