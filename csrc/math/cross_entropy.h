@@ -125,12 +125,17 @@ struct RowStatistics<Acc, true, Sum> : LogSumExp<Acc, Sum> {
   Sum dense_loss = Sum(0);
   double mass = 0;
 
-  FUSEDLOSS_FN void merge(const RowStatistics& other) {
-    const Acc mine = finite_shift(this->max), theirs = finite_shift(other.max);
-    LogSumExp<Acc, Sum>::merge(other.max, other.sum);
-    const Acc both = finite_shift(this->max);
-    dense_loss = (dense_loss + entry_loss_at_max(Sum(mine) - Sum(both), Sum(mass))) +
-                 (other.dense_loss + entry_loss_at_max(Sum(theirs) - Sum(both), Sum(other.mass)));
+  FUSEDLOSS_FN void raise(Acc larger_max) {
+    const Acc before = finite_shift(this->max);
+    LogSumExp<Acc, Sum>::raise(larger_max);
+    dense_loss += entry_loss_at_max(Sum(before) - Sum(finite_shift(larger_max)), Sum(mass));
+  }
+
+  FUSEDLOSS_FN void merge(RowStatistics other) {
+    raise(max_ignoring_nan(other.max, this->max));
+    other.raise(this->max);
+    this->sum += other.sum;
+    dense_loss += other.dense_loss;
     mass += other.mass;
   }
 };

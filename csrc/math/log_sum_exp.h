@@ -31,10 +31,15 @@ struct LogSumExp {
   Acc max = -kInfinity<Acc>;
   Sum sum = Sum(0);  // of exp(x - max)
 
-  FUSEDLOSS_FN void merge(Acc other_max, Sum other_sum) {
-    const Acc larger_max = max_ignoring_nan(other_max, max);
-    sum = rescale(sum, max, larger_max) + rescale(other_sum, other_max, larger_max);
+  // To a maximum that is no smaller.
+  FUSEDLOSS_FN void raise(Acc larger_max) {
+    sum = rescale(sum, max, larger_max);
     max = larger_max;
+  }
+
+  FUSEDLOSS_FN void merge(Acc other_max, Sum other_sum) {
+    raise(max_ignoring_nan(other_max, max));
+    sum += rescale(other_sum, other_max, max);
   }
 };
 

@@ -19,10 +19,11 @@ constexpr Device kH100{.multiprocessors = 132,
                        .shared_per_multiprocessor = 228 << 10,
                        .largest_cluster = kLargestCluster};
 
-// A multiprocessor has 65536 registers, of which a thread takes 64, or 128 where a lane of tiles holds 32 entries. Of
-// shared memory a block takes 2 KB beside what it asks for. The blocks of a cluster lie in one of eight parts.
+// A multiprocessor has 65536 registers, of which a thread takes 64, or 128 where it holds much of a row. Of shared
+// memory a block takes 2 KB beside what it asks for. The blocks of a cluster lie in one of eight parts.
 std::int64_t on_h100(const Step& step) {
-  const bool many_registers = std::holds_alternative<TilePlan>(step.plan) && step.variant == kMostPerLane;
+  const bool many_registers = std::holds_alternative<WarpPlan>(step.plan) ||
+                              (std::holds_alternative<TilePlan>(step.plan) && step.variant == kFewLanes);
   const auto by_threads = std::int64_t(many_registers ? 512 : 1024) / step.shape.threads;
   const auto by_memory = std::int64_t(kH100.shared_per_multiprocessor / (step.shape.shared_bytes + 2048));
   const std::int64_t each = std::min(by_threads, by_memory);
@@ -68,11 +69,14 @@ CrossEntropyPlan plan_of(const Problem& problem, Pass pass, ResidentBlocks resid
 
 // As in "rows 264 x 512, 65568 bytes, 2 slices in a cluster".
 std::string shown(const Step& step) {
-  constexpr const char* kNames[] = {"divisor", "tiles", "rows", "columns"};
+  constexpr const char* kNames[] = {"divisor", "tiles", "warps", "rows", "columns"};
   std::string text = kNames[step.plan.index()];
   text += " " + std::to_string(step.shape.blocks) + " x " + std::to_string(step.shape.threads);
   if (step.shape.shared_bytes > 0) text += ", " + std::to_string(step.shape.shared_bytes) + " bytes";
-  if (const auto* tiles = std::get_if<TilePlan>(&step.plan)) text += ", " + std::to_string(tiles->lanes) + " lanes";
+  if (const auto* tiles = std::get_if<TilePlan>(&step.plan)) {
+    text += ", " + std::to_string(tiles->rows) + " rows, " + std::to_string(tiles->lanes) + " lanes";
+  }
+  if (std::holds_alternative<WarpPlan>(step.plan)) text += ", " + std::to_string(step.variant) + " logits a lane";
   if (const auto* rows = std::get_if<RowPlan>(&step.plan); rows && rows->slices > 1) {
     text += ", " + std::to_string(rows->slices) + " slices" + (step.shape.cluster > 1 ? " in a cluster" : "");
   }
@@ -98,23 +102,23 @@ const Planned kTable[] = {
     {"8192 x 32000",
      {Dtype::bfloat16, {1, 32000, 8192}},
      "rows 264 x 512; workspace 4240",
-     "divisor 4 x 256; rows 264 x 512, 64032 bytes; workspace 4336",
+     "divisor 4 x 256; rows 264 x 512, 64000 bytes; workspace 4336",
      "rows 264 x 512; workspace 0"},
     {"8192 x 32000, float32",
      {Dtype::float32, {1, 32000, 8192}},
-     "rows 132 x 1024; workspace 2128",
-     "divisor 4 x 256; rows 264 x 512, 64016 bytes, 2 slices in a cluster; workspace 2224",
-     "rows 132 x 1024; workspace 0"},
+     "rows 264 x 512; workspace 4240",
+     "divisor 4 x 256; rows 264 x 512, 64000 bytes, 2 slices in a cluster; workspace 2224",
+     "rows 264 x 512; workspace 0"},
     {"1 x 128256",
      {Dtype::bfloat16, {1, 128256, 1}},
      "rows 31 x 256, 31 slices; workspace 760",
-     "rows 8 x 256, 32080 bytes, 8 slices in a cluster; workspace 0",
+     "rows 8 x 256, 32064 bytes, 8 slices in a cluster; workspace 0",
      "rows 31 x 256, 31 slices; workspace 0"},
     {"4096 x 50257",
      {Dtype::bfloat16, {1, 50257, 4096}},
-     "rows 132 x 1024; workspace 2128",
+     "rows 264 x 512; workspace 4240",
      "rows 264 x 512, 50272 bytes, 2 slices in a cluster; workspace 2128",
-     "rows 132 x 1024; workspace 0"},
+     "rows 264 x 512; workspace 0"},
     {"2 x 1000003, float32",
      {Dtype::float32, {1, 1000003, 2}},
      "rows 264 x 256, 132 slices; workspace 6400",
@@ -122,34 +126,44 @@ const Planned kTable[] = {
      "rows 264 x 256, 132 slices; workspace 0"},
     {"24 x 10, float32",
      {Dtype::float32, {1, 10, 24}},
-     "tiles 1 x 256, 20736 bytes, 1 lanes; workspace 0",
-     "tiles 1 x 256, 20736 bytes, 1 lanes; workspace 0",
-     "tiles 1 x 256, 20736 bytes, 1 lanes; workspace 0"},
+     "tiles 1 x 256, 20736 bytes, 256 rows, 1 lanes; workspace 0",
+     "tiles 1 x 256, 20736 bytes, 256 rows, 1 lanes; workspace 0",
+     "tiles 1 x 256, 20736 bytes, 256 rows, 1 lanes; workspace 0"},
+    {"16777216 x 10",
+     {Dtype::bfloat16, {1, 10, 16777216}},
+     "tiles 528 x 256, 41088 bytes, 1024 rows, 1 lanes; workspace 8464",
+     "divisor 528 x 256; tiles 528 x 256, 41088 bytes, 1024 rows, 1 lanes; workspace 16944",
+     "tiles 528 x 256, 41088 bytes, 1024 rows, 1 lanes; workspace 0"},
+    {"65536 x 1025",
+     {Dtype::bfloat16, {1, 1025, 65536}},
+     "warps 528 x 128, 64 logits a lane; workspace 8464",
+     "divisor 32 x 256; warps 528 x 128, 64 logits a lane; workspace 9008",
+     "warps 528 x 128, 64 logits a lane; workspace 0"},
     {"65536 x 1000",
      {Dtype::bfloat16, {1, 1000, 65536}},
-     "tiles 264 x 256, 32128 bytes, 32 lanes; workspace 4240",
-     "divisor 32 x 256; tiles 264 x 256, 32128 bytes, 32 lanes; workspace 4784",
-     "tiles 264 x 256, 32128 bytes, 32 lanes; workspace 0"},
+     "warps 528 x 128, 32 logits a lane; workspace 8464",
+     "divisor 32 x 256; warps 528 x 128, 32 logits a lane; workspace 9008",
+     "warps 528 x 128, 32 logits a lane; workspace 0"},
     {"65536 x 1000, smoothing",
      {.dtype = Dtype::bfloat16, .shape = {1, 1000, 65536}, .label_smoothing = 0.1},
-     "tiles 528 x 256, 32128 bytes, 32 lanes; workspace 8464",
-     "divisor 32 x 256; tiles 528 x 256, 32128 bytes, 32 lanes; workspace 9008",
-     "tiles 528 x 256, 32128 bytes, 32 lanes; workspace 0"},
+     "tiles 528 x 256, 32128 bytes, 8 rows, 32 lanes; workspace 8464",
+     "divisor 32 x 256; tiles 528 x 256, 32128 bytes, 8 rows, 32 lanes; workspace 9008",
+     "tiles 528 x 256, 32128 bytes, 8 rows, 32 lanes; workspace 0"},
     {"65536 x 128, float32",
      {Dtype::float32, {1, 128, 65536}},
-     "tiles 528 x 256, 33280 bytes, 8 lanes; workspace 8464",
-     "divisor 32 x 256; tiles 528 x 256, 33280 bytes, 8 lanes; workspace 9008",
-     "tiles 528 x 256, 33280 bytes, 8 lanes; workspace 0"},
+     "tiles 264 x 256, 66304 bytes, 64 rows, 4 lanes; workspace 4240",
+     "divisor 32 x 256; tiles 264 x 256, 66304 bytes, 64 rows, 4 lanes; workspace 4784",
+     "tiles 264 x 256, 66304 bytes, 64 rows, 4 lanes; workspace 0"},
     {"65536 x 128, float32, 4 bytes from a packet",
      {.dtype = Dtype::float32, .shape = {1, 128, 65536}, .offset = 4},
-     "tiles 528 x 256, 33024 bytes, 8 lanes; workspace 8464",
-     "divisor 32 x 256; tiles 528 x 256, 33024 bytes, 8 lanes; workspace 9008",
-     "tiles 528 x 256, 33024 bytes, 8 lanes; workspace 0"},
+     "tiles 264 x 256, 65792 bytes, 64 rows, 4 lanes; workspace 4240",
+     "divisor 32 x 256; tiles 264 x 256, 65792 bytes, 64 rows, 4 lanes; workspace 4784",
+     "tiles 264 x 256, 65792 bytes, 64 rows, 4 lanes; workspace 0"},
     {"1024 x 1000, float64",
      {Dtype::float64, {1, 1000, 1024}},
-     "tiles 128 x 256, 128512 bytes, 32 lanes; workspace 2064",
-     "tiles 128 x 256, 128512 bytes, 32 lanes; workspace 2064",
-     "tiles 128 x 256, 128512 bytes, 32 lanes; workspace 0"},
+     "tiles 128 x 256, 128512 bytes, 8 rows, 32 lanes; workspace 2064",
+     "tiles 128 x 256, 128512 bytes, 8 rows, 32 lanes; workspace 2064",
+     "tiles 128 x 256, 128512 bytes, 8 rows, 32 lanes; workspace 0"},
     {"8 x 19 x 512 x 512",
      {Dtype::bfloat16, {8, 19, 512 * 512}, true},
      "columns 1056 x 128, packets; workspace 16912",
@@ -197,7 +211,7 @@ void check_table() {
 // Code that knows no clusters, on a device that has them.
 void check_without_clusters() {
   const auto got = shown(plan_of({Dtype::bfloat16, {1, 50257, 4096}}, Pass::forward_with_gradient, without_clusters));
-  EXPECT(got == "rows 132 x 1024, 100544 bytes; workspace 2128", "%s", got.c_str());
+  EXPECT(got == "rows 132 x 1024, 100528 bytes; workspace 2128", "%s", got.c_str());
   const auto long_rows = plan_of({Dtype::bfloat16, {1, 128256, 4096}}, Pass::forward_with_gradient, without_clusters);
   EXPECT(long_rows.steps.size() == 2 && long_rows.steps[1].pass == Pass::backward, "%s", shown(long_rows).c_str());
 }
@@ -246,13 +260,12 @@ void check_borders(const ClassProblem& problem, const std::vector<std::int64_t>&
 void check_borders() {
   const Pass with_gradient = Pass::forward_with_gradient;
   check_borders({.dtype = Dtype::bfloat16, .pass = with_gradient, .positions = 4096},
-                {17,    33,    65,    129,   256,   257,   513,    1025,   4082,   16370,  22514, 24562,
-                 34802, 45042, 49138, 69618, 90098, 98290, 139250, 180210, 196594, 393202, 913394});
-  check_borders(
-      {.dtype = Dtype::float32, .pass = with_gradient, .positions = 1},
-      {17, 33, 65, 128, 129, 257, 513, 702, 766, 1025, 2042, 4090, 8186, 16378, 65530, 90106, 98298, 196602, 456698});
+                {17, 129, 1025, 2049, 4097, 16385, 22529, 24577, 34817, 45057, 49153, 69633, 90113, 98305, 139265,
+                 180225, 196609, 393217, 913409});
+  check_borders({.dtype = Dtype::float32, .pass = with_gradient, .positions = 1},
+                {17, 88, 96, 129, 1025, 2049, 4097, 8193, 16385, 65537, 90113, 98305, 196609, 456705});
   check_borders({.dtype = Dtype::float32, .pass = Pass::backward, .positions = 4096},
-                {17, 33, 65, 128, 129, 257, 513, 702, 766, 1025, 2042, 8186, 24570});
+                {17, 88, 96, 129, 1025, 2049, 8193});
   check_borders({.dtype = Dtype::bfloat16, .pass = with_gradient, .columns = true, .positions = 65536},
                 {23, 25, 28, 45, 49, 56, 89, 97, 221});
 }

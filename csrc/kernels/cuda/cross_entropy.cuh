@@ -24,22 +24,16 @@ struct Target {
   Acc mass;     // on the target class alone
 };
 
+// Merges the statistics of groups of `width` lanes, a power of two; every lane of the warp takes part, and gets the
+// result of its group. The maximum first: then each lane rescales its sum once.
 template <class Acc, bool kDense>
-__device__ __forceinline__ math::RowStatistics<Acc, kDense> shuffled(const math::RowStatistics<Acc, kDense>& row,
-                                                                     int lane) {
-  math::RowStatistics<Acc, kDense> other;
-  other.max = __shfl_xor_sync(kAllLanes, row.max, lane);
-  other.sum = __shfl_xor_sync(kAllLanes, row.sum, lane);
+__device__ __forceinline__ void merge_lanes(math::RowStatistics<Acc, kDense>& row, int width = kWarp) {
+  row.raise(group_max(row.max, width));
+  row.sum = group_sum(row.sum, width);
   if constexpr (kDense) {
-    other.dense_loss = __shfl_xor_sync(kAllLanes, row.dense_loss, lane);
-    other.mass = __shfl_xor_sync(kAllLanes, row.mass, lane);
+    row.dense_loss = group_sum(row.dense_loss, width);
+    row.mass = group_sum(row.mass, width);
   }
-  return other;
-}
-
-template <class Acc, bool kDense>
-__device__ __forceinline__ void merge_lanes(math::RowStatistics<Acc, kDense>& row, int width) {
-  for (int lane = width / 2; lane > 0; lane /= 2) row.merge(shuffled(row, lane));
 }
 
 // kGeneral: entries need more than their logit: smoothing, probabilities or a soft cap.
@@ -60,7 +54,8 @@ class CrossEntropy {
       : args_(args),
         classes_(static_cast<int>(args.shape.classes)),
         weight_(static_cast<const Acc*>(args.weight)),
-        problem_(math::index_problem<Acc>(args)) {
+        problem_(math::index_problem<Acc>(args)),
+        stores_rows_(args.loss.data || args.row_max || args.lse) {
     if constexpr (kGeneral) {
       double weight_sum = classes_;
       if (weight_ && args.label_smoothing != 0 && !args.has_probabilities) {
@@ -154,6 +149,25 @@ class CrossEntropy {
     row.max = max;
   }
 
+  // Adds packets of entries that need no more than their logit.
+  template <int kPackets>
+  __device__ __forceinline__ void add(Statistics& row, const Packet<T> (&packets)[kPackets]) const {
+    Packet<T> largest = packets[0];
+#pragma unroll
+    for (int u = 1; u < kPackets; ++u) largest = largest.max(packets[u]);
+    row.raise(math::max_ignoring_nan(largest.max(), row.max));
+    const Acc shift = math::finite_shift(row.max);
+    Acc sum = Acc(0);
+#pragma unroll
+    for (int u = 0; u < kPackets; ++u) {
+      Acc x[kPacketOf<T>];
+      packets[u].unpack(x);
+#pragma unroll
+      for (const Acc entry : x) sum += exp(entry - shift);
+    }
+    row.sum += sum;
+  }
+
   __device__ __forceinline__ Acc entry_gradient(const Gradient& row, std::int64_t position, Acc x, int c) const {
     if constexpr (kGeneral) {
       math::SoftCap<Acc> entry{x, Acc(1)};
@@ -167,6 +181,11 @@ class CrossEntropy {
     }
   }
 
+  // Where the entry has no mass of its own, as most have where the target alone has mass.
+  __device__ __forceinline__ static Acc other_entry_gradient(const Gradient& row, Acc x) {
+    return math::logit_grad(exp(x - row.shift), row.factor, Acc(0));
+  }
+
   // --- Rows ---
 
   // Finishes a row, whose target class has the (capped) logit target_logit, and writes what is wanted of it. One thread
@@ -177,17 +196,35 @@ class CrossEntropy {
     if constexpr (kGeneral) row.dense_loss = statistics.dense_loss;
     const Acc shifted = target.index < 0 ? Acc(0) : target_logit - row.max;
     const Acc loss = math::row_loss(problem_, row, {target.counts, target.mass, shifted});
-    if (args_.loss.data) store(args_.loss.data, args_.loss.dtype, position, loss);
-    if (args_.row_max) {
-      static_cast<Acc*>(args_.row_max)[position] = row.max;
-      static_cast<Acc*>(args_.row_log_sum)[position] = row.log_sum;
+    if (stores_rows_) {
+      if (args_.loss.data) store(args_.loss.data, args_.loss.dtype, position, loss);
+      if (args_.row_max) {
+        static_cast<Acc*>(args_.row_max)[position] = row.max;
+        static_cast<Acc*>(args_.row_log_sum)[position] = row.log_sum;
+      }
+      if (args_.lse) static_cast<Acc*>(args_.lse)[position] = row.lse();
     }
-    if (args_.lse) static_cast<Acc*>(args_.lse)[position] = row.lse();
     sums.loss += static_cast<double>(loss);
     if (target.counts) {
       const bool weighted = weight_ && !problem_.probabilities;
       sums.divisor += weighted ? static_cast<double>(weight_[target.index]) : 1;
     }
+  }
+
+  // The lanes that share rows finish several at a time, one each: were it done at once, by one lane, the others would
+  // wait. A position of -1 is none.
+  __device__ __forceinline__ void finish_later(std::int64_t position, const Target<Acc>& target,
+                                               const Statistics& statistics, Acc target_logit, int lane, int lanes,
+                                               Sums& sums) {
+    if (lane == rows_waiting_) waiting_ = {position, target, statistics, target_logit};
+    if (++rows_waiting_ == lanes) finish_waiting(sums);
+  }
+
+  __device__ __forceinline__ void finish_waiting(Sums& sums) {
+    const Waiting& row = waiting_;
+    if (row.position >= 0) finish_row(row.position, row.target, row.statistics, row.target_logit, sums);
+    waiting_.position = -1;
+    rows_waiting_ = 0;
   }
 
   __device__ __forceinline__ Gradient gradient(std::int64_t position, const Target<Acc>& target,
@@ -251,7 +288,17 @@ class CrossEntropy {
             max, target.index};
   }
 
+  struct Waiting {
+    std::int64_t position = -1;
+    Target<Acc> target;
+    Statistics statistics;
+    Acc target_logit;
+  };
+
   double scale_ = 1;  // of grad_loss
+  bool stores_rows_;  // something is wanted of each row
+  Waiting waiting_;   // the row that this lane finishes
+  int rows_waiting_ = 0;
 };
 
 }  // namespace fusedloss::cuda

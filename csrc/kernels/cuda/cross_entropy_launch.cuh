@@ -6,6 +6,7 @@
 #include "cross_entropy_columns.cuh"
 #include "cross_entropy_rows.cuh"
 #include "cross_entropy_tiles.cuh"
+#include "cross_entropy_warps.cuh"
 #include "workspace.h"
 
 namespace fusedloss::cuda {
@@ -26,9 +27,16 @@ template <class T, class Plan>
 auto kernel_of(const Step& step, const Plan&) {
   const auto variant = [&]<bool kGeneral, Pass kPass>() {
     if constexpr (std::is_same_v<Plan, TilePlan>) {
-      constexpr int kMost = kGeneral ? kFewPerLane : kMostPerLane;
-      return step.variant == kMost ? cross_entropy_tiles<T, kGeneral, kPass, kMost>
-                                   : cross_entropy_tiles<T, kGeneral, kPass, kFewPerLane>;
+      constexpr int kOne = kGeneral ? 0 : 1, kFew = kGeneral ? 0 : kFewLanes;
+      return step.variant == kOne ? cross_entropy_tiles<T, kGeneral, kPass, kOne>
+                                  : cross_entropy_tiles<T, kGeneral, kPass, kFew>;
+    } else if constexpr (std::is_same_v<Plan, WarpPlan>) {
+      if constexpr (kGeneral) {
+        return static_cast<void (*)(CrossEntropyArgs, WarpPlan, Run)>(nullptr);  // never planned
+      } else {
+        return step.variant == kFewWarpLogits ? cross_entropy_warps<T, kPass, kFewWarpLogits>
+                                              : cross_entropy_warps<T, kPass, kMostWarpLogits>;
+      }
     } else if constexpr (std::is_same_v<Plan, RowPlan>) {
       constexpr bool kCluster = kPass == Pass::forward_with_gradient;  // no other pass has such a kernel
       return step.variant ? cross_entropy_rows<T, kGeneral, kPass, kCluster>
@@ -64,8 +72,8 @@ std::int64_t resident_blocks_of(const Step& step) {
 template <class T>
 void launch_cross_entropy(const CrossEntropyArgs& given, Pass pass, const Allocate& allocate, void* stream) {
   using Acc = Accumulate<T>;
-  constexpr const char* kNames[] = {"cross_entropy_divisor", "cross_entropy_tiles", "cross_entropy_rows",
-                                    "cross_entropy_columns"};
+  constexpr const char* kNames[] = {"cross_entropy_divisor", "cross_entropy_tiles", "cross_entropy_warps",
+                                    "cross_entropy_rows", "cross_entropy_columns"};
   const CrossEntropyPlan plan = plan_cross_entropy(given, pass, current_device(), resident_blocks_of<T>);
   const Memory memory(plan.workspace, allocate, stream);
   double* const counted = memory.at<double>(plan.counted);

@@ -1,10 +1,12 @@
 // Cross entropy over many classes that lie side by side: a block for a row, or several.
 //
-// A row is read in packets, with one rescaling of its sum for all the packets that a thread has in flight. Where
-// forward writes the gradient too, a thread keeps its packets in shared memory until the row's sums are known, so that
-// memory is read once and written once; rows too large for one block's share are spread over a cluster of blocks, which
-// read one another's sums. Without a gradient, or for backward, rows are spread over any number of blocks where there
-// are few: the last block of a row to arrive adds up the parts in order.
+// A thread asks for several packets before it uses the first, and has one running sum; then the threads merge theirs.
+// Where forward writes the gradient too, packets wait in shared memory until the row's sums are known, so that memory
+// is read once and written once; rows too large for one block's share are spread over a cluster of blocks, which read
+// one another's sums. Without a gradient, or for backward, rows are spread over any number of blocks where there are
+// few: the last block of a row to arrive adds up the parts in order.
+//
+// The elements before a row's first aligned packet and behind its last one are single: each has a thread of its own.
 
 #pragma once
 
@@ -20,11 +22,12 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   using Base = CrossEntropy<T, kGeneral, kPass>;
   using Base::args_;
   using typename Base::Acc;
+  using typename Base::Gradient;
   using Statistics = typename Base::Statistics;
   static constexpr int kWidth = kPacketOf<T>;
   static constexpr bool kKeeps = kPass == Pass::forward_with_gradient;
-  // The packets of a thread that 64 registers hold beside the rest. The general code is large: it takes one at a time.
-  static constexpr int kPacketsInFlight = kGeneral ? 1 : 16 / kWidth > 4 ? 4 : 16 / kWidth;
+  // Packets of a thread that 64 registers hold beside the rest. The general code is large: it takes one at a time.
+  static constexpr int kInFlight = kGeneral ? 1 : 4;
 
  public:
   __device__ __forceinline__ Rows(const CrossEntropyArgs& args, const RowPlan& plan, const Run& run, Packet<T>* kept)
@@ -32,113 +35,111 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 
   __device__ __forceinline__ void process(const Run& run) {
     const std::int64_t positions = args_.shape.positions();
-    const int slice = blockIdx.x % plan_.slices;
     const std::int64_t step = gridDim.x / plan_.slices;
+    const int slice = blockIdx.x % plan_.slices;
+    std::int64_t position = blockIdx.x / plan_.slices;
     Sums sums;
-    for (std::int64_t position = blockIdx.x / plan_.slices; position < positions; position += step) {
+    std::int64_t index = position < positions ? this->index_at(position) : 0;
+    for (; position < positions; position += step) {
+      const Target<Acc> target = this->target_of(index);
+      // On its way while this row is read: a row is not begun before it is known whether it counts.
+      if (position + step < positions) index = this->index_at(position + step);
       if constexpr (kPass == Pass::backward) {
-        backward(position, slice);
+        backward(position, slice, target);
       } else {
-        forward(position, slice, run, sums);
+        forward(position, slice, target, run, sums);
       }
     }
     if constexpr (kPass != Pass::backward) {
       // Rows whose slices meet through memory have added to the total one by one, in `meet`.
       if (plan_.slices == 1) add_up(run.grid, args_.total, blockIdx.x, sums);
       if constexpr (kCluster) {
-        if (slice == 0 && plan_.slices > 1) {
-          add_up(run.grid, args_.total, blockIdx.x / plan_.slices, sums);
-        }
+        if (slice == 0 && plan_.slices > 1) add_up(run.grid, args_.total, blockIdx.x / plan_.slices, sums);
         cluster_sync();  // no block may leave while its sums are still read
       }
     }
   }
 
  private:
-  // The packets [begin, end) of a row.
-  struct Slice {
-    Packets<const T> packets;
-    std::int64_t begin, end;
+  // A row, and what this thread has of it: every blockDim.x-th packet from its own on, and perhaps a single element.
+  struct Row : Span<const T, int> {
+    int first_packet, end;
+    int single;  // its class; -1: none
   };
 
-  __device__ __forceinline__ Slice slice_of(std::int64_t position, int slice) const {
-    const T* row = static_cast<const T*>(args_.logits.data) + offset_of(args_.shape, args_.logits, position);
-    const Packets<const T> packets(row, this->classes());
-    const std::int64_t begin = slice * plan_.slice_packets, end = begin + plan_.slice_packets;
-    return {packets, begin, end < packets.size() ? end : packets.size()};
+  __device__ __forceinline__ Row row_of(std::int64_t position, int slice) const {
+    const T* data = static_cast<const T*>(args_.logits.data) + offset_of(args_.shape, args_.logits, position);
+    const Span<const T, int> span(data, this->classes());
+    const int begin = slice * plan_.slice_packets, end = min(begin + plan_.slice_packets, span.packets);
+    const bool has_single = slice == 0 && int(threadIdx.x) < span.singles;
+    return {span, begin, end, has_single ? span.single(int(threadIdx.x)) : -1};
   }
 
-  __device__ __forceinline__ T* gradient_row(std::int64_t position) const {
-    return static_cast<T*>(args_.grad_logits.data) + offset_of(args_.shape, args_.grad_logits, position);
-  }
-
-  // Where a row has ended its packets are filled with this, which adds nothing.
   __device__ __forceinline__ static T nothing() { return convert<T>(-math::kInfinity<Acc>); }
 
-  // Entry i of a packet that starts at class c, as the sums see it.
-  __device__ __forceinline__ Acc value_of(const Packet<T>& packet, std::int64_t c, int i) const {
-    const Acc x = convert<Acc>(packet.values[i]);
-    if (!this->capped()) return x;
-    return c + i >= 0 && c + i < this->classes() ? this->value(x) : x;
+  // --- Statistics ---
+
+  __device__ __forceinline__ Statistics statistics_of(std::int64_t position, const Row& row) const {
+    Statistics statistics;
+    const T single = row.single >= 0 ? row.data[row.single] : nothing();
+    int p = row.first_packet;
+    for (; p + kInFlight * int(blockDim.x) <= row.end; p += kInFlight * int(blockDim.x)) {
+      read<true>(statistics, position, row, p + int(threadIdx.x));
+    }
+    if (p + int(threadIdx.x) < row.end) read<false>(statistics, position, row, p + int(threadIdx.x));
+    if (row.singles > 0) {
+      const Acc x[] = {row.single < 0 ? convert<Acc>(single) : this->value(convert<Acc>(single))};
+      this->add(statistics, position, x, [&](int) { return row.single; });
+    }
+    return statistics;
   }
 
-  __device__ __forceinline__ Statistics statistics_of(std::int64_t position, const Slice& slice) const {
-    Statistics row;
-    const int threads = blockDim.x;
-    for (std::int64_t p = slice.begin + threadIdx.x; p < slice.end; p += threads * kPacketsInFlight) {
-      Packet<T> packets[kPacketsInFlight];
+  // kInFlight packets from p on; those that are not whole end with the slice.
+  template <bool kWhole>
+  __device__ __forceinline__ void read(Statistics& statistics, std::int64_t position, const Row& row, int p) const {
+    Packet<T> packets[kInFlight];
 #pragma unroll
-      for (int u = 0; u < kPacketsInFlight; ++u) {
-        const std::int64_t at = p + u * threads;
-        if (at < slice.end) {
-          packets[u] = slice.packets.load(at, nothing());
-        } else {
+    for (int u = 0; u < kInFlight; ++u) {
+      packets[u] = Packet<T>::filled(nothing());
+      if (kWhole || p + u * int(blockDim.x) < row.end) packets[u] = row.load(p + u * int(blockDim.x));
+    }
+    if constexpr (kGeneral) {
+      Acc x[kWidth];
+      packets[0].unpack(x);
+      for (Acc& entry : x) entry = this->value(entry);
+      this->add(statistics, position, x, [&](int i) { return row.first(p) + i; });
+    } else {
+      this->add(statistics, packets);
+    }
+    if constexpr (kKeeps) {
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) packets[u].values[i] = nothing();
-        }
-      }
-      Acc x[kPacketsInFlight * kWidth];
-#pragma unroll
-      for (int u = 0; u < kPacketsInFlight; ++u) {
-        const std::int64_t c = slice.packets.first(p + u * threads);
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) x[u * kWidth + i] = value_of(packets[u], c, i);
-      }
-      this->add(row, position, x, [&](int entry) {
-        const std::int64_t at = p + entry / kWidth * threads, c = slice.packets.first(at) + entry % kWidth;
-        return at < slice.end && c < this->classes() ? static_cast<int>(c) : -1;
-      });
-      if constexpr (kKeeps) {
-#pragma unroll
-        for (int u = 0; u < kPacketsInFlight; ++u) {
-          if (p + u * threads < slice.end) kept_[p + u * threads - slice.begin] = packets[u];
-        }
+      for (int u = 0; u < kInFlight; ++u) {
+        if (kWhole || p + u * int(blockDim.x) < row.end) kept_[p + u * int(blockDim.x) - row.first_packet] = packets[u];
       }
     }
-    return row;
   }
 
-  // Merges the statistics of all threads of the block, or of its cluster; every thread gets the result. Two buffers
-  // take turns: a thread may write its next part while another still reads the last ones.
-  __device__ __forceinline__ Statistics merge_threads(Statistics row) {
+  // Every thread of the team gets the result. Two buffers take turns: a thread may write its next part while another
+  // still reads the last ones.
+  __device__ __forceinline__ Statistics merge(Statistics row) {
+    row = merge_warps(row);
+    if constexpr (kCluster) row = merge_blocks(row);
     turn_ ^= 1;
-    row = block_merge(row);
-    if constexpr (kCluster) row = cluster_merge(row);
     return row;
   }
 
-  __device__ __forceinline__ Statistics block_merge(Statistics row) const {
+  __device__ __forceinline__ Statistics merge_warps(Statistics row) const {
     __shared__ Statistics parts[2][kMaxWarps];
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    merge_lanes(row, kWarp);
+    merge_lanes(row);
     if (lane == 0) parts[turn_][warp] = row;
     __syncthreads();
     row = lane < warps ? parts[turn_][lane] : Statistics{};
-    merge_lanes(row, kWarp);
+    merge_lanes(row);
     return row;
   }
 
-  __device__ __forceinline__ Statistics cluster_merge(Statistics row) const {
+  __device__ __forceinline__ Statistics merge_blocks(Statistics row) const {
     __shared__ Statistics exchanged[2];
     if (threadIdx.x == 0) exchanged[turn_] = row;
     cluster_sync();
@@ -148,28 +149,25 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     return row;
   }
 
-  __device__ __forceinline__ Acc target_logit(std::int64_t position, const Target<Acc>& target) const {
-    if (target.index < 0) return Acc(0);
-    const T* logits = static_cast<const T*>(args_.logits.data);
-    return this->value(convert<Acc>(logits[offset_of(args_.shape, args_.logits, position) + target.index]));
-  }
+  // --- Forward ---
 
-  __device__ __forceinline__ void forward(std::int64_t position, int slice_index, const Run& run, Sums& sums) {
-    const Target<Acc> target = this->target(position);
-    const Slice slice = slice_of(position, slice_index);
-    const bool finishes = threadIdx.x == 0 && (!kCluster || slice_index == 0);
-    Acc logit = Acc(0);
-    if (finishes) logit = target_logit(position, target);  // before the gradient may take its place
-    Statistics row;
-    if (!target.skip) row = merge_threads(statistics_of(position, slice));
-    if constexpr (!kCluster) {
-      if (plan_.slices > 1) return meet(position, slice_index, run, row, target, logit);
+  __device__ __forceinline__ void forward(std::int64_t position, int slice, const Target<Acc>& target, const Run& run,
+                                          Sums& sums) {
+    const Row row = row_of(position, slice);
+    const bool finishes = threadIdx.x == 0 && (!kCluster || slice == 0);
+    T logit = nothing();  // of the target, before the gradient may take its place
+    if (finishes && target.index >= 0) logit = row.data[target.index];
+    Statistics statistics;
+    if (!target.skip) statistics = merge(statistics_of(position, row));
+    const Acc target_logit = target.index < 0 ? Acc(0) : this->value(convert<Acc>(logit));
+    if constexpr (kPass == Pass::forward) {
+      if (plan_.slices > 1) return meet(position, slice, run, statistics, target, target_logit);
     }
-    if (finishes) this->finish_row(position, target, row, logit, sums);
+    if (finishes) this->finish_row(position, target, statistics, target_logit, sums);
     if constexpr (kPass == Pass::forward_with_gradient) {
-      typename Base::Gradient gradient{};
-      if (!target.skip) gradient = this->gradient(position, target, row);
-      store_gradient(position, target, gradient, slice);
+      Gradient gradient{};
+      if (!target.skip) gradient = this->gradient(position, target, statistics);
+      write(position, row, target, gradient);
     }
   }
 
@@ -184,26 +182,27 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     if (threadIdx.x < kWarp) {
       row = Statistics{};
       for (int s = threadIdx.x; s < plan_.slices; s += kWarp) row.merge(parts[s]);
-      merge_lanes(row, kWarp);
+      merge_lanes(row);
       if (threadIdx.x == 0) this->finish_row(position, target, row, logit, sums);
     }
     add_up(run.grid, args_.total, position, sums);
   }
 
-  __device__ __forceinline__ void backward(std::int64_t position, int slice_index) const {
-    const Target<Acc> target = this->target(position);
-    const Slice slice = slice_of(position, slice_index);
-    typename Base::Gradient gradient{};
+  // --- Gradient ---
+
+  __device__ __forceinline__ void backward(std::int64_t position, int slice, const Target<Acc>& target) const {
+    const Row row = row_of(position, slice);
+    Gradient gradient{};
     if (!target.skip) gradient = this->saved_gradient(position, target, probability_mass(position));
     if constexpr (kGeneral) {
       if (args_.grad_probabilities.data) {
-        for (int c = threadIdx.x; c < this->classes(); c += blockDim.x) {
-          this->store_probability_gradient(gradient, position, this->value(convert<Acc>(slice.packets.row[c])), c);
+        for (int c = int(threadIdx.x); c < this->classes(); c += int(blockDim.x)) {
+          this->store_probability_gradient(gradient, position, this->value(convert<Acc>(row.data[c])), c);
         }
         __syncthreads();  // the logits are read before their gradient may take their place
       }
     }
-    if (args_.grad_logits.data) store_gradient(position, target, gradient, slice);
+    if (args_.grad_logits.data) write(position, row, target, gradient);
   }
 
   // The mass of a row of probabilities; its logits are not needed for it. Such rows are not sliced.
@@ -211,7 +210,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     if constexpr (kGeneral) {
       if (args_.has_probabilities) {
         Sums sums;
-        for (int c = threadIdx.x; c < this->classes(); c += blockDim.x) {
+        for (int c = int(threadIdx.x); c < this->classes(); c += int(blockDim.x)) {
           sums.loss += static_cast<double>(this->mass(position, c));
         }
         return static_cast<Acc>(block_sum_for_all(sums).loss);
@@ -220,31 +219,83 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     return Acc(0);
   }
 
-  __device__ __forceinline__ void store_gradient(std::int64_t position, const Target<Acc>& target,
-                                                 const typename Base::Gradient& gradient, const Slice& slice) const {
-    const Packets<T> to(gradient_row(position), this->classes());
-    for (std::int64_t p = slice.begin + threadIdx.x; p < slice.end; p += blockDim.x) {
-      const std::int64_t c = slice.packets.first(p);
-      Packet<T> packet;
-      if (target.skip) {
+  // Where a row's gradient goes.
+  struct Destination {
+    T* data;
+    bool aligned;  // with packets where the logits have theirs
+
+    __device__ __forceinline__ void store(int c, const Packet<T>& packet) const {
+      if (aligned) return store_streaming(data + c, packet);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) packet.values[i] = convert<T>(Acc(0));
-      } else {
-        packet = kKeeps ? kept_[p - slice.begin] : slice.packets.load(p, nothing());
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          const bool exists = !kGeneral || (c + i >= 0 && c + i < this->classes());
-          if (!exists) continue;
-          packet.values[i] = convert<T>(
-              this->entry_gradient(gradient, position, convert<Acc>(packet.values[i]), static_cast<int>(c + i)));
-        }
-      }
-      to.store(c, packet);
+      for (int i = 0; i < kWidth; ++i) data[c + i] = packet.values[i];
+    }
+  };
+
+  __device__ __forceinline__ void write(std::int64_t position, const Row& row, const Target<Acc>& target,
+                                        const Gradient& gradient) const {
+    T* data = static_cast<T*>(args_.grad_logits.data) + offset_of(args_.shape, args_.grad_logits, position);
+    const Destination to{data, misalignment(data) == misalignment(row.data)};
+    if (target.skip) {
+      for (int p = row.first_packet + int(threadIdx.x); p < row.end; p += int(blockDim.x))
+        to.store(row.first(p), Packet<T>::filled(convert<T>(Acc(0))));
+      if (row.single >= 0) data[row.single] = convert<T>(Acc(0));
+      return;
+    }
+    // The target's entry is written twice by the same thread, at last with its own mass. Its logit is read before.
+    const bool owns_target = !kGeneral && this->owns(row, target.index);
+    const T target_logit = owns_target ? row.data[target.index] : nothing();
+    const T single = row.single >= 0 ? row.data[row.single] : nothing();
+    int p = row.first_packet;
+    for (; p + kInFlight * int(blockDim.x) <= row.end; p += kInFlight * int(blockDim.x)) {
+      write_packets<true>(position, row, gradient, p + int(threadIdx.x), to);
+    }
+    if (p + int(threadIdx.x) < row.end) write_packets<false>(position, row, gradient, p + int(threadIdx.x), to);
+    if (row.single >= 0) {
+      data[row.single] = convert<T>(this->entry_gradient(gradient, position, convert<Acc>(single), row.single));
+    }
+    if (owns_target) {
+      data[target.index] =
+          convert<T>(this->entry_gradient(gradient, position, convert<Acc>(target_logit), target.index));
     }
   }
 
+  template <bool kWhole>
+  __device__ __forceinline__ void write_packets(std::int64_t position, const Row& row, const Gradient& gradient, int p,
+                                                const Destination& to) const {
+    Packet<T> packets[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int at = p + u * int(blockDim.x);
+      if (kWhole || at < row.end) packets[u] = kKeeps ? kept_[at - row.first_packet] : row.load(at);
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int at = p + u * int(blockDim.x);
+      if (!kWhole && at >= row.end) break;
+      Acc x[kWidth];
+      packets[u].unpack(x);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        if constexpr (kGeneral) {
+          x[i] = this->entry_gradient(gradient, position, x[i], row.first(at) + i);
+        } else {
+          x[i] = this->other_entry_gradient(gradient, x[i]);
+        }
+      }
+      to.store(row.first(at), Packet<T>::pack(x));
+    }
+  }
+
+  // Whether this thread writes the entry of a class; -1 is none.
+  __device__ __forceinline__ bool owns(const Row& row, int c) const {
+    if (c < 0) return false;
+    const int in_body = c - row.head, p = in_body / kWidth;
+    if (in_body < 0 || p >= row.packets) return row.single == c;
+    return p >= row.first_packet && p < row.end && (p - row.first_packet) % int(blockDim.x) == int(threadIdx.x);
+  }
+
   const RowPlan& plan_;
-  Packet<T>* const kept_;
+  Packet<T>* kept_;
   int turn_ = 0;
 };
 

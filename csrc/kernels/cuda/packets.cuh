@@ -231,6 +231,14 @@ __device__ __forceinline__ void store_streaming(T* to, const Packet<T, N>& packe
   }
 }
 
+// Where packets of another tensor may not be aligned.
+template <class T, int N>
+__device__ __forceinline__ void store_packet(T* to, const Packet<T, N>& packet, bool aligned) {
+  if (aligned) return store_streaming(to, packet);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = packet.values[i];
+}
+
 template <class T>
 __host__ __device__ __forceinline__ bool is_aligned(const T* address, int bytes = kPacketBytes) {
   return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
@@ -265,6 +273,14 @@ struct Span {
   // The first element of a packet, and the place of a single one.
   __device__ __forceinline__ Index first(Index p) const { return head + p * kWidth; }
   __device__ __forceinline__ Index single(int i) const { return i < head ? i : i + packets * kWidth; }
+
+  // Which of so many threads has an element, where thread t has the single element t and the packets t, t + threads,
+  // ...
+  __device__ __forceinline__ int owner(Index element, int threads) const {
+    const Index in_body = element - head, p = in_body / kWidth;
+    if (in_body >= 0 && p < packets) return static_cast<int>(p % threads);
+    return static_cast<int>(in_body < 0 ? element : element - packets * kWidth);
+  }
 
   __device__ __forceinline__ Packet<Value> load(Index p) const { return load_streaming<kWidth>(data + first(p)); }
   __device__ __forceinline__ void store(Index p, const Packet<Value>& packet) const {

@@ -12,13 +12,15 @@ namespace {
 constexpr std::int64_t kCountedInline = 4096;
 constexpr std::int64_t kCountedByThread = 8;
 
-// Lanes of a row, by its number of classes: the first entry whose limit is not below it.
+// Lanes of a row that are no constant of the kernel, by its number of classes: the first entry whose limit is not below
+// it.
 struct TileGeometry {
   int classes, lanes;
 };
 constexpr TileGeometry kTileGeometry[] = {{16, 1}, {32, 2}, {64, 4}, {128, 8}, {256, 16}, {kTileClasses, 32}};
-constexpr int kLongRow = 512;  // bytes, from which on it pays to look at targets before rows are copied
-constexpr int kBankBytes = 4;  // of shared memory
+constexpr std::int64_t kTileBytes = 24 * 1024;  // the most, where a thread has more than one row
+constexpr std::int64_t kTilesAtOnce = 4;        // of a multiprocessor
+constexpr int kBankBytes = 4;                   // of shared memory
 
 // Threads of a block, by the bytes of a row's slice: the first entry whose limit is not below them.
 struct RowGeometry {
@@ -27,6 +29,8 @@ struct RowGeometry {
 };
 constexpr RowGeometry kRowGeometry[] = {
     {8 * 1024, 128}, {32 * 1024, 256}, {96 * 1024, 512}, {std::int64_t(1) << 62, kRowThreads}};
+// Where nothing is kept a second block has room beside each, and reads while the first waits for its row's sums.
+constexpr int kPassingThreads = 512;
 
 // Bytes: what is worth a block of its own, and what leaves room for a second and third block beside it, so that one
 // reads while another writes.
@@ -63,12 +67,18 @@ struct Problem {
 
 // Nothing where two tiles are more than a block holds, as a thousand float64 classes are on some devices.
 std::optional<Step> plan_tiles(const Problem& problem, Workspace& workspace) {
-  if (problem.classes > kTileClasses) return {};
+  if (problem.classes > (problem.general ? kTileClasses : kFewLanesClasses)) return {};
   const CrossEntropyArgs& args = problem.args;
   const int classes = static_cast<int>(problem.classes), row_bytes = classes * problem.logit_bytes;
   TilePlan plan;
-  plan.lanes = std::ranges::find_if(kTileGeometry, [&](auto entry) { return classes <= entry.classes; })->lanes;
+  plan.lanes = problem.general
+                   ? std::ranges::find_if(kTileGeometry, [&](auto entry) { return classes <= entry.classes; })->lanes
+               : classes <= kOneLaneClasses ? 1
+                                            : kFewLanes;
+  // What a tile costs beside its rows is shared by several of a thread's, where that leaves no multiprocessor idle.
   plan.rows = kTileThreads / plan.lanes;
+  const std::int64_t at_once = kTilesAtOnce * problem.device.multiprocessors;
+  while (2 * plan.rows * row_bytes <= kTileBytes && 2 * plan.rows * at_once <= problem.positions) plan.rows *= 2;
   plan.tiles = ceil_div(problem.positions, plan.rows);
   plan.classes = Division::by(classes);
   const auto follows = [&](const ClassTensor& tensor) {
@@ -84,14 +94,20 @@ std::optional<Step> plan_tiles(const Problem& problem, Workspace& workspace) {
   if (problem.logit_bytes <= kBankBytes && plan.start == 0 && row_bytes % kPacketBytes == 0 && plan.lanes < kWarp) {
     plan.pitch += kBankBytes / problem.logit_bytes;
   }
-  plan.skips = row_bytes >= kLongRow;
 
-  Step step{plan, problem.pass, problem.general};
-  // The general code holds no entries in registers.
-  step.variant = !problem.general && classes > kFewPerLane * plan.lanes ? kMostPerLane : kFewPerLane;
+  Step step{plan, problem.pass, problem.general, problem.general ? 0 : plan.lanes};
   step.shape = {.threads = kTileThreads, .shared_bytes = 2 * plan.elements() * problem.logit_bytes};
   if (step.shape.shared_bytes > problem.device.dynamic_shared) return {};
   problem.set_blocks(step, plan.tiles, workspace);
+  return step;
+}
+
+std::optional<Step> plan_warps(const Problem& problem, Workspace& workspace) {
+  if (problem.general || problem.classes > kWarp * kMostWarpLogits) return {};
+  Step step{WarpPlan{}, problem.pass};
+  step.variant = problem.classes <= kWarp * kFewWarpLogits ? kFewWarpLogits : kMostWarpLogits;
+  step.shape = {.threads = kWarpRowThreads};
+  problem.set_blocks(step, ceil_div(problem.positions, kWarpRowThreads / kWarp), workspace);
   return step;
 }
 
@@ -115,16 +131,17 @@ int preferred_slices(const Problem& problem, std::int64_t row_bytes) {
 
 // Nothing where forward writes a gradient and shared memory does not hold the rows.
 std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
-  // An misalignment at both ends costs a packet more.
-  const std::int64_t packets = ceil_div(problem.classes + problem.width - 1, problem.width) + 1;
+  const std::int64_t packets = ceil_div(problem.classes, problem.width);
   RowPlan plan{.slices = preferred_slices(problem, packets * kPacketBytes)};
   Step step{plan, problem.pass, problem.general};
   std::int64_t resident = 0;
   for (;; plan.slices /= 2) {
-    plan.slice_packets = ceil_div(packets, plan.slices);
-    const std::int64_t bytes = plan.slice_packets * kPacketBytes;
+    plan.slice_packets = static_cast<int>(ceil_div(packets, plan.slices));
+    const std::int64_t bytes = std::int64_t(plan.slice_packets) * kPacketBytes;
     step.shape.threads = std::ranges::find_if(kRowGeometry, [&](auto entry) { return bytes <= entry.bytes; })->threads;
-    if (problem.pass == Pass::forward_with_gradient) {
+    if (problem.pass != Pass::forward_with_gradient) {
+      step.shape.threads = std::min(step.shape.threads, kPassingThreads);
+    } else {
       step.shape.shared_bytes = bytes;
       step.shape.cluster = plan.slices;
       if (step.shape.shared_bytes > problem.device.dynamic_shared) return {};
@@ -186,7 +203,10 @@ CrossEntropyPlan plan_cross_entropy(const CrossEntropyArgs& args, Pass pass, con
   if (problem.positions == 0 && !problem.totals) return plan;
   const bool columns = problem.positions == 0 || problem.classes == 0 || args.logits.class_stride != 1 ||
                        (args.grad_logits.data && args.grad_logits.class_stride != 1);
-  std::optional<Step> step = columns ? plan_columns(problem, workspace) : plan_tiles(problem, workspace);
+  std::optional<Step> step;
+  if (columns) step = plan_columns(problem, workspace);
+  if (!step) step = plan_tiles(problem, workspace);
+  if (!step) step = plan_warps(problem, workspace);
   if (!step) step = plan_rows(problem, workspace);
 
   plan.reads_twice = !step;

@@ -20,10 +20,13 @@ inline constexpr int kWarp = 32;
 inline constexpr int kPacketBytes = 16;
 inline constexpr int kDivisorThreads = 256;
 inline constexpr int kTileThreads = 256;
-inline constexpr std::int64_t kTileClasses = 1024;         // the most
-inline constexpr int kFewPerLane = 16, kMostPerLane = 32;  // entries of a lane: tiles are compiled for both
-inline constexpr int kRowThreads = 1024;                   // the most
-inline constexpr int kColumnThreads = 128;                 // the most
+inline constexpr std::int64_t kTileClasses = 1024;  // the most
+// The most classes of a row of tiles that one lane has, or four lanes, in registers: tiles are compiled for both.
+inline constexpr int kOneLaneClasses = 16, kFewLanes = 4, kFewLanesClasses = 128;
+inline constexpr int kRowThreads = 1024;                         // the most
+inline constexpr int kWarpRowThreads = 128;                      // where a warp has a row
+inline constexpr int kFewWarpLogits = 32, kMostWarpLogits = 64;  // of a lane then: warps are compiled for both
+inline constexpr int kColumnThreads = 128;                       // the most
 
 // Blocks of one cluster that every device with clusters can launch.
 inline constexpr int kLargestCluster = 8;
@@ -43,21 +46,22 @@ struct Division {  // of numbers below 2^16 by one of at most kTileClasses
 struct TilePlan {
   std::int64_t tiles = 0;
   int lanes = 1;             // of a row
-  int rows = 1;              // of a tile
+  int rows = 1;              // of a tile; several times kTileThreads / lanes
   int pitch = 1;             // from row to row in shared memory
   int start = 0;             // of the first row in shared memory: its place in a packet
   bool stream = false;       // the logits' rows follow one another in memory
   bool grad_stream = false;  // the gradient's likewise, and it starts at the same place in a packet
-  bool skips = false;        // rows are long enough for it to pay to look which are ignored before they are copied
   Division classes;
 
   // In shared memory, with room behind the last row: the next tile starts where a packet does.
   constexpr std::size_t elements() const { return std::size_t(start + rows * pitch + 2 * kPacketBytes) / 16 * 16; }
 };
 
+struct WarpPlan {};  // all is in the variant: the most logits that a lane holds
+
 struct RowPlan {
   int slices = 1;  // of a row, each read by one block; of a cluster, where there are clusters
-  std::int64_t slice_packets = 0;
+  int slice_packets = 0;
   void* parts = nullptr;        // (positions, slices) RowStatistics, where slices meet through memory
   unsigned* tickets = nullptr;  // (positions,), zero when the kernel starts
 };
@@ -137,10 +141,11 @@ struct DivisorPlan {};  // the divisor of the mean, counted for the step that fo
 
 // The launch of one kernel.
 struct Step {
-  std::variant<DivisorPlan, TilePlan, RowPlan, ColumnPlan> plan;
+  std::variant<DivisorPlan, TilePlan, WarpPlan, RowPlan, ColumnPlan> plan;
   Pass pass = Pass::forward;
   bool general = false;  // entries need more than their logit: smoothing, probabilities or a soft cap
-  int variant = 0;       // the kernel's last template argument: kPerLane of tiles, kCluster of rows, kWidth of columns
+  int variant = 0;  // the kernel's last template argument: lanes of tiles, what a lane of warps holds, whether rows
+                    // have clusters, the width of columns
   Launch shape = {};
   GridPieces grid = {};                    // of the total
   Piece row_tickets = {}, row_parts = {};  // where slices of a row meet through memory

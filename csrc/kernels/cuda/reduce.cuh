@@ -20,10 +20,18 @@ __device__ __forceinline__ Value warp_sum(Value value) {
   return value;
 }
 
-// Over groups of `width` lanes, a power of two known at run time; every lane of the warp takes part.
-template <class Value, class Combine>
-__device__ __forceinline__ Value group_reduce(Value value, int width, Combine combine) {
-  for (int lane = width / 2; lane > 0; lane /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, lane));
+// Over groups of `width` lanes, a power of two; every lane of the warp takes part.
+template <class Value>
+__device__ __forceinline__ Value group_sum(Value value, int width) {
+  for (int lane = width / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(kAllLanes, value, lane);
+  return value;
+}
+
+template <class Value>
+__device__ __forceinline__ Value group_max(Value value, int width) {
+  for (int lane = width / 2; lane > 0; lane /= 2) {
+    value = math::max_ignoring_nan(__shfl_xor_sync(kAllLanes, value, lane), value);
+  }
   return value;
 }
 
