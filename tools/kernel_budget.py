@@ -47,14 +47,16 @@ GPUS = {"H100": Gpu(132, 4 * 32, 1.85e9, 3.0e12), "H200": Gpu(132, 4 * 32, 1.85e
 class Hot:
     """A hot loop.
 
-    stream: copy, read, write or fill, a loop over packets (sass.Code.streams). Or a loop over more than those: `row`
-    and `item` go round all of them and leave them out, `element` takes single elements.
+    stream: copy, read, write or fill, a loop over packets (sass.Code.streams). `row` is the loop with the most
+    instructions of the kind `work`, `tile` the one around it without it. `item` goes round a loop over packets, without
+    it; `element` takes single elements.
     """
 
     stream: str
-    logits: int = 0  # of an iteration; 0: as many as are in the packets that it moves
-    work: str = ""  # of row and element: what its path has the most of
-    through: str = ""  # of a loop over packets: an instruction on its path
+    logits: float = 0  # of an iteration; 0: as many as are in the packets that it moves
+    work: str = ""  # what its path has the most of
+    through: str = ""  # an instruction on its path,
+    every: int = 1  # which only one iteration of so many takes
 
 
 @dataclass(frozen=True)
@@ -72,25 +74,29 @@ class Kernel:
 
 
 READ, WRITE, COPY, FILL = Hot("read"), Hot("write"), Hot("copy"), Hot("fill")
-# A long row's target is looked at before its packets are copied; here in int64.
-COPY_UNLESS_IGNORED = Hot("copy", through=r"LDG\.E\.64")
-# Each entry of a lane is read from shared memory, takes part in the maximum, has its exponentials and is written back.
-# The target's is read once more.
-ENTRIES = r"(LDS|STS)(\.U16)?$|FMNMX|MUFU\.EX2"
+# Each entry of a lane is read, has its exponential and is written back. A row is finished where its loss is added up.
+ENTRIES, FINISH = r"(LDS|STS)(\.U16)?$|(LDG|STG).*\.128|MUFU\.EX2", "DADD"
+EXPONENTIALS = r"MUFU\.EX2"
+WARP_CLASSES = 1000
 IMAGE_CLASSES = 19  # which share what is done once for a position
 FORWARD, STEP, BACKWARD = (f"(fusedloss::Pass){number}" for number in range(3))
 
 
 def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
     width = 16 // size
-    ce, rows, tiles, columns, bce = (
+    ce, rows, warps, tiles, columns, bce = (
         f"cross_entropy_{dtype}",
         f"cross_entropy_rows<{t}, false, ",
+        f"cross_entropy_warps<{t}, ",
         f"cross_entropy_tiles<{t}, false, ",
         f"cross_entropy_columns<{t}, false, ",
         f"elementwise<fusedloss::math::BceWithLogits, {t}, ",
     )
-    row, short_row = Hot("row", 32, ENTRIES), Hot("row", 16, ENTRIES)
+    warp = Hot("row", WARP_CLASSES / 32, ENTRIES, FINISH, every=32)
+    # Rows of as many classes as a lane, or four of them, can hold; of 24 KB a tile has so many rows of each lane.
+    few, fewest = Hot("row", 32, ENTRIES, FINISH, every=4), Hot("row", 16, ENTRIES, FINISH)
+    few_tile = Hot("tile", 32, EXPONENTIALS)
+    fewest_tile = Hot("tile", 16 * (2 if size == 2 else 1), EXPONENTIALS)
     item = Hot("item", IMAGE_CLASSES * width)
     element = Hot("element", 1, "LDG|STG")
     read, read_write = size, 2 * size
@@ -98,16 +104,24 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
         ("rows, forward", f"{rows}{FORWARD}, false>", ce, read, [READ]),
         ("rows, forward with gradient", f"{rows}{STEP}, false>", ce, read_write, [READ, WRITE]),
         ("rows, backward", f"{rows}{BACKWARD}, false>", ce, read_write, [WRITE]),
-        ("tiles, 32 a lane, forward", f"{tiles}{FORWARD}, 32>", ce, read, [COPY_UNLESS_IGNORED, row]),
+        (f"warps, {WARP_CLASSES} classes, forward", f"{warps}{FORWARD}, 32, true>", ce, read, [warp]),
+        (f"warps, {WARP_CLASSES} classes, forward with gradient", f"{warps}{STEP}, 32, true>", ce, read_write, [warp]),
+        ("tiles, 128 classes, forward", f"{tiles}{FORWARD}, 4>", ce, read, [COPY, few, few_tile]),
         (
-            "tiles, 32 a lane, forward with gradient",
-            f"{tiles}{STEP}, 32>",
+            "tiles, 128 classes, forward with gradient",
+            f"{tiles}{STEP}, 4>",
             ce,
             read_write,
-            [COPY_UNLESS_IGNORED, row, WRITE],
+            [COPY, few, few_tile, WRITE],
         ),
-        ("tiles, 16 a lane, forward", f"{tiles}{FORWARD}, 16>", ce, read, [COPY, short_row]),
-        ("tiles, 16 a lane, forward with gradient", f"{tiles}{STEP}, 16>", ce, read_write, [COPY, short_row, WRITE]),
+        ("tiles, 16 classes, forward", f"{tiles}{FORWARD}, 1>", ce, read, [COPY, fewest, fewest_tile]),
+        (
+            "tiles, 16 classes, forward with gradient",
+            f"{tiles}{STEP}, 1>",
+            ce,
+            read_write,
+            [COPY, fewest, fewest_tile, WRITE],
+        ),
         (f"columns, {IMAGE_CLASSES} classes, forward", f"{columns}{FORWARD}, {width}>", ce, read, [READ, item]),
         (
             f"columns, {IMAGE_CLASSES} classes, forward with gradient",
@@ -147,18 +161,29 @@ Costs = dict[str, dict[str, Cost]]  # by kernel and loop
 
 
 def cost_of(hot: Hot, code: sass.Code, dtype_bytes: int) -> Cost:
-    if hot.stream in ("row", "item"):
-        inside = code.streams["copy" if hot.stream == "row" else "read"]
-        path = code.around_path(code.around(inside), hot.work)
-    elif hot.stream == "element":
-        path = code.around_path(code.elements, hot.work)
-    elif hot.stream in code.streams:
-        path = code.fast_path(code.streams[hot.stream], hot.through)
-    else:
+    def path_of(through: str) -> list[sass.Instruction]:
+        if hot.stream == "row":
+            return code.around_path(code.busiest(hot.work), hot.work, through)
+        if hot.stream == "tile":
+            return code.around_path(code.around(code.busiest(hot.work)), hot.work, through)
+        if hot.stream == "item":
+            return code.around_path(code.around(code.streams["read"]), hot.work, through)
+        if hot.stream == "element":
+            return code.around_path(code.elements, hot.work, through)
+        if hot.stream in code.streams:
+            return code.fast_path(code.streams[hot.stream], through)
         raise sass.Unreadable(f"no loop that would {hot.stream} packets")
+
+    path = path_of(hot.through)
+    cost = float(code.cost(path))
+    if hot.every > 1:
+        usual = code.cost(path_of(""))
+        cost = usual + (cost - usual) / hot.every
+    if hot.stream == "tile":
+        cost -= code.cost(code.around_path(code.busiest(hot.work), hot.work))
     logits = hot.logits or sass.packets(path) * 16 // dtype_bytes
     loops = code.purposes[hot.stream] if hot.stream in code.streams else None
-    return Cost(round(code.cost(path) / logits, 2), sass.in_flight(path), loops)
+    return Cost(round(cost / logits, 2), sass.in_flight(path), loops)
 
 
 def measure(cuobjdump: str, objects: Path, names: Callable[[list[str]], dict[str, str]]) -> tuple[Costs, list[str]]:

@@ -229,6 +229,18 @@ class Code:
             raise Unreadable("no loop that stores single elements")
         return max(rest, key=stores)
 
+    def busiest(self, work: str) -> Loop:
+        """The loop with the most instructions of a kind, without those of loops inside."""
+        kind = re.compile(work)
+
+        def amount(loop: Loop) -> int:
+            inside = frozenset().union(*(other.body for other in self.loops if other.body < loop.body))
+            return sum(bool(kind.match(self.instructions[k].opcode)) for k in loop.body - inside)
+
+        if not self.loops or not max(map(amount, self.loops)):
+            raise Unreadable(f"no loop with {work}")
+        return max(self.loops, key=amount)
+
     @cached_property
     def streams(self) -> dict[str, Loop]:
         """The streaming loops, by what they do on their fast path: `copy` (to shared memory, unwaited for), `read`,
@@ -264,9 +276,10 @@ class Code:
         """
         return self._path(loop.header, loop.body, self._work, through)
 
-    def around_path(self, loop: Loop, work: str = "") -> list[Instruction]:
+    def around_path(self, loop: Loop, work: str = "", through: str = "") -> list[Instruction]:
         """One iteration of a loop around streaming loops, without those: the shortest path with the most
-        instructions of the kind `work`, and by all streaming loops. Other loops inside count with one iteration.
+        instructions of the kind `work`, and by all streaming loops. Other loops inside count with one iteration. With
+        `through`, the path has an instruction of that kind.
         """
         inner = [other for other in self.streaming if other.body < loop.body]
         headers = {other.header for other in inner}
@@ -276,7 +289,7 @@ class Code:
         def gain(k: int) -> int:
             return int(k in headers or (k not in skipped and bool(kind.match(self.instructions[k].opcode))))
 
-        return self._path(loop.header, loop.body, gain, "", skipped)
+        return self._path(loop.header, loop.body, gain, through, skipped)
 
     def _work(self, k: int) -> int:
         accesses, exponentials = 1000, 1

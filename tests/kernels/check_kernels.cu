@@ -79,6 +79,25 @@ const ClassOptions kRare[] = {
     {.name = "uint8 index", .ignored = 3, .index = Dtype::uint8},
 };
 
+// While it lives, this thread plans its launches as for such a device.
+class PretendedDevice {
+ public:
+  explicit PretendedDevice(const fusedloss::cuda::Device& device) : device_(device) { current_ = &device_; }
+  ~PretendedDevice() { current_ = before_; }
+  PretendedDevice(const PretendedDevice&) = delete;
+
+ private:
+  const fusedloss::cuda::Device*& current_ = fusedloss::cuda::pretended_device;
+  const fusedloss::cuda::Device device_;
+  const fusedloss::cuda::Device* const before_ = current_;
+};
+
+// With one multiprocessor a block's turns are many.
+const fusedloss::cuda::Device kOneMultiprocessor{.multiprocessors = 1,
+                                                 .dynamic_shared = (99 << 10) - fusedloss::cuda::kStaticSharedBytes,
+                                                 .shared_per_multiprocessor = 100 << 10,
+                                                 .largest_cluster = 1};
+
 // --- Cross entropy ---
 
 void check_cross_entropy(const CpuReference& cpu, const ClassCase& c, const ClassOptions& options) {
@@ -97,9 +116,21 @@ void check_some(const CpuReference& cpu, const ClassCase& c, int& turn) {
   ++turn;
 }
 
+// Tiles of several rounds of rows, of which the last is not full; warps that finish more rows than they have lanes.
+void check_turns(const CpuReference& cpu, Dtype dtype, bool full) {
+  const PretendedDevice pretended(kOneMultiprocessor);
+  const std::int64_t rounds = full ? 4 : 1;
+  int turn = int(dtype);
+  for (const ClassShape& shape : {ClassShape{1, 10, 2300 * rounds}, ClassShape{1, 16, 2100},
+                                  ClassShape{1, 90, 600 * rounds}, ClassShape{1, 130, 150 * rounds * rounds}}) {
+    check_some(cpu, {.shape = shape, .dtype = dtype}, turn);
+    if (full) check_some(cpu, {.shape = shape, .dtype = dtype, .lead = 1}, turn);
+  }
+}
+
 void small_cross_entropy(const CpuReference& cpu, Dtype dtype) {
   const bool wide = dtype == Dtype::float64;
-  // Tiles: lanes of a row from 1 to 32, one tile and several, ragged and not.
+  // Tiles, and warps: lanes of a row from 1 to 32, one tile and several, ragged and not.
   const ClassCase tiles[] = {
       {.shape = {1, 1, 3}, .dtype = dtype},
       {.shape = {1, 7, 37}, .dtype = dtype, .lead = 1},
@@ -107,6 +138,7 @@ void small_cross_entropy(const CpuReference& cpu, Dtype dtype) {
       {.shape = {1, 33, 70}, .dtype = dtype, .skewed = true},
       {.shape = {1, 128, 3}, .dtype = dtype, .pad = 3},
       {.shape = {1, 300, 9}, .dtype = dtype, .lead = 1},
+      {.shape = {1, 1500, 3}, .dtype = dtype, .pad = 1},
   };
   // Rows: one slice, slices that meet through memory or in a cluster; where rows begin at any place in a packet.
   const std::int64_t classes = 17000 / bytes_of(dtype) + 3;
@@ -130,6 +162,8 @@ void small_cross_entropy(const CpuReference& cpu, Dtype dtype) {
     check_all(cpu, c, kGeneral);
   }
   check_all(cpu, tiles[1], kRare);
+  check_all(cpu, tiles[5], kRare);
+  check_turns(cpu, dtype, false);
   int turn = 0;
   for (const ClassCase& c : rows) {
     check_some(cpu, c, turn);
@@ -145,7 +179,7 @@ void small_cross_entropy(const CpuReference& cpu, Dtype dtype) {
 
 void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
   int turn = int(dtype);
-  for (const std::int64_t classes : {1, 2, 7, 10, 16, 19, 32, 33, 64, 91, 128, 129, 256, 257, 1000, 1024}) {
+  for (const std::int64_t classes : {1, 2, 7, 10, 16, 19, 32, 33, 64, 91, 128, 129, 256, 257, 1000, 1024, 2048}) {
     for (const std::int64_t positions : {1, 67, 700}) {
       if (classes * positions > 100000) continue;
       for (const ClassCase& c :
@@ -157,7 +191,7 @@ void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
     }
     check_all(cpu, {.shape = {2, classes, 9}, .dtype = dtype, .lead = 1}, kRare);
   }
-  for (const std::int64_t classes : {19, 1000}) {
+  for (const std::int64_t classes : {19, 1000, 1999}) {
     const ClassCase c{.shape = {1, classes, 67}, .dtype = dtype, .lead = 1};
     check_all(cpu, c, kPlain);
     check_all(cpu, c, kGeneral);
@@ -167,6 +201,7 @@ void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
     check_cross_entropy(cpu, {.shape = {1, 7, 9001}, .dtype = dtype, .lead = 1}, options);
     check_cross_entropy(cpu, {.shape = {3, 5, 2999}, .layout = Layout::columns, .dtype = dtype}, options);
   }
+  check_turns(cpu, dtype, true);
   // More tiles than blocks.
   check_cross_entropy(cpu, {.shape = {1, 33, 40001}, .dtype = dtype}, kPlain[1]);
 
@@ -293,19 +328,6 @@ void check_rescaling(Dtype dtype, bool full) {
 }
 
 // --- The launcher's borders ---
-
-// While it lives, this thread plans its launches as for such a device.
-class PretendedDevice {
- public:
-  explicit PretendedDevice(const fusedloss::cuda::Device& device) : device_(device) { current_ = &device_; }
-  ~PretendedDevice() { current_ = before_; }
-  PretendedDevice(const PretendedDevice&) = delete;
-
- private:
-  const fusedloss::cuda::Device*& current_ = fusedloss::cuda::pretended_device;
-  const fusedloss::cuda::Device device_;
-  const fusedloss::cuda::Device* const before_ = current_;
-};
 
 // With two multiprocessors a few rows are many: each takes its place in a grid that has no block for each of them.
 struct Pretence {

@@ -136,8 +136,10 @@ def byte_cases():
     blocks stay, so that what each thread reads beside the logits (targets, statistics, the divisor's count) and what
     blocks leave for one another cancels out of the difference."""
     rows, columns = 0, 1
-    yield "tiles, 8 lanes", rows, (96, 120), 48, False
-    yield "tiles, 32 lanes", rows, (640, 960), 16, True
+    yield "tiles, one lane", rows, (8, 16), 512, False
+    yield "tiles, four lanes", rows, (96, 120), 48, False
+    yield "warps", rows, (640, 960), 16, True
+    yield "warps, more classes", rows, (1032, 2048), 16, True
     yield "rows, one block", rows, (4224, 6144), 160, True
     yield "rows, slices", rows, (28800, 30400), 2, False
     yield "columns", columns, (19, 27), 64, False
@@ -174,9 +176,7 @@ def check_bytes(emulator):
                 counted = positions - positions // 4 if ignored else positions
                 extra = (many - few) * size
                 # Each logit of a position that counts is read once; the gradient of each position is written once.
-                # Tiles of rows of 512 bytes and more look at a target, of 8 bytes, for each packet that they may skip.
-                looks = extra * positions // 16 * 8 if name == "tiles, 32 lanes" else 0
-                model = extra * counted + looks, 0 if pass_ == FORWARD else extra * positions
+                model = extra * counted, 0 if pass_ == FORWARD else extra * positions
                 row(f"{name}, {many - few} classes", pass_, dtype, got, model)
         # All bytes. Forward: target and log-probability of each position. Backward: the divisor (by each thread) and
         # each target, and the targets' entries a second time, after the zeros. Blocks leave 16 bytes each for the

@@ -23,6 +23,7 @@ CrossEntropyArgs arguments_of(const ClassProblem& problem, std::int64_t classes)
 // Which of its ways a kernel takes: lanes or slices of a row, what is kept.
 std::int64_t way_of(const Step& step) {
   if (const auto* tiles = std::get_if<TilePlan>(&step.plan)) return tiles->lanes;
+  if (const auto* warps = std::get_if<WarpPlan>(&step.plan)) return warps->lanes;
   if (const auto* columns = std::get_if<ColumnPlan>(&step.plan)) return columns->keeps;
   const auto* rows = std::get_if<RowPlan>(&step.plan);
   if (!rows || step.shape.cluster > 1) return 0;

@@ -181,11 +181,6 @@ class CrossEntropy {
     }
   }
 
-  // Where the entry has no mass of its own, as most have where the target alone has mass.
-  __device__ __forceinline__ static Acc other_entry_gradient(const Gradient& row, Acc x) {
-    return math::logit_grad(exp(x - row.shift), row.factor, Acc(0));
-  }
-
   // --- Rows ---
 
   // Finishes a row, whose target class has the (capped) logit target_logit, and writes what is wanted of it. One thread
@@ -232,7 +227,6 @@ class CrossEntropy {
     const auto lse = [&] { return math::log_sum_exp(statistics.max, math::log(statistics.sum)); };
     Gradient result = gradient(position, target, mass_of(statistics), statistics.max, lse, Acc(0));
     result.factor /= statistics.sum;
-    result.shift = math::finite_shift(statistics.max);
     return result;
   }
 
@@ -285,7 +279,7 @@ class CrossEntropy {
     if (grad_loss.data) g *= load_floating<double>(grad_loss.data, grad_loss.dtype, position * grad_loss.stride);
     return {math::row_gradient(problem_, {target.counts, target.mass, Acc(0)}, mass,
                                problem_.z_loss == Acc(0) ? Acc(0) : lse(), static_cast<Acc>(g), grad_lse),
-            max, target.index};
+            math::finite_shift(max), target.index};
   }
 
   struct Waiting {

@@ -34,8 +34,9 @@ auto kernel_of(const Step& step, const Plan&) {
       if constexpr (kGeneral) {
         return static_cast<void (*)(CrossEntropyArgs, WarpPlan, Run)>(nullptr);  // never planned
       } else {
-        return step.variant == kFewWarpLogits ? cross_entropy_warps<T, kPass, kFewWarpLogits>
-                                              : cross_entropy_warps<T, kPass, kMostWarpLogits>;
+        return step.variant == kMostWarpLogits  ? cross_entropy_warps<T, kPass, kMostWarpLogits, true>
+               : step.variant == kFewWarpLogits ? cross_entropy_warps<T, kPass, kFewWarpLogits, true>
+                                                : cross_entropy_warps<T, kPass, kFewWarpLogits, false>;
       }
     } else if constexpr (std::is_same_v<Plan, RowPlan>) {
       constexpr bool kCluster = kPass == Pass::forward_with_gradient;  // no other pass has such a kernel

@@ -23,7 +23,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   using Base::args_;
   using typename Base::Acc;
   using typename Base::Gradient;
-  using Statistics = typename Base::Statistics;
+  using typename Base::Statistics;
   static constexpr int kWidth = kPacketOf<T>;
   static constexpr bool kKeeps = kPass == Pass::forward_with_gradient;
   // Packets of a thread that 64 registers hold beside the rest. The general code is large: it takes one at a time.
@@ -34,20 +34,20 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
       : Base(args, run), plan_(plan), kept_(kept) {}
 
   __device__ __forceinline__ void process(const Run& run) {
-    const std::int64_t positions = args_.shape.positions();
-    const std::int64_t step = gridDim.x / plan_.slices;
+    const std::int64_t positions = args_.shape.positions(), step = gridDim.x / plan_.slices;
     const int slice = blockIdx.x % plan_.slices;
     std::int64_t position = blockIdx.x / plan_.slices;
-    Sums sums;
     std::int64_t index = position < positions ? this->index_at(position) : 0;
+    Sums sums;
     for (; position < positions; position += step) {
       const Target<Acc> target = this->target_of(index);
-      // On its way while this row is read: a row is not begun before it is known whether it counts.
+      // On its way while this row is read: a row does not begin before it is known whether it counts.
       if (position + step < positions) index = this->index_at(position + step);
+      const Row row = row_of(position, slice);
       if constexpr (kPass == Pass::backward) {
-        backward(position, slice, target);
+        backward(row, target);
       } else {
-        forward(position, slice, target, run, sums);
+        forward(row, target, run, sums);
       }
     }
     if constexpr (kPass != Pass::backward) {
@@ -61,9 +61,11 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   }
 
  private:
-  // A row, and what this thread has of it: every blockDim.x-th packet from its own on, and perhaps a single element.
+  // A row, and this block's slice of its packets: [begin, end). A thread has every threads_-th of them from its own on,
+  // and perhaps a single element.
   struct Row : Span<const T, int> {
-    int first_packet, end;
+    std::int64_t position;
+    int slice, begin, end;
     int single;  // its class; -1: none
   };
 
@@ -71,66 +73,74 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     const T* data = static_cast<const T*>(args_.logits.data) + offset_of(args_.shape, args_.logits, position);
     const Span<const T, int> span(data, this->classes());
     const int begin = slice * plan_.slice_packets, end = min(begin + plan_.slice_packets, span.packets);
-    const bool has_single = slice == 0 && int(threadIdx.x) < span.singles;
-    return {span, begin, end, has_single ? span.single(int(threadIdx.x)) : -1};
+    const bool has_single = slice == 0 && thread_ < span.singles;
+    return {span, position, slice, begin, end, has_single ? span.single(thread_) : -1};
+  }
+
+  // Calls body<kWhole>(p) for kInFlight packets at a time, of which p is this thread's first. They all exist but for
+  // the last ones, where kWhole is false.
+  template <class Body>
+  __device__ __forceinline__ void for_each_turn(const Row& row, Body body) const {
+    int first = row.begin;
+    for (; first + kInFlight * threads_ <= row.end; first += kInFlight * threads_) {
+      body.template operator()<true>(first + thread_);
+    }
+    if (first + thread_ < row.end) body.template operator()<false>(first + thread_);
   }
 
   __device__ __forceinline__ static T nothing() { return convert<T>(-math::kInfinity<Acc>); }
 
   // --- Statistics ---
 
-  __device__ __forceinline__ Statistics statistics_of(std::int64_t position, const Row& row) const {
+  __device__ __forceinline__ Statistics statistics_of(const Row& row) const {
     Statistics statistics;
-    const T single = row.single >= 0 ? row.data[row.single] : nothing();
-    int p = row.first_packet;
-    for (; p + kInFlight * int(blockDim.x) <= row.end; p += kInFlight * int(blockDim.x)) {
-      read<true>(statistics, position, row, p + int(threadIdx.x));
-    }
-    if (p + int(threadIdx.x) < row.end) read<false>(statistics, position, row, p + int(threadIdx.x));
+    const T single = row.single < 0 ? nothing() : row.data[row.single];
+    for_each_turn(row, [&]<bool kWhole>(int p) {
+      Packet<T> packets[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        packets[u] = Packet<T>::filled(nothing());
+        if (kWhole || p + u * threads_ < row.end) packets[u] = row.load(p + u * threads_);
+      }
+      add(statistics, row, p, packets);
+      if constexpr (kKeeps) {
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+          if (kWhole || p + u * threads_ < row.end) kept_[p + u * threads_ - row.begin] = packets[u];
+        }
+      }
+    });
     if (row.singles > 0) {
       const Acc x[] = {row.single < 0 ? convert<Acc>(single) : this->value(convert<Acc>(single))};
-      this->add(statistics, position, x, [&](int) { return row.single; });
+      Base::add(statistics, row.position, x, [&](int) { return row.single; });
     }
     return statistics;
   }
 
-  // kInFlight packets from p on; those that are not whole end with the slice.
-  template <bool kWhole>
-  __device__ __forceinline__ void read(Statistics& statistics, std::int64_t position, const Row& row, int p) const {
-    Packet<T> packets[kInFlight];
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      packets[u] = Packet<T>::filled(nothing());
-      if (kWhole || p + u * int(blockDim.x) < row.end) packets[u] = row.load(p + u * int(blockDim.x));
-    }
+  __device__ __forceinline__ void add(Statistics& statistics, const Row& row, int p,
+                                      const Packet<T> (&packets)[kInFlight]) const {
     if constexpr (kGeneral) {
       Acc x[kWidth];
       packets[0].unpack(x);
       for (Acc& entry : x) entry = this->value(entry);
-      this->add(statistics, position, x, [&](int i) { return row.first(p) + i; });
+      Base::add(statistics, row.position, x, [&](int i) { return row.first(p) + i; });
     } else {
-      this->add(statistics, packets);
-    }
-    if constexpr (kKeeps) {
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (kWhole || p + u * int(blockDim.x) < row.end) kept_[p + u * int(blockDim.x) - row.first_packet] = packets[u];
-      }
+      Base::add(statistics, packets);
     }
   }
 
-  // Every thread of the team gets the result. Two buffers take turns: a thread may write its next part while another
-  // still reads the last ones.
+  // Every thread gets the statistics of all, over the block or the cluster. Two buffers take turns: a thread may write
+  // its next part while another still reads the last ones.
   __device__ __forceinline__ Statistics merge(Statistics row) {
+    turn_ ^= 1;
     row = merge_warps(row);
     if constexpr (kCluster) row = merge_blocks(row);
-    turn_ ^= 1;
     return row;
   }
 
   __device__ __forceinline__ Statistics merge_warps(Statistics row) const {
     __shared__ Statistics parts[2][kMaxWarps];
-    const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int warps = threads_ / kWarp, warp = thread_ / kWarp, lane = thread_ % kWarp;
     merge_lanes(row);
     if (lane == 0) parts[turn_][warp] = row;
     __syncthreads();
@@ -141,9 +151,9 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 
   __device__ __forceinline__ Statistics merge_blocks(Statistics row) const {
     __shared__ Statistics exchanged[2];
-    if (threadIdx.x == 0) exchanged[turn_] = row;
+    if (thread_ == 0) exchanged[turn_] = row;
     cluster_sync();
-    const int rank = threadIdx.x % kLargestCluster;
+    const int rank = thread_ % kLargestCluster;
     row = rank < cluster_size() ? read_from_block(&exchanged[turn_], rank) : Statistics{};
     merge_lanes(row, kLargestCluster);
     return row;
@@ -151,58 +161,55 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 
   // --- Forward ---
 
-  __device__ __forceinline__ void forward(std::int64_t position, int slice, const Target<Acc>& target, const Run& run,
-                                          Sums& sums) {
-    const Row row = row_of(position, slice);
-    const bool finishes = threadIdx.x == 0 && (!kCluster || slice == 0);
-    T logit = nothing();  // of the target, before the gradient may take its place
-    if (finishes && target.index >= 0) logit = row.data[target.index];
+  __device__ __forceinline__ void forward(const Row& row, const Target<Acc>& target, const Run& run, Sums& sums) {
+    const bool finishes = thread_ == 0 && (!kCluster || row.slice == 0);
+    T target_entry = nothing();
+    if (finishes && target.index >= 0) target_entry = row.data[target.index];  // before its gradient takes its place
     Statistics statistics;
-    if (!target.skip) statistics = merge(statistics_of(position, row));
-    const Acc target_logit = target.index < 0 ? Acc(0) : this->value(convert<Acc>(logit));
+    if (!target.skip) statistics = merge(statistics_of(row));
+    const Acc target_logit = target.index < 0 ? Acc(0) : this->value(convert<Acc>(target_entry));
     if constexpr (kPass == Pass::forward) {
-      if (plan_.slices > 1) return meet(position, slice, run, statistics, target, target_logit);
+      if (plan_.slices > 1) return meet(row, target, run, statistics, target_logit);
     }
-    if (finishes) this->finish_row(position, target, statistics, target_logit, sums);
+    if (finishes) this->finish_row(row.position, target, statistics, target_logit, sums);
     if constexpr (kPass == Pass::forward_with_gradient) {
       Gradient gradient{};
-      if (!target.skip) gradient = this->gradient(position, target, statistics);
-      write(position, row, target, gradient);
+      if (!target.skip) gradient = this->gradient(row.position, target, statistics);
+      write(row, target, gradient);
     }
   }
 
   // Slices of a row that are not a cluster's: the last block to arrive adds them up and finishes the row, and with it
   // a unit of the grid's work.
-  __device__ __forceinline__ void meet(std::int64_t position, int slice, const Run& run, Statistics row,
-                                       const Target<Acc>& target, Acc logit) const {
-    Statistics* parts = static_cast<Statistics*>(plan_.parts) + position * plan_.slices;
-    if (threadIdx.x == 0) parts[slice] = row;
-    if (!is_last(plan_.tickets + position, plan_.slices)) return;
+  __device__ __forceinline__ void meet(const Row& row, const Target<Acc>& target, const Run& run, Statistics statistics,
+                                       Acc target_logit) const {
+    Statistics* parts = static_cast<Statistics*>(plan_.parts) + row.position * plan_.slices;
+    if (thread_ == 0) parts[row.slice] = statistics;
+    if (!is_last(plan_.tickets + row.position, plan_.slices)) return;
     Sums sums;
-    if (threadIdx.x < kWarp) {
-      row = Statistics{};
-      for (int s = threadIdx.x; s < plan_.slices; s += kWarp) row.merge(parts[s]);
-      merge_lanes(row);
-      if (threadIdx.x == 0) this->finish_row(position, target, row, logit, sums);
+    if (thread_ < kWarp) {
+      statistics = Statistics{};
+      for (int s = thread_; s < plan_.slices; s += kWarp) statistics.merge(parts[s]);
+      merge_lanes(statistics);
+      if (thread_ == 0) this->finish_row(row.position, target, statistics, target_logit, sums);
     }
-    add_up(run.grid, args_.total, position, sums);
+    add_up(run.grid, args_.total, row.position, sums);
   }
 
   // --- Gradient ---
 
-  __device__ __forceinline__ void backward(std::int64_t position, int slice, const Target<Acc>& target) const {
-    const Row row = row_of(position, slice);
+  __device__ __forceinline__ void backward(const Row& row, const Target<Acc>& target) const {
     Gradient gradient{};
-    if (!target.skip) gradient = this->saved_gradient(position, target, probability_mass(position));
+    if (!target.skip) gradient = this->saved_gradient(row.position, target, probability_mass(row.position));
     if constexpr (kGeneral) {
       if (args_.grad_probabilities.data) {
-        for (int c = int(threadIdx.x); c < this->classes(); c += int(blockDim.x)) {
-          this->store_probability_gradient(gradient, position, this->value(convert<Acc>(row.data[c])), c);
+        for (int c = thread_; c < this->classes(); c += threads_) {
+          this->store_probability_gradient(gradient, row.position, this->value(convert<Acc>(row.data[c])), c);
         }
         __syncthreads();  // the logits are read before their gradient may take their place
       }
     }
-    if (args_.grad_logits.data) write(position, row, target, gradient);
+    if (args_.grad_logits.data) write(row, target, gradient);
   }
 
   // The mass of a row of probabilities; its logits are not needed for it. Such rows are not sliced.
@@ -210,7 +217,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     if constexpr (kGeneral) {
       if (args_.has_probabilities) {
         Sums sums;
-        for (int c = int(threadIdx.x); c < this->classes(); c += int(blockDim.x)) {
+        for (int c = thread_; c < this->classes(); c += threads_) {
           sums.loss += static_cast<double>(this->mass(position, c));
         }
         return static_cast<Acc>(block_sum_for_all(sums).loss);
@@ -219,83 +226,61 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     return Acc(0);
   }
 
-  // Where a row's gradient goes.
-  struct Destination {
-    T* data;
-    bool aligned;  // with packets where the logits have theirs
-
-    __device__ __forceinline__ void store(int c, const Packet<T>& packet) const {
-      if (aligned) return store_streaming(data + c, packet);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) data[c + i] = packet.values[i];
-    }
-  };
-
-  __device__ __forceinline__ void write(std::int64_t position, const Row& row, const Target<Acc>& target,
-                                        const Gradient& gradient) const {
-    T* data = static_cast<T*>(args_.grad_logits.data) + offset_of(args_.shape, args_.grad_logits, position);
-    const Destination to{data, misalignment(data) == misalignment(row.data)};
+  __device__ __forceinline__ void write(const Row& row, const Target<Acc>& target, const Gradient& gradient) const {
+    T* grad = static_cast<T*>(args_.grad_logits.data) + offset_of(args_.shape, args_.grad_logits, row.position);
+    const bool aligned = misalignment(grad) == misalignment(row.data);
     if (target.skip) {
-      for (int p = row.first_packet + int(threadIdx.x); p < row.end; p += int(blockDim.x))
-        to.store(row.first(p), Packet<T>::filled(convert<T>(Acc(0))));
-      if (row.single >= 0) data[row.single] = convert<T>(Acc(0));
+      for (int p = row.begin + thread_; p < row.end; p += threads_) {
+        store_packet(grad + row.first(p), Packet<T>::filled(convert<T>(Acc(0))), aligned);
+      }
+      if (row.single >= 0) grad[row.single] = convert<T>(Acc(0));
       return;
     }
-    // The target's entry is written twice by the same thread, at last with its own mass. Its logit is read before.
-    const bool owns_target = !kGeneral && this->owns(row, target.index);
-    const T target_logit = owns_target ? row.data[target.index] : nothing();
-    const T single = row.single >= 0 ? row.data[row.single] : nothing();
-    int p = row.first_packet;
-    for (; p + kInFlight * int(blockDim.x) <= row.end; p += kInFlight * int(blockDim.x)) {
-      write_packets<true>(position, row, gradient, p + int(threadIdx.x), to);
-    }
-    if (p + int(threadIdx.x) < row.end) write_packets<false>(position, row, gradient, p + int(threadIdx.x), to);
-    if (row.single >= 0) {
-      data[row.single] = convert<T>(this->entry_gradient(gradient, position, convert<Acc>(single), row.single));
-    }
-    if (owns_target) {
-      data[target.index] =
-          convert<T>(this->entry_gradient(gradient, position, convert<Acc>(target_logit), target.index));
-    }
+    const T single = row.single < 0 ? nothing() : row.data[row.single];
+    const bool owns_target = owns(row, target.index);
+    const T target_entry = owns_target ? row.data[target.index] : nothing();
+    for_each_turn(row, [&]<bool kWhole>(int p) {
+      Packet<T> packets[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int at = p + u * threads_;
+        if (kWhole || at < row.end) packets[u] = kKeeps ? kept_[at - row.begin] : row.load(at);
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int at = p + u * threads_;
+        if (!kWhole && at >= row.end) break;
+        Acc x[kWidth];
+        packets[u].unpack(x);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) x[i] = other_entry_gradient(row, gradient, x[i], row.first(at) + i);
+        store_packet(grad + row.first(at), Packet<T>::pack(x), aligned);
+      }
+    });
+    const auto entry_gradient = [&](T entry, int c) {
+      return convert<T>(this->entry_gradient(gradient, row.position, convert<Acc>(entry), c));
+    };
+    if (row.single >= 0) grad[row.single] = entry_gradient(single, row.single);
+    // Once more, with its mass, by the thread that has just written it.
+    if (owns_target) grad[target.index] = entry_gradient(target_entry, target.index);
   }
 
-  template <bool kWhole>
-  __device__ __forceinline__ void write_packets(std::int64_t position, const Row& row, const Gradient& gradient, int p,
-                                                const Destination& to) const {
-    Packet<T> packets[kInFlight];
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      const int at = p + u * int(blockDim.x);
-      if (kWhole || at < row.end) packets[u] = kKeeps ? kept_[at - row.first_packet] : row.load(at);
-    }
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      const int at = p + u * int(blockDim.x);
-      if (!kWhole && at >= row.end) break;
-      Acc x[kWidth];
-      packets[u].unpack(x);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        if constexpr (kGeneral) {
-          x[i] = this->entry_gradient(gradient, position, x[i], row.first(at) + i);
-        } else {
-          x[i] = this->other_entry_gradient(gradient, x[i]);
-        }
-      }
-      to.store(row.first(at), Packet<T>::pack(x));
-    }
+  // Of an entry that need not be the target's: it is written again.
+  __device__ __forceinline__ Acc other_entry_gradient(const Row& row, const Gradient& gradient, Acc x, int c) const {
+    if constexpr (kGeneral) return this->entry_gradient(gradient, row.position, x, c);
+    return math::logit_grad(Base::exp(x - gradient.shift), gradient.factor, Acc(0));
   }
 
   // Whether this thread writes the entry of a class; -1 is none.
   __device__ __forceinline__ bool owns(const Row& row, int c) const {
-    if (c < 0) return false;
-    const int in_body = c - row.head, p = in_body / kWidth;
-    if (in_body < 0 || p >= row.packets) return row.single == c;
-    return p >= row.first_packet && p < row.end && (p - row.first_packet) % int(blockDim.x) == int(threadIdx.x);
+    if (kGeneral || c < 0) return false;
+    const int p = row.packet_of(c);
+    return p < 0 ? c == row.single : p >= row.begin && p < row.end && (p - row.begin) % threads_ == thread_;
   }
 
   const RowPlan& plan_;
-  Packet<T>* kept_;
+  Packet<T>* const kept_;
+  const int thread_ = threadIdx.x, threads_ = blockDim.x;
   int turn_ = 0;
 };
 

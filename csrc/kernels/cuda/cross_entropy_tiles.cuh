@@ -257,7 +257,9 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
 };
 
 template <class T, bool kGeneral, Pass kPass, int kLanes>
-__global__ void __launch_bounds__(kTileThreads, kGeneral ? 4 : kPass == Pass::forward_with_gradient && kLanes > 1 ? 2 : 3)
+__global__ void __launch_bounds__(kTileThreads, kGeneral                                             ? 4
+                                                : kPass == Pass::forward_with_gradient && kLanes > 1 ? 2
+                                                                                                     : 3)
     cross_entropy_tiles(const __grid_constant__ CrossEntropyArgs args, const __grid_constant__ TilePlan plan,
                         const __grid_constant__ Run run) {
   extern __shared__ __align__(16) unsigned char memory[];

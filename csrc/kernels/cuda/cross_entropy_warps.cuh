@@ -1,9 +1,10 @@
-// Cross entropy over some hundreds of classes that lie side by side: a warp for a row, which it holds in registers.
+// Cross entropy over some hundreds of classes that lie side by side: a warp for a row, or a part of one, which holds
+// the row in registers.
 //
 // A lane has up to kPerLane logits, in packets that are all asked for before the first is used; the elements before the
-// row's first aligned packet and behind its last one are single, each with a lane of its own. The warp agrees on the
-// row's maximum, then on the sum of the exponentials, which become the gradient where forward writes it too. The next
-// row's target is on its way meanwhile. Rows are finished 32 at a time, one by each lane.
+// row's first aligned packet and behind its last one are single. The lanes of a row agree on its maximum, then on the
+// sum of its exponentials, which become the gradient where forward writes it too. The next row's target is on its way
+// meanwhile. Rows are finished several at a time, one by each lane.
 
 #pragma once
 
@@ -11,28 +12,39 @@
 
 namespace fusedloss::cuda {
 
-template <class T, Pass kPass, int kPerLane>
+// What a lane holds of a row in registers, and how many blocks of a multiprocessor have so many.
+template <class T, int kPerLane>
+inline constexpr int kWarpBlocks = kPerLane * sizeof(T) > 128  ? 3
+                                   : kPerLane * sizeof(T) > 64 ? 4
+                                                               : 5;
+
+// kWhole: a warp has one row; else 32 / plan.lanes of them.
+template <class T, Pass kPass, int kPerLane, bool kWhole>
 class Warps : CrossEntropy<T, false, kPass> {
   using Base = CrossEntropy<T, false, kPass>;
   using Base::args_;
   using typename Base::Acc;
   using typename Base::Gradient;
   using typename Base::Statistics;
-  using Row = Span<const T, int>;
   static constexpr int kWidth = kPacketOf<T>, kPackets = kPerLane / kWidth;
+  static constexpr int kSingles = ceil_div(2 * (kWidth - 1), kWhole ? kWarp : kFewestWarpLanes);  // of a lane
 
  public:
-  using Base::Base;
+  __device__ __forceinline__ Warps(const CrossEntropyArgs& args, const WarpPlan& plan, const Run& run)
+      : Base(args, run), lanes_(kWhole ? kWarp : plan.lanes), lane_(threadIdx.x % lanes_) {}
 
   __device__ __forceinline__ void process(const Run& run) {
-    const int warps = blockDim.x / kWarp;
-    const std::int64_t positions = args_.shape.positions(), step = std::int64_t(gridDim.x) * warps;
-    std::int64_t position = std::int64_t(blockIdx.x) * warps + threadIdx.x / kWarp;
+    const int rows = blockDim.x / lanes_;
+    const std::int64_t positions = args_.shape.positions(), step = std::int64_t(gridDim.x) * rows;
+    std::int64_t position = std::int64_t(blockIdx.x) * rows + threadIdx.x / lanes_;
     std::int64_t index = position < positions ? this->index_at(position) : 0;
-    for (; position < positions; position += step) {
-      const Target<Acc> target = this->target_of(index);
+    // All lanes of a warp go round equally often: in the end some have no row.
+    for (; position - threadIdx.x % kWarp / lanes_ < positions; position += step) {
+      const bool exists = kWhole || position < positions;
+      Target<Acc> target{-1, false, true, Acc(0)};
+      if (exists) target = this->target_of(index);
       if (position + step < positions) index = this->index_at(position + step);
-      row(position, target);
+      row(exists ? position : -1, target);
     }
     if constexpr (kPass != Pass::backward) {
       this->finish_waiting(sums_);
@@ -41,12 +53,12 @@ class Warps : CrossEntropy<T, false, kPass> {
   }
 
  private:
-  __device__ __forceinline__ static int lane() { return threadIdx.x % kWarp; }
   __device__ __forceinline__ static T nothing() { return convert<T>(-math::kInfinity<Acc>); }
 
+  // position: -1 where there is none.
   __device__ __forceinline__ void row(std::int64_t position, const Target<Acc>& target) {
     const T* logits = static_cast<const T*>(args_.logits.data) + offset_of(args_.shape, args_.logits, position);
-    const Row row(logits, this->classes());
+    const Span<const T, int> row(logits, position < 0 ? 0 : this->classes());
 
     // Load. Of a row that is skipped nothing, and its exponentials are zeros.
     const int wanted = target.skip ? 0 : row.packets;
@@ -54,11 +66,14 @@ class Warps : CrossEntropy<T, false, kPass> {
 #pragma unroll
     for (int u = 0; u < kPackets; ++u) {
       packets[u] = Packet<T>::filled(nothing());
-      if (lane() + u * kWarp < wanted) packets[u] = row.load(lane() + u * kWarp);
+      if (lane_ + u * lanes_ < wanted) packets[u] = row.load(lane_ + u * lanes_);
     }
-    const bool has_single = lane() < row.singles;
-    T single = nothing(), target_entry = nothing();
-    if (has_single && !target.skip) single = logits[row.single(lane())];
+    T singles[kSingles], target_entry = nothing();
+#pragma unroll
+    for (int s = 0; s < kSingles; ++s) {
+      const int i = lane_ + s * lanes_;
+      singles[s] = i < row.singles && !target.skip ? logits[row.single(i)] : nothing();
+    }
     if (target.index >= 0) target_entry = logits[target.index];
 
     // Reduce.
@@ -66,15 +81,16 @@ class Warps : CrossEntropy<T, false, kPass> {
     Gradient gradient{};
     if constexpr (kPass == Pass::backward) {
       if (!target.skip) gradient = this->saved_gradient(position, target, Acc(0));
-      statistics.max = gradient.shift;
     } else {
       Packet<T> largest = packets[0];
 #pragma unroll
       for (int u = 1; u < kPackets; ++u) largest = largest.max(packets[u]);
-      statistics.max = group_max(math::max_ignoring_nan(largest.max(), convert<Acc>(single)), kWarp);
+      statistics.max = largest.max();
+      for (const T single : singles) statistics.max = math::max_ignoring_nan(convert<Acc>(single), statistics.max);
+      statistics.max = group_max(statistics.max, lanes_);
     }
-    const Acc shift = math::finite_shift(statistics.max);
-    Acc e[kPerLane];
+    const Acc shift = kPass == Pass::backward ? gradient.shift : math::finite_shift(statistics.max);
+    Acc e[kPerLane], single_e[kSingles];
 #pragma unroll
     for (int u = 0; u < kPackets; ++u) {
       Acc x[kWidth];
@@ -85,11 +101,15 @@ class Warps : CrossEntropy<T, false, kPass> {
         statistics.sum += e[u * kWidth + i];
       }
     }
-    const Acc single_e = Base::exp(convert<Acc>(single) - shift);
+#pragma unroll
+    for (int s = 0; s < kSingles; ++s) {
+      single_e[s] = Base::exp(convert<Acc>(singles[s]) - shift);
+      statistics.sum += single_e[s];
+    }
     if constexpr (kPass != Pass::backward) {
-      statistics.sum = warp_sum(statistics.sum + single_e);
+      statistics.sum = group_sum(statistics.sum, lanes_);
       const Acc target_logit = target.index < 0 ? Acc(0) : convert<Acc>(target_entry);
-      this->finish_later(position, target, statistics, target_logit, lane(), kWarp, sums_);
+      this->finish_later(position, target, statistics, target_logit, lane_, lanes_, sums_);
     }
 
     // Store.
@@ -102,29 +122,34 @@ class Warps : CrossEntropy<T, false, kPass> {
     __syncwarp();  // all lanes have read the target's logit, whose place the gradient may take
 #pragma unroll
     for (int u = 0; u < kPackets; ++u) {
-      const int p = lane() + u * kWarp;
+      const int p = lane_ + u * lanes_;
       if (p >= row.packets) break;
       Acc x[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) x[i] = math::logit_grad(e[u * kWidth + i], gradient.factor, Acc(0));
       store_packet(grad + row.first(p), Packet<T>::pack(x), aligned);
     }
-    if (has_single) grad[row.single(lane())] = convert<T>(math::logit_grad(single_e, gradient.factor, Acc(0)));
+#pragma unroll
+    for (int s = 0; s < kSingles; ++s) {
+      const int i = lane_ + s * lanes_;
+      if (i < row.singles) grad[row.single(i)] = convert<T>(math::logit_grad(single_e[s], gradient.factor, Acc(0)));
+    }
     // The target's entry once more, with its mass: by the lane that has just written it.
-    if (target.index >= 0 && lane() == row.owner(target.index, kWarp)) {
-      const Acc target_e = Base::exp(convert<Acc>(target_entry) - shift);
-      grad[target.index] = convert<T>(math::logit_grad(target_e, gradient.factor, gradient.on_target));
+    if (target.index >= 0 && row.owner(target.index, lanes_) == lane_) {
+      const Acc entry = this->entry_gradient(gradient, position, convert<Acc>(target_entry), target.index);
+      grad[target.index] = convert<T>(entry);
     }
   }
 
+  const int lanes_, lane_;  // of a row, and this one's place among them
   Sums sums_;
 };
 
-template <class T, Pass kPass, int kPerLane>
-__global__ void __launch_bounds__(kWarpRowThreads, kPerLane * sizeof(T) > 128 ? 3 : kPerLane * sizeof(T) > 64 ? 4 : 5)
+template <class T, Pass kPass, int kPerLane, bool kWhole>
+__global__ void __launch_bounds__(kWarpRowThreads, kWarpBlocks<T, kPerLane>)
     cross_entropy_warps(const __grid_constant__ CrossEntropyArgs args, const __grid_constant__ WarpPlan plan,
                         const __grid_constant__ Run run) {
-  Warps<T, kPass, kPerLane>(args, run).process(run);
+  Warps<T, kPass, kPerLane, kWhole>(args, plan, run).process(run);
 }
 
 }  // namespace fusedloss::cuda

@@ -52,10 +52,9 @@ __device__ __forceinline__ void fill(const NllArgs& args, const Layout& layout, 
   const std::int64_t classes = args.shape.classes, entries = (end - begin) * classes;
   const T zero = convert<T>(0.0f);
   if (layout.stream) {
-    const Packets<T> packets(grad + begin * classes, entries);
-    Packet<T> zeros;
-    for (int i = 0; i < Packets<T>::kWidth; ++i) zeros.values[i] = zero;
-    for (std::int64_t p = threadIdx.x; p < packets.size(); p += blockDim.x) packets.store(packets.first(p), zeros);
+    const Span<T> to(grad + begin * classes, entries);
+    for (std::int64_t p = threadIdx.x; p < to.packets; p += blockDim.x) to.store(p, Packet<T>::filled(zero));
+    if (threadIdx.x < to.singles) to.data[to.single(threadIdx.x)] = zero;
     return;
   }
   // Neighbouring threads write neighbours in memory.

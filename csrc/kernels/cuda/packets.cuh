@@ -235,8 +235,10 @@ __device__ __forceinline__ void store_streaming(T* to, const Packet<T, N>& packe
 template <class T, int N>
 __device__ __forceinline__ void store_packet(T* to, const Packet<T, N>& packet, bool aligned) {
   if (aligned) return store_streaming(to, packet);
+  T values[N];
+  memcpy(values, &packet, sizeof(values));
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = packet.values[i];
+  for (int i = 0; i < N; ++i) to[i] = values[i];
 }
 
 template <class T>
@@ -274,12 +276,15 @@ struct Span {
   __device__ __forceinline__ Index first(Index p) const { return head + p * kWidth; }
   __device__ __forceinline__ Index single(int i) const { return i < head ? i : i + packets * kWidth; }
 
-  // Which of so many threads has an element, where thread t has the single element t and the packets t, t + threads,
-  // ...
+  // Which of so many threads has an element, where thread t has the packets and the single elements t, t + threads, ...
   __device__ __forceinline__ int owner(Index element, int threads) const {
+    const Index p = packet_of(element);
+    return static_cast<int>((p >= 0 ? p : element < head ? element : element - packets * kWidth) % threads);
+  }
+  // The packet that has an element; -1: the element is single.
+  __device__ __forceinline__ Index packet_of(Index element) const {
     const Index in_body = element - head, p = in_body / kWidth;
-    if (in_body >= 0 && p < packets) return static_cast<int>(p % threads);
-    return static_cast<int>(in_body < 0 ? element : element - packets * kWidth);
+    return in_body >= 0 && p < packets ? p : -1;
   }
 
   __device__ __forceinline__ Packet<Value> load(Index p) const { return load_streaming<kWidth>(data + first(p)); }

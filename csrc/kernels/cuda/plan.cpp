@@ -104,10 +104,12 @@ std::optional<Step> plan_tiles(const Problem& problem, Workspace& workspace) {
 
 std::optional<Step> plan_warps(const Problem& problem, Workspace& workspace) {
   if (problem.general || problem.classes > kWarp * kMostWarpLogits) return {};
-  Step step{WarpPlan{}, problem.pass};
-  step.variant = problem.classes <= kWarp * kFewWarpLogits ? kFewWarpLogits : kMostWarpLogits;
+  WarpPlan plan{kFewestWarpLanes};
+  while (plan.lanes < kWarp && problem.classes > plan.lanes * kFewWarpLogits) plan.lanes *= 2;
+  Step step{plan, problem.pass};
+  if (plan.lanes == kWarp) step.variant = problem.classes <= kWarp * kFewWarpLogits ? kFewWarpLogits : kMostWarpLogits;
   step.shape = {.threads = kWarpRowThreads};
-  problem.set_blocks(step, ceil_div(problem.positions, kWarpRowThreads / kWarp), workspace);
+  problem.set_blocks(step, ceil_div(problem.positions, kWarpRowThreads / plan.lanes), workspace);
   return step;
 }
 

@@ -26,6 +26,7 @@ inline constexpr int kOneLaneClasses = 16, kFewLanes = 4, kFewLanesClasses = 128
 inline constexpr int kRowThreads = 1024;                         // the most
 inline constexpr int kWarpRowThreads = 128;                      // where a warp has a row
 inline constexpr int kFewWarpLogits = 32, kMostWarpLogits = 64;  // of a lane then: warps are compiled for both
+inline constexpr int kFewestWarpLanes = 8;                       // of a row
 inline constexpr int kColumnThreads = 128;                       // the most
 
 // Blocks of one cluster that every device with clusters can launch.
@@ -57,7 +58,9 @@ struct TilePlan {
   constexpr std::size_t elements() const { return std::size_t(start + rows * pitch + 2 * kPacketBytes) / 16 * 16; }
 };
 
-struct WarpPlan {};  // all is in the variant: the most logits that a lane holds
+struct WarpPlan {
+  int lanes = kWarp;  // of a row
+};
 
 struct RowPlan {
   int slices = 1;  // of a row, each read by one block; of a cluster, where there are clusters
@@ -144,8 +147,8 @@ struct Step {
   std::variant<DivisorPlan, TilePlan, WarpPlan, RowPlan, ColumnPlan> plan;
   Pass pass = Pass::forward;
   bool general = false;  // entries need more than their logit: smoothing, probabilities or a soft cap
-  int variant = 0;  // the kernel's last template argument: lanes of tiles, what a lane of warps holds, whether rows
-                    // have clusters, the width of columns
+  int variant = 0;  // the kernel's last template argument: lanes of tiles, logits of a lane of a whole warp, whether
+                    // rows have clusters, the width of columns
   Launch shape = {};
   GridPieces grid = {};                    // of the total
   Piece row_tickets = {}, row_parts = {};  // where slices of a row meet through memory
