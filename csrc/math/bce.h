@@ -23,7 +23,8 @@ struct Bce {
     return value < Acc(-100) ? Acc(-100) : value;
   }
 
-  template <class Acc>
+  // Near 1 an approximate logarithm has too few digits for half precision too: nothing is fast.
+  template <bool kFast = false, class Acc>
   FUSEDLOSS_FN static LossAndSlope<Acc> evaluate(Acc p, Acc t, Acc) {
     const Acc least = Acc(1e-12f);  // native's constant is a float, in float64 too
     const Acc variance = (Acc(1) - p) * p;
