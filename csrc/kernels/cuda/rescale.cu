@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, 4) rescale_gradient(const __grid_con
   const double quotient = load_floating<double>(args.grad_output, args.grad_output_dtype, 0) / scale;
   if (quotient == 1) return;
   const Acc factor = static_cast<Acc>(quotient);
-  const bool keeps_zeros = args.keep_zeros && !(math::abs(factor) < math::kInfinity<Acc>);  // else they stay anyway
+  const bool keeps_zeros = args.keep_zeros && !(math::abs(factor) < math::kInfinity<Acc>);  // a finite one keeps them
   const auto rescale = [&](auto packet) {
     Acc values[sizeof(packet) / sizeof(T)];
     packet.unpack(values);
