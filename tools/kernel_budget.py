@@ -84,13 +84,14 @@ FORWARD, STEP, BACKWARD = (f"(fusedloss::Pass){number}" for number in range(3))
 
 def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
     width = 16 // size
-    ce, rows, warps, tiles, columns, bce = (
+    ce, rows, warps, tiles, columns, bce, bce_packets = (
         f"cross_entropy_{dtype}",
         f"cross_entropy_rows<{t}, false, ",
         f"cross_entropy_warps<{t}, ",
         f"cross_entropy_tiles<{t}, false, ",
         f"cross_entropy_columns<{t}, false, ",
         f"elementwise<fusedloss::math::BceWithLogits, {t}, ",
+        f"elementwise_packets<fusedloss::math::BceWithLogits, {t}, ",
     )
     warp = Hot("row", WARP_CLASSES / 32, ENTRIES, FINISH, every=32)
     # Rows of as many classes as a lane, or four of them, can hold; of 24 KB a tile has so many rows of each lane.
@@ -130,10 +131,23 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
             read_write,
             [COPY, READ, WRITE, item],
         ),
-        ("BCE with logits, forward with gradient", f"{bce}true, {STEP}>", "bce_with_logits", 3 * size, [WRITE]),
+        (
+            "BCE with logits, forward with gradient",
+            f"{bce_packets}{t}, false, {STEP}>",
+            "bce_with_logits",
+            3 * size,
+            [WRITE],
+        ),
+        (
+            "BCE with logits, uint8 labels and weights of columns, forward with gradient",
+            f"{bce_packets}unsigned char, true, {STEP}>",
+            "bce_with_logits",
+            2 * size + 1,
+            [WRITE],
+        ),
         (
             "BCE with logits, general, forward with gradient",
-            f"{bce}false, {STEP}>",
+            f"{bce}{STEP}>",
             "bce_with_logits",
             3 * size,
             [element],

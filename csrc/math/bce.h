@@ -24,10 +24,32 @@ struct Bce {
   }
 
   template <class Acc>
+  struct Logarithms {
+    Acc of_p, of_rest;  // rest: 1 - p
+  };
+
+  // kFast: the smaller of p and 1 - p has a logarithm that an approximation is close to, and the larger one, near 1,
+  // that of the quotient of both plus 1.
+  template <bool kFast, class Acc>
+  FUSEDLOSS_FN static Logarithms<Acc> logarithms(Acc p) {
+    if constexpr (kFast) {
+      const Acc rest = Acc(1) - p;
+      const bool less = p < rest;
+      const Acc smaller = less ? p : rest, larger = less ? rest : p;
+      const Acc of_smaller = fast_log(smaller), of_larger = -fast_log1p_unit(fast_divide(smaller, larger));
+      return {less ? of_smaller : of_larger, less ? of_larger : of_smaller};
+    } else {
+      return {log(p), log1p(-p)};
+    }
+  }
+
+  // kFast: half precision will hide what fast functions lose.
+  template <bool kFast = false, class Acc>
   FUSEDLOSS_FN static LossAndSlope<Acc> evaluate(Acc p, Acc t, Acc) {
     const Acc least = Acc(1e-12f);  // native's constant is a float, in float64 too
     const Acc variance = (Acc(1) - p) * p;
-    return {(t - Acc(1)) * at_least_minus_100(log1p(-p)) - t * at_least_minus_100(log(p)),
+    const Logarithms<Acc> logs = logarithms<kFast>(p);
+    return {(t - Acc(1)) * at_least_minus_100(logs.of_rest) - t * at_least_minus_100(logs.of_p),
             fast_divide(p - t, variance < least ? least : variance)};
   }
 

@@ -18,23 +18,24 @@ struct BceWithLogits {
     return true;
   }
 
-  // The exponential is shared; where only one of the two results is used, the compiler drops what the other needs.
-  template <class Acc>
+  // kFast: half precision will hide what fast functions lose. The exponential is shared; where only one of the two
+  // results is used, the compiler drops what the other needs.
+  template <bool kFast = false, class Acc>
   FUSEDLOSS_FN static LossAndSlope<Acc> evaluate(Acc x, Acc t, Acc pos_weight) {
-    const Acc e = exp_nonpositive(-abs(x));
+    const Acc e = kFast ? fast_exp(-abs(x)) : exp_nonpositive(-abs(x));
     const Acc positive = pos_weight * t, negative = Acc(1) - t;
 
-    const Acc tail = log1p_unit(e);
-    // Half the sum rather than a comparison: -inf gives NaN, as in native torch, where -inf + inf meet.
-    const Acc positive_part = Acc(0.5) * x + Acc(0.5) * abs(x);
-    const Acc negative_part = x < Acc(0) ? -x : Acc(0);
+    const Acc tail = kFast ? fast_log1p_unit(e) : log1p_unit(e);
+    // A sum rather than a comparison: -inf gives NaN, as in native torch, where -inf + inf meet.
+    const Acc negative_part = max_ignoring_nan(-x, Acc(0));
+    const Acc positive_part = x + negative_part;
     const Acc loss = negative * (positive_part + tail) + positive * (negative_part + tail);
 
     // The sigmoid's smaller side, which is known with full relative accuracy; the other is 1 - smaller.
     const Acc smaller = fast_divide(e, Acc(1) + e);
     const Acc both = smaller * (negative + positive);
-    // positive - positive is 0, or NaN where an infinite pos_weight makes native's gradient NaN.
-    const Acc slope = (x < Acc(0) ? both - positive : negative - both) + (positive - positive);
+    // What is taken off last is 0, or NaN where an infinite pos_weight makes native's gradient NaN.
+    const Acc slope = (x < Acc(0) ? both - positive : negative - both) - Acc(0) * pos_weight;
     return {loss, slope};
   }
 

@@ -82,6 +82,9 @@ struct Format<float> {
                                            0.199567079522518358f,   -0.163651528692055351f, 0.130333642382428156f,
                                            -0.0913941377401492021f, 0.0493099734345496944f, -0.0171842669824487093f,
                                            0.00280164199280334992f};
+  // The same, to 1.5e-6
+  static constexpr float fast_log1p_series[] = {-0.499907463788986206f, 0.331404268741607666f, -0.236113458871841431f,
+                                                0.151027724146842957f,  -0.0678512379527092f,  0.0145883290097117424f};
 };
 
 template <>
@@ -127,7 +130,12 @@ FUSEDLOSS_FN Acc zero_if(bool condition, Acc value) {
 template <class Acc>
 FUSEDLOSS_FN Acc fast_divide(Acc a, Acc b) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<Acc, float>) return __fdividef(a, b);
+  // As __fdividef, without its scaling of a denormal or enormous b.
+  if constexpr (std::is_same_v<Acc, float>) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
+    return a * reciprocal;
+  }
 #endif
   return a / b;
 }
@@ -253,6 +261,16 @@ FUSEDLOSS_FN Acc log(Acc x) {
 #endif
 }
 
+// log(x) for x in [0, 1/2], where half precision will hide what it loses. Nearer to 1 the approximation on the device,
+// which is off by a part of 1, has fewer digits of the result.
+template <class Acc>
+FUSEDLOSS_FN Acc fast_log(Acc x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Acc, float>) return __logf(x);
+#endif
+  return log(x);
+}
+
 // log(1 + x) for x in [0, 1], as softplus needs it: no division, and no exponent to take apart.
 template <class Acc>
 FUSEDLOSS_FN Acc log1p_unit(Acc x) {
@@ -260,6 +278,15 @@ FUSEDLOSS_FN Acc log1p_unit(Acc x) {
   if constexpr (std::is_same_v<Acc, double>) return ::log1p(x);
 #endif
   return polynomial<Format<Acc>::log1p_series>(x) * (x * x) + x;
+}
+
+// The same, where half precision will hide what it loses: a shorter series on the device.
+template <class Acc>
+FUSEDLOSS_FN Acc fast_log1p_unit(Acc x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Acc, float>) return polynomial<Format<Acc>::fast_log1p_series>(x) * (x * x) + x;
+#endif
+  return log1p_unit(x);
 }
 
 // log(1 + x) for x in [-1, 1]: the rounding error of 1 + x is known exactly and put back to first order.

@@ -259,6 +259,19 @@ void check_nll(const CpuReference& cpu, Dtype dtype, bool full) {
   if (full) NllCheck(cpu, {.shape = {1, 50257, 9}, .dtype = dtype, .lead = 1}, kPlain[1]).run();
 }
 
+// While it lives, this thread plans its launches as for such a device.
+class PretendedDevice {
+ public:
+  explicit PretendedDevice(const fusedloss::cuda::Device& device) : device_(device) { current_ = &device_; }
+  ~PretendedDevice() { current_ = before_; }
+  PretendedDevice(const PretendedDevice&) = delete;
+
+ private:
+  const fusedloss::cuda::Device*& current_ = fusedloss::cuda::pretended_device;
+  const fusedloss::cuda::Device device_;
+  const fusedloss::cuda::Device* const before_ = current_;
+};
+
 // --- Losses of one element ---
 
 const ElementOptions kElementOptions[] = {
@@ -294,24 +307,63 @@ const ElementOptions kElementOptions[] = {
      .gaps_in_target = true,
      .in_place = true},
     {.name = "all ignored", .reduction = Reduction::sum, .ignored = 1},
+    {.name = "uint8 targets, weights of columns, none, some ignored",
+     .reduction = Reduction::none,
+     .other_target = true,
+     .target_dtype = Dtype::uint8,
+     .ignored = 5,
+     .weight = Weight::of_columns,
+     .pos_weight = Weight::of_columns},
+    {.name = "uint8 targets, one weight, pos_weights of columns",
+     .other_target = true,
+     .target_dtype = Dtype::uint8,
+     .weight = Weight::one,
+     .pos_weight = Weight::of_columns},
+    {.name = "weights of elements, in place",
+     .weight = Weight::of_elements,
+     .pos_weight = Weight::of_columns,
+     .in_place = true},
+    {.name = "int64 targets, one weight, sum, some ignored",
+     .reduction = Reduction::sum,
+     .other_target = true,
+     .target_dtype = Dtype::int64,
+     .ignored = 3,
+     .weight = Weight::one},
+    {.name = "wide weights of columns",
+     .weight = Weight::of_columns,
+     .pos_weight = Weight::one,
+     .accumulated_weights = true},
+    {.name = "int32 targets, some ignored", .other_target = true, .target_dtype = Dtype::int32, .ignored = 5},
 };
 
 void check_elements(const CpuReference& cpu, Dtype dtype, bool full) {
+  const std::int64_t packet = 16 / bytes_of(dtype);
   for (const bool with_logits : {true, false}) {
-    for (const ElementOptions& options : kElementOptions) {
-      for (const ElementCase& c :
-           {ElementCase{1, 1, dtype}, ElementCase{3, 7, dtype, 1, 0}, ElementCase{5, 61, dtype, 1, 2}}) {
-        ElementCheck(cpu, with_logits, c, options).run();
-      }
-      if (full) {
-        for (const ElementCase& c : {ElementCase{17, 64, dtype}, ElementCase{29, 1001, dtype, 1, 1}}) {
-          ElementCheck(cpu, with_logits, c, options).run();
-        }
-      }
+    const auto check = [&](const ElementCase& c) {
+      for (const ElementOptions& options : kElementOptions) ElementCheck(cpu, with_logits, c, options).run();
+    };
+    for (const std::int64_t columns : {packet - 1, packet, packet + 1, 3 * packet}) check({1, columns, dtype});
+    for (const ElementCase& c : {ElementCase{1, 1, dtype}, ElementCase{3, 7, dtype, 1, 0},
+                                 ElementCase{3, 2 * packet, dtype}, ElementCase{5, 61, dtype, 1, 2},
+                                 // The target's packets are aligned where the input's are, whatever its type.
+                                 ElementCase{5, 61, dtype, 16, 16}, ElementCase{5, 61, dtype, 1, 1}}) {
+      check(c);
+    }
+    if (full) {
+      check({17, 64, dtype});
+      check({29, 1001, dtype, 1, 1});
     }
     // More than a block counts for itself, and the divisor has a launch of its own.
     if (!full) ElementCheck(cpu, with_logits, {1, 16390, dtype, 1, 0}, kElementOptions[4]).run();
     if (full) ElementCheck(cpu, with_logits, {1000, 701, dtype, 0, 1}, kElementOptions[4]).run();
+    // More packets than threads.
+    fusedloss::cuda::Device device = fusedloss::cuda::current_device();
+    device.multiprocessors = 1;
+    const PretendedDevice pretended(device);
+    for (const ElementOptions& options : {kElementOptions[4], kElementOptions[13], kElementOptions[6]}) {
+      const std::int64_t columns = 40 * packet;
+      ElementCheck(cpu, with_logits, {(full ? 800000 : 4700 * packet) / columns, columns, dtype}, options).run();
+    }
   }
 }
 

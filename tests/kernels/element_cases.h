@@ -20,6 +20,7 @@ struct ElementOptions {
   int ignored = 0;  // one in so many; 1: all
   Weight weight = Weight::none;
   Weight pos_weight = Weight::none;
+  bool accumulated_weights = false;  // of the accumulate type
   bool gaps_in_input = false;
   bool gaps_in_target = false;
   bool grad_target = false;
@@ -30,7 +31,7 @@ struct ElementOptions {
 struct ElementCase {
   std::int64_t rows, columns;
   Dtype dtype;
-  int lead = 0;         // elements before the input and the gradient
+  int lead = 0;         // elements before the input, what lies beside each of its elements, and the gradient
   int target_lead = 0;  // before the target
 };
 
@@ -74,12 +75,13 @@ class ElementCheck {
   View make_linear(Dtype dtype, int lead = 0) { return make(dtype, case_.columns, 1, lead); }
   View make_weight(Weight weight, Random& random) {
     View view;
+    const Dtype dtype = options_.accumulated_weights ? acc_ : case_.dtype;
     switch (weight) {
       case Weight::none: return view;
-      case Weight::of_columns: view = make(case_.dtype, 0, 1); break;
-      case Weight::of_rows: view = make(case_.dtype, 1, 0); break;
-      case Weight::of_elements: view = make_linear(case_.dtype); break;
-      case Weight::one: view = make(case_.dtype, 0, 0); break;
+      case Weight::of_columns: view = make(dtype, 0, 1); break;
+      case Weight::of_rows: view = make(dtype, 1, 0); break;
+      case Weight::of_elements: view = make_linear(dtype, case_.lead); break;
+      case Weight::one: view = make(dtype, 0, 0); break;
     }
     for (std::int64_t i = 0; i < view.buffer.count(); ++i) view.buffer.set(i, 0.5 + random.uniform());
     view.buffer.upload();
@@ -130,12 +132,12 @@ class ElementCheck {
     if (with_logits_) pos_weight_ = make_weight(options_.pos_weight, random);
     const bool none = options_.reduction == Reduction::none;
     if (none) {
-      loss_ = make_linear(case_.dtype);
+      loss_ = make_linear(case_.dtype, case_.lead);
     } else {
       total_ = Buffer(case_.dtype, 1);
     }
     divisor_ = Buffer(Dtype::float64, 1);
-    grad_loss_ = none && !options_.one_grad_loss ? make_linear(case_.dtype) : make(case_.dtype, 0, 0);
+    grad_loss_ = none && !options_.one_grad_loss ? make_linear(case_.dtype, case_.lead) : make(case_.dtype, 0, 0);
     for (std::int64_t i = 0; i < grad_loss_.buffer.count(); ++i) grad_loss_.buffer.set(i, 0.5 + random.uniform());
     grad_loss_.buffer.upload();
     grad_ = options_.gaps_in_input ? make(case_.dtype, 2 * case_.columns + 1, 2, case_.lead)
@@ -199,12 +201,15 @@ class ElementCheck {
     return {w * (std::log1p(-x) - std::log(x)), w * (std::fabs(std::log1p(-x)) + std::fabs(std::log(x)))};
   }
 
-  // A handful of elementary functions, each off by a unit or two, and as many products and sums.
+  // A handful of elementary functions, each off by a unit or two, and as many products and sums. Half precision has
+  // functions of its own, off by more.
+  double functions() const { return (rounding(case_.dtype) > rounding(Dtype::float32) ? 60 : 12) * rounding(acc_); }
+
   double tolerance(const Answer& answer, double factor, Dtype out) const {
     if (answer.size == 0) return 0;
     // Where an answer is infinite both sides are, and the tolerance must be a number.
     const double size = std::isinf(answer.size) ? 0 : answer.size, value = std::isinf(answer.value) ? 0 : answer.value;
-    return factor * (12 * rounding(acc_) * size + rounding(out) * std::fabs(value)) + smallest(out) + smallest(acc_);
+    return factor * (functions() * size + rounding(out) * std::fabs(value)) + smallest(out) + smallest(acc_);
   }
 
   void check_totals(const std::string& what) {
@@ -217,7 +222,7 @@ class ElementCheck {
       const Answer loss = loss_of(e);
       sum += loss.value;
       // Up to 16 packets are added up in the accumulate type, and all of them in float64.
-      lost += ((16 + 12) * rounding(acc_) + std::sqrt(double(count_)) * 0x1p-53) * loss.size;
+      lost += (16 * rounding(acc_) + functions() + std::sqrt(double(count_)) * 0x1p-53) * loss.size;
     }
     const double scale = options_.reduction == Reduction::mean ? 1 / counted_ : 1;
     const double truth = static_cast<double>(sum) * scale;

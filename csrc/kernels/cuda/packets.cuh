@@ -142,6 +142,12 @@ struct alignas(N * sizeof(T)) Packet {
     if constexpr (kPairs) {
 #pragma unroll
       for (int i = 0; i < N; ++i) x[i] = i % 2 ? Pair<T>::high(words[i / 2]) : Pair<T>::low(words[i / 2]);
+    } else if constexpr (std::is_same_v<T, std::uint8_t> && sizeof(Word) == 4) {
+      // A byte becomes the lowest of 2^23, whose unit in the last place is 1.
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        x[i] = static_cast<Acc>(__uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7440u + i % 4)) - 0x1p23f);
+      }
     } else {
       T values[N];
       memcpy(values, words, sizeof(values));
@@ -210,15 +216,27 @@ using PacketBits = std::conditional_t<
     kBytes == 16, uint4,
     std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
-// Streamed: each is used once, and must not drive from the cache what is used again. One element alone is no packet:
-// its neighbours are read by others.
+// Streamed: each is used once, and must not drive from the cache what is used again. A packet of more than 16 bytes
+// comes in several loads. One element alone is no packet: its neighbours are read by others.
 template <int N, class T>
 __device__ FUSEDLOSS_LOAD Packet<T, N> load_streaming(const T* from) {
+  constexpr int kBytes = sizeof(Packet<T, N>), kLoads = kBytes > kPacketBytes ? kBytes / kPacketBytes : 1;
+  using Bits = PacketBits<kBytes / kLoads>;
+  if constexpr (N > 1) {
+    Bits loaded[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) loaded[k] = __ldcs(reinterpret_cast<const Bits*>(from) + k);
+    return bits<Packet<T, N>>(loaded);
+  }
+  return Packet<T, N>::filled(from[0]);
+}
+
+// Not streamed: it is used again.
+template <int N, class T>
+__device__ __forceinline__ Packet<T, N> load_cached(const T* from) {
   using Bits = PacketBits<sizeof(Packet<T, N>)>;
-  if constexpr (N > 1) return bits<Packet<T, N>>(__ldcs(reinterpret_cast<const Bits*>(from)));
-  Packet<T, N> packet;
-  packet.values[0] = from[0];
-  return packet;
+  if constexpr (N > 1) return bits<Packet<T, N>>(*reinterpret_cast<const Bits*>(from));
+  return Packet<T, N>::filled(from[0]);
 }
 
 template <class T, int N>
