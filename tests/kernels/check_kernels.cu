@@ -259,19 +259,6 @@ void check_nll(const CpuReference& cpu, Dtype dtype, bool full) {
   if (full) NllCheck(cpu, {.shape = {1, 50257, 9}, .dtype = dtype, .lead = 1}, kPlain[1]).run();
 }
 
-// While it lives, this thread plans its launches as for such a device.
-class PretendedDevice {
- public:
-  explicit PretendedDevice(const fusedloss::cuda::Device& device) : device_(device) { current_ = &device_; }
-  ~PretendedDevice() { current_ = before_; }
-  PretendedDevice(const PretendedDevice&) = delete;
-
- private:
-  const fusedloss::cuda::Device*& current_ = fusedloss::cuda::pretended_device;
-  const fusedloss::cuda::Device device_;
-  const fusedloss::cuda::Device* const before_ = current_;
-};
-
 // --- Losses of one element ---
 
 const ElementOptions kElementOptions[] = {
@@ -357,9 +344,7 @@ void check_elements(const CpuReference& cpu, Dtype dtype, bool full) {
     if (!full) ElementCheck(cpu, with_logits, {1, 16390, dtype, 1, 0}, kElementOptions[4]).run();
     if (full) ElementCheck(cpu, with_logits, {1000, 701, dtype, 0, 1}, kElementOptions[4]).run();
     // More packets than threads.
-    fusedloss::cuda::Device device = fusedloss::cuda::current_device();
-    device.multiprocessors = 1;
-    const PretendedDevice pretended(device);
+    const PretendedDevice pretended(kOneMultiprocessor);
     for (const ElementOptions& options : {kElementOptions[4], kElementOptions[13], kElementOptions[6]}) {
       const std::int64_t columns = 40 * packet;
       ElementCheck(cpu, with_logits, {(full ? 800000 : 4700 * packet) / columns, columns, dtype}, options).run();
