@@ -24,6 +24,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
   using Packet = cuda::Packet<T, kWidth>;
 
   static constexpr int kClassesInFlight = kGeneral ? 4 : 8;
+  static constexpr int kUnrolled = kWidth > 2 ? 2 : 4;  // classes, where each takes a dozen instructions a position
 
  public:
   __device__ __forceinline__ Columns(const CrossEntropyArgs& args, const ColumnPlan& plan, const Run& run, Packet* kept)
@@ -151,7 +152,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
       rows[i].max = max[i];
       shift[i] = math::finite_shift(max[i]);
     }
-#pragma unroll 2
+#pragma unroll kUnrolled
     for (int c = 0; c < this->classes(); ++c) {
       Acc x[kWidth];
       kept(c).unpack(x);
@@ -164,7 +165,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
   __device__ __forceinline__ void gradients_in_place(const Target<Acc> (&targets)[kWidth],
                                                      const Gradient (&gradients)[kWidth],
                                                      const Acc (&on_targets)[kWidth]) const {
-#pragma unroll 2
+#pragma unroll kUnrolled
     for (int c = 0; c < this->classes(); ++c) {
       Acc x[kWidth];
       kept(c).unpack(x);
