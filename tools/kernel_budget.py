@@ -47,8 +47,8 @@ GPUS = {"H100": Gpu(132, 4 * 32, 1.85e9, 3.0e12), "H200": Gpu(132, 4 * 32, 1.85e
 class Hot:
     """A hot loop.
 
-    stream: copy, read, write or fill, a loop over packets (sass.Code.streams). Or a loop over more than those: `row`
-    and `item` go round all of them and leave them out, `element` takes single elements.
+    stream: copy, read, write, fill, max, sum or change, a loop over packets (sass.Code.streams). Or a loop over more
+    than those: `row` and `item` go round all of them and leave them out, `element` takes single elements.
     """
 
     stream: str
@@ -65,6 +65,7 @@ class Kernel:
     file: str
     bytes: int  # of a logit that are read and written
     loops: tuple[Hot, ...]
+    packet: int = sass.PACKET  # bytes
 
     @property
     def name(self) -> str:
@@ -72,12 +73,14 @@ class Kernel:
 
 
 READ, WRITE, COPY, FILL = Hot("read"), Hot("write"), Hot("copy"), Hot("fill")
+KEPT = [COPY, Hot("max"), Hot("sum")]
 # A long row's target is looked at before its packets are copied; here in int64.
 COPY_UNLESS_IGNORED = Hot("copy", through=r"LDG\.E\.64")
 # Each entry of a lane is read from shared memory, takes part in the maximum, has its exponentials and is written back.
 # The target's is read once more.
 ENTRIES = r"(LDS|STS)(\.U16)?$|FMNMX|MUFU\.EX2"
-IMAGE_CLASSES = 19  # which share what is done once for a position
+IMAGE_CLASSES, MANY_CLASSES = 19, 150  # which share what is done once for a position
+NARROW = 4  # bytes of a packet of positions, where there are so many classes
 FORWARD, STEP, BACKWARD = (f"(fusedloss::Pass){number}" for number in range(3))
 
 
@@ -91,9 +94,10 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
         f"elementwise<fusedloss::math::BceWithLogits, {t}, ",
     )
     row, short_row = Hot("row", 32, ENTRIES), Hot("row", 16, ENTRIES)
-    item = Hot("item", IMAGE_CLASSES * width)
+    item, narrow_item = Hot("item", IMAGE_CLASSES * width), Hot("item", MANY_CLASSES * NARROW // size)
     element = Hot("element", 1, "LDG|STG")
     read, read_write = size, 2 * size
+    narrow = f"columns, {MANY_CLASSES} classes, forward with gradient"
     found = [
         ("rows, forward", f"{rows}{FORWARD}, false>", ce, read, [READ]),
         ("rows, forward with gradient", f"{rows}{STEP}, false>", ce, read_write, [READ, WRITE]),
@@ -108,13 +112,20 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
         ),
         ("tiles, 16 a lane, forward", f"{tiles}{FORWARD}, 16>", ce, read, [COPY, short_row]),
         ("tiles, 16 a lane, forward with gradient", f"{tiles}{STEP}, 16>", ce, read_write, [COPY, short_row, WRITE]),
-        (f"columns, {IMAGE_CLASSES} classes, forward", f"{columns}{FORWARD}, {width}>", ce, read, [READ, item]),
+        (f"columns, {IMAGE_CLASSES} classes, forward", f"{columns}{FORWARD}, {width}>", ce, read, [*KEPT, item]),
         (
             f"columns, {IMAGE_CLASSES} classes, forward with gradient",
             f"{columns}{STEP}, {width}>",
             ce,
             read_write,
-            [COPY, READ, WRITE, item],
+            [*KEPT, Hot("change"), WRITE, item],
+        ),
+        (
+            narrow,
+            f"{columns}{STEP}, {NARROW // size}>",
+            ce,
+            read_write,
+            [*KEPT, Hot("change"), WRITE, narrow_item],
         ),
         ("BCE with logits, forward with gradient", f"{bce}true, {STEP}>", "bce_with_logits", 3 * size, [WRITE]),
         (
@@ -127,7 +138,10 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
         ("nll, backward", f"nll_backward<{t}>", "nll", size, [FILL]),
         ("rescaled gradient", f"rescale_gradient<{t}>", "rescale", read_write, [WRITE]),
     ]
-    return [Kernel(name, dtype, code, file, moved, tuple(loops)) for name, code, file, moved, loops in found]
+    return [
+        Kernel(name, dtype, code, file, moved, tuple(loops), NARROW if name == narrow else sass.PACKET)
+        for name, code, file, moved, loops in found
+    ]
 
 
 KERNELS = {k.name: k for k in [*kernels("bfloat16", "__nv_bfloat16", 2), *kernels("float32", "float", 4)]}
@@ -148,7 +162,7 @@ Costs = dict[str, dict[str, Cost]]  # by kernel and loop
 
 def cost_of(hot: Hot, code: sass.Code, dtype_bytes: int) -> Cost:
     if hot.stream in ("row", "item"):
-        inside = code.streams["copy" if hot.stream == "row" else "read"]
+        inside = code.streams["copy"]
         path = code.around_path(code.around(inside), hot.work)
     elif hot.stream == "element":
         path = code.around_path(code.elements, hot.work)
@@ -156,9 +170,11 @@ def cost_of(hot: Hot, code: sass.Code, dtype_bytes: int) -> Cost:
         path = code.fast_path(code.streams[hot.stream], hot.through)
     else:
         raise sass.Unreadable(f"no loop that would {hot.stream} packets")
-    logits = hot.logits or sass.packets(path) * 16 // dtype_bytes
-    loops = code.purposes[hot.stream] if hot.stream in code.streams else None
-    return Cost(round(code.cost(path) / logits, 2), sass.in_flight(path), loops)
+    logits = hot.logits or sass.packets(path, code.packet) * code.packet // dtype_bytes
+    instructions = round(code.cost(path) / logits, 2)
+    if hot.stream not in code.streams:
+        return Cost(instructions, None)
+    return Cost(instructions, sass.in_flight(path, code.packet), code.purposes[hot.stream])
 
 
 def measure(cuobjdump: str, objects: Path, names: Callable[[list[str]], dict[str, str]]) -> tuple[Costs, list[str]]:
@@ -177,7 +193,7 @@ def measure(cuobjdump: str, objects: Path, names: Callable[[list[str]], dict[str
                 missing.append(f"{kernel.name}: no kernel {kernel.code} in {file}.o")
                 continue
             try:
-                control_flow = sass.Code(code)
+                control_flow = sass.Code(code, kernel.packet)
                 size = 2 if kernel.dtype == "bfloat16" else 4
                 costs[kernel.name] = {hot.stream: cost_of(hot, control_flow, size) for hot in kernel.loops}
             except sass.Unreadable as problem:
