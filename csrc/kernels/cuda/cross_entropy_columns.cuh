@@ -72,7 +72,10 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
           gradients[i] = kPass == Pass::backward ? this->saved_gradient(first + i, target, this->mass_of(rows[i]))
                                                  : this->gradient(first + i, target, rows[i]);
         }
-        on_targets[i] = this->entry_gradient(gradients[i], first + i, logit, target.index);
+        on_targets[i] = Acc(0);
+        if (kInPlace && target.index >= 0) {
+          on_targets[i] = this->entry_gradient(gradients[i], first + i, logit, target.index);
+        }
       }
     }
     if constexpr (kPass != Pass::forward) {
