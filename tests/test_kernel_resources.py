@@ -118,6 +118,36 @@ fill:   STG.E.EF.128 desc[UR4][R4.64], R8
     assert code.cost(code.around_path(outer, "SHFL")) == 9
 
 
+@pytest.mark.parametrize(("size", "bytes_"), [(".128", 16), ("", 4)])
+def test_packets_that_wait_in_shared_memory_are_gone_over_there(size, bytes_):
+    text = f"""
+item:   LDG.E.64 R2, desc[UR4][R4.64]
+copy:   @!PT LDS RZ, [RZ]
+        LDGSTS.E{size} [R6], desc[UR4][R4.64]
+        @P0 BRA copy
+max:    LDS{size} R8, [R6]
+        FMNMX R1, R8, R1, !PT
+        @P0 BRA max
+sum:    LDS{size} R8, [R6]
+        MUFU.EX2 R8, R8
+        @P0 BRA sum
+change: LDS{size} R8, [R6]
+        MUFU.EX2 R8, R8
+        STS{size} [R6], R8
+        @P0 BRA change
+write:  LDS{size} R8, [R6]
+        STG.E.EF{size} desc[UR4][R4.64], R8
+        @P0 BRA write
+        @P1 BRA item
+        EXIT
+"""
+    code = sass.Code(sass.functions(listing(text))["kernel"], bytes_)
+    assert list(code.streams) == ["copy", "max", "sum", "change", "write"]
+    assert [code.cost(code.fast_path(loop)) for loop in code.streams.values()] == [3, 3, 3, 4, 3]
+    assert all(sass.packets(code.fast_path(loop), bytes_) == 1 for loop in code.streams.values())
+    assert code.cost(code.around_path(code.around(code.streams["sum"]))) == 2
+
+
 def test_a_subroutine_counts_where_it_is_called():
     code = code_of("""
 loop:   CALL.REL.NOINC any

@@ -47,9 +47,9 @@ GPUS = {"H100": Gpu(132, 4 * 32, 1.85e9, 3.0e12), "H200": Gpu(132, 4 * 32, 1.85e
 class Hot:
     """A hot loop.
 
-    stream: copy, read, write or fill, a loop over packets (sass.Code.streams). `row` is the loop with the most
-    instructions of the kind `work`, `tile` the one around it without it. `item` goes round a loop over packets, without
-    it; `element` takes single elements.
+    stream: copy, read, write, fill, max, sum or change, a loop over packets (sass.Code.streams). `row` is the loop with
+    the most instructions of the kind `work`, `tile` the one around it without it. `item` goes round the loops over
+    packets, without them; `element` takes single elements.
     """
 
     stream: str
@@ -67,6 +67,7 @@ class Kernel:
     file: str
     bytes: int  # of a logit that are read and written
     loops: tuple[Hot, ...]
+    packet: int = sass.PACKET  # bytes
 
     @property
     def name(self) -> str:
@@ -78,7 +79,9 @@ READ, WRITE, COPY, FILL = Hot("read"), Hot("write"), Hot("copy"), Hot("fill")
 ENTRIES, FINISH = r"(LDS|STS)(\.U16)?$|(LDG|STG).*\.128|MUFU\.EX2", "DADD"
 EXPONENTIALS = r"MUFU\.EX2"
 WARP_CLASSES = 1000
-IMAGE_CLASSES = 19  # which share what is done once for a position
+KEPT = [COPY, Hot("max"), Hot("sum")]
+IMAGE_CLASSES, MANY_CLASSES = 19, 150  # which share what is done once for a position
+NARROW = 4  # bytes of a packet of positions, where there are so many classes
 FORWARD, STEP, BACKWARD = (f"(fusedloss::Pass){number}" for number in range(3))
 
 
@@ -98,9 +101,10 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
     few, fewest = Hot("row", 32, ENTRIES, FINISH, every=4), Hot("row", 16, ENTRIES, FINISH)
     few_tile = Hot("tile", 32, EXPONENTIALS)
     fewest_tile = Hot("tile", 16 * (2 if size == 2 else 1), EXPONENTIALS)
-    item = Hot("item", IMAGE_CLASSES * width)
+    item, narrow_item = Hot("item", IMAGE_CLASSES * width), Hot("item", MANY_CLASSES * NARROW // size)
     element = Hot("element", 1, "LDG|STG")
     read, read_write = size, 2 * size
+    narrow = f"columns, {MANY_CLASSES} classes, forward with gradient"
     found = [
         ("rows, forward", f"{rows}{FORWARD}, false>", ce, read, [READ]),
         ("rows, forward with gradient", f"{rows}{STEP}, false>", ce, read_write, [READ, WRITE]),
@@ -123,13 +127,20 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
             read_write,
             [COPY, fewest, fewest_tile, WRITE],
         ),
-        (f"columns, {IMAGE_CLASSES} classes, forward", f"{columns}{FORWARD}, {width}>", ce, read, [READ, item]),
+        (f"columns, {IMAGE_CLASSES} classes, forward", f"{columns}{FORWARD}, {width}>", ce, read, [*KEPT, item]),
         (
             f"columns, {IMAGE_CLASSES} classes, forward with gradient",
             f"{columns}{STEP}, {width}>",
             ce,
             read_write,
-            [COPY, READ, WRITE, item],
+            [*KEPT, Hot("change"), WRITE, item],
+        ),
+        (
+            narrow,
+            f"{columns}{STEP}, {NARROW // size}>",
+            ce,
+            read_write,
+            [*KEPT, Hot("change"), WRITE, narrow_item],
         ),
         (
             "BCE with logits, forward with gradient",
@@ -155,7 +166,10 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
         ("nll, backward", f"nll_backward<{t}>", "nll", size, [FILL]),
         ("rescaled gradient", f"rescale_gradient<{t}>", "rescale", read_write, [WRITE]),
     ]
-    return [Kernel(name, dtype, code, file, moved, tuple(loops)) for name, code, file, moved, loops in found]
+    return [
+        Kernel(name, dtype, code, file, moved, tuple(loops), NARROW if name == narrow else sass.PACKET)
+        for name, code, file, moved, loops in found
+    ]
 
 
 KERNELS = {k.name: k for k in [*kernels("bfloat16", "__nv_bfloat16", 2), *kernels("float32", "float", 4)]}
@@ -181,7 +195,7 @@ def cost_of(hot: Hot, code: sass.Code, dtype_bytes: int) -> Cost:
         if hot.stream == "tile":
             return code.around_path(code.around(code.busiest(hot.work)), hot.work, through)
         if hot.stream == "item":
-            return code.around_path(code.around(code.streams["read"]), hot.work, through)
+            return code.around_path(code.around(code.streams["copy"]), hot.work, through)
         if hot.stream == "element":
             return code.around_path(code.elements, hot.work, through)
         if hot.stream in code.streams:
@@ -195,9 +209,9 @@ def cost_of(hot: Hot, code: sass.Code, dtype_bytes: int) -> Cost:
         cost = usual + (cost - usual) / hot.every
     if hot.stream == "tile":
         cost -= code.cost(code.around_path(code.busiest(hot.work), hot.work))
-    logits = hot.logits or sass.packets(path) * 16 // dtype_bytes
+    logits = hot.logits or sass.packets(path, code.packet) * code.packet // dtype_bytes
     loops = code.purposes[hot.stream] if hot.stream in code.streams else None
-    return Cost(round(cost / logits, 2), sass.in_flight(path), loops)
+    return Cost(round(cost / logits, 2), sass.in_flight(path, code.packet), loops)
 
 
 def measure(cuobjdump: str, objects: Path, names: Callable[[list[str]], dict[str, str]]) -> tuple[Costs, list[str]]:
@@ -216,7 +230,7 @@ def measure(cuobjdump: str, objects: Path, names: Callable[[list[str]], dict[str
                 missing.append(f"{kernel.name}: no kernel {kernel.code} in {file}.o")
                 continue
             try:
-                control_flow = sass.Code(code)
+                control_flow = sass.Code(code, kernel.packet)
                 size = 2 if kernel.dtype == "bfloat16" else 4
                 costs[kernel.name] = {hot.stream: cost_of(hot, control_flow, size) for hot in kernel.loops}
             except sass.Unreadable as problem:

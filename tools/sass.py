@@ -29,12 +29,10 @@ INSTRUCTION = re.compile(
 )
 REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
 
-# Accesses of 16 bytes; a packet is one of them.
-READ_GLOBAL = re.compile(r"LDG\b.*\.128")
-READ_SHARED = re.compile(r"LDS\b.*\.128")
-COPY = re.compile(r"LDGSTS\b.*\.128")  # from global to shared memory; nothing waits for it until LDGDEPBAR's count
-WRITE = re.compile(r"STG\b.*\.128")
-KEEP = re.compile(r"STS\b.*\.128")
+# What an access of a packet's bytes is for. A copy goes from global to shared memory; nothing waits for it until
+# LDGDEPBAR's count.
+ACCESSES = {"LDG": "global", "LDS": "shared", "LDGSTS": "copy", "STG": "write", "STS": "keep"}
+PACKET = 16
 
 
 State = tuple[int, bool]
@@ -68,6 +66,12 @@ class Instruction:
     def width(self) -> int:
         """Registers of its data, for a load or a store."""
         return 4 if ".128" in self.opcode else 2 if ".64" in self.opcode else 1
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of its data, for a load or a store."""
+        sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        return next((sizes[part] for part in self.opcode.split(".") if part in sizes), 4)
 
     @cached_property
     def fills(self) -> frozenset[int]:
@@ -115,8 +119,9 @@ class Loop:
 class Code:
     """A function's control flow. Subroutines that it calls are instructions of it too, behind its end."""
 
-    def __init__(self, instructions: Iterable[Instruction]) -> None:
+    def __init__(self, instructions: Iterable[Instruction], packet: int = PACKET) -> None:
         self.instructions = list(instructions)
+        self.packet = packet  # bytes
         self.index = {instruction.address: k for k, instruction in enumerate(self.instructions)}
         self.reconvergence = {i.target for i in self.instructions if i.name == "BSSY"}
         self.successors = [self._successors(k) for k in range(len(self.instructions))]
@@ -212,19 +217,19 @@ class Code:
 
     @cached_property
     def streaming(self) -> list[Loop]:
-        """The innermost loops with an access of 16 bytes."""
-        having = [loop for loop in self.loops if any(purpose(self.instructions[k]) for k in loop.body)]
+        """The innermost loops with an access of a packet."""
+        having = [loop for loop in self.loops if any(self._accesses(k) for k in loop.body)]
         return [loop for loop in having if not any(other.body < loop.body for other in having)]
 
     @cached_property
     def elements(self) -> Loop:
-        """Of the loops without an access of 16 bytes, the one with the most stores to global memory."""
+        """Of the loops without an access of a packet, the one with the most stores to global memory."""
 
         def stores(loop: Loop) -> int:
             inside = frozenset().union(*(other.body for other in self.loops if other.body < loop.body))
             return sum(self.instructions[k].name == "STG" for k in loop.body - inside)
 
-        rest = [loop for loop in self.loops if not any(purpose(self.instructions[k]) for k in loop.body)]
+        rest = [loop for loop in self.loops if not any(self._accesses(k) for k in loop.body)]
         if not rest or not max(map(stores, rest)):
             raise Unreadable("no loop that stores single elements")
         return max(rest, key=stores)
@@ -244,11 +249,12 @@ class Code:
     @cached_property
     def streams(self) -> dict[str, Loop]:
         """The streaming loops, by what they do on their fast path: `copy` (to shared memory, unwaited for), `read`,
-        `write` (what has been read) and `fill`. Of several with one purpose it is the most deeply nested (one before a
-        loop does the first turn of one inside), and of these the one with the most accesses: the unrolled one.
+        `write` (what has been read) and `fill`; and of packets that wait in shared memory `max` (no exponentials),
+        `sum` and `change` (they are written back). Of several with one purpose it is the most deeply nested (one before
+        a loop does the first turn of one inside), and of these the one with the most accesses: the unrolled one.
         """
         found: dict[str, Loop] = {}
-        for loop in sorted(self.streaming, key=lambda loop: (-loop.depth, -packets(self.fast_path(loop)))):
+        for loop in sorted(self.streaming, key=lambda loop: (-loop.depth, -packets(self.fast_path(loop), self.packet))):
             found.setdefault(self._purpose_of(loop), loop)
         return found
 
@@ -258,9 +264,18 @@ class Code:
         return Counter(map(self._purpose_of, self.streaming))
 
     def _purpose_of(self, loop: Loop) -> str:
-        done = Counter(purpose(instruction) for instruction in self.fast_path(loop))
-        reads = done["global"] + done["shared"]
-        return "write" if done["write"] and reads else "fill" if done["write"] else "read" if reads else "copy"
+        path = self.fast_path(loop)
+        done = Counter(purpose(instruction, self.packet) for instruction in path)
+        if done["write"]:
+            return "write" if done["global"] + done["shared"] else "fill"
+        if done["global"]:
+            return "read"
+        if done["shared"]:
+            return "change" if done["keep"] else "sum" if any(map(is_exponential, path)) else "max"
+        return "copy"
+
+    def _accesses(self, k: int) -> bool:
+        return bool(purpose(self.instructions[k], self.packet))
 
     def around(self, loop: Loop) -> Loop:
         """The loop next outside."""
@@ -271,7 +286,7 @@ class Code:
 
     def fast_path(self, loop: Loop, through: str = "") -> list[Instruction]:
         """One iteration, as whole, aligned packets take it that no position ignores: of the paths with the most
-        accesses of 16 bytes those with the most exponentials, and of these the shortest. With `through`, the path has
+        accesses of packets those with the most exponentials, and of these the shortest. With `through`, the path has
         an instruction of that kind.
         """
         return self._path(loop.header, loop.body, self._work, through)
@@ -293,9 +308,9 @@ class Code:
 
     def _work(self, k: int) -> int:
         accesses, exponentials = 1000, 1
-        if purpose(self.instructions[k]):
+        if self._accesses(k):
             return accesses
-        return exponentials if self.instructions[k].opcode.startswith("MUFU.EX2") else 0
+        return exponentials if is_exponential(self.instructions[k]) else 0
 
     def cost(self, path: Iterable[Instruction]) -> int:
         """Instructions of a path, with those of the subroutines that it calls."""
@@ -374,25 +389,29 @@ class Code:
 # --- What a path amounts to --------------------------------------------------------------------------------------
 
 
-def purpose(instruction: Instruction) -> str:
-    """Of an access of 16 bytes: global, shared, copy, write or keep; empty for any other instruction."""
-    kinds = {"global": READ_GLOBAL, "shared": READ_SHARED, "copy": COPY, "write": WRITE, "keep": KEEP}
-    return next((name for name, kind in kinds.items() if kind.match(instruction.opcode)), "")
+def is_exponential(instruction: Instruction) -> bool:
+    return instruction.opcode.startswith("MUFU.EX2")
 
 
-def packets(path: Iterable[Instruction]) -> int:
-    """Packets of 16 bytes that are written or, where none is, that are read, from either memory, or copied."""
-    done = Counter(map(purpose, path))
+def purpose(instruction: Instruction, size: int = PACKET) -> str:
+    """Of an access of so many bytes: global, shared, copy, write or keep; empty for any other instruction."""
+    never = instruction.predicate == "!PT"  # as what keeps two asynchronous copies apart
+    return "" if never or instruction.bytes != size else ACCESSES.get(instruction.name, "")
+
+
+def packets(path: Iterable[Instruction], size: int = PACKET) -> int:
+    """Packets that are written or, where none is, that are read, from either memory, or copied."""
+    done = Counter(purpose(instruction, size) for instruction in path)
     return done["write"] or max(done["global"], done["shared"]) or done["copy"]
 
 
-def in_flight(path: Sequence[Instruction]) -> int | None:
-    """The fewest loads of 16 bytes from global memory that are issued between one wait and the next, as the path is
+def in_flight(path: Sequence[Instruction], size: int = PACKET) -> int | None:
+    """The fewest loads of packets from global memory that are issued between one wait and the next, as the path is
     repeated. A thread waits where it reads a register that a load from global memory fills; what was issued before
     has then arrived too, or nearly. None: no loads; or copies to shared memory, and nothing waits in this loop; or
     packets that have waited in shared memory.
     """
-    if any(purpose(instruction) == "shared" for instruction in path):
+    if any(purpose(instruction, size) == "shared" for instruction in path):
         return None  # loads beside them are for rows that shared memory does not hold
     fewest: list[int] = []
     pending: set[int] = set()
@@ -403,7 +422,7 @@ def in_flight(path: Sequence[Instruction]) -> int | None:
                 fewest.append(issued)
             pending.clear()
             issued, waited = 0, True
-        issued += purpose(instruction) in ("global", "copy")
+        issued += purpose(instruction, size) in ("global", "copy")
         pending |= instruction.fills
     return min(fewest, default=None)
 

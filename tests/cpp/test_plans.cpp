@@ -80,7 +80,9 @@ std::string shown(const Step& step) {
   if (const auto* rows = std::get_if<RowPlan>(&step.plan); rows && rows->slices > 1) {
     text += ", " + std::to_string(rows->slices) + " slices" + (step.shape.cluster > 1 ? " in a cluster" : "");
   }
-  if (const auto* columns = std::get_if<ColumnPlan>(&step.plan); columns && columns->packets) text += ", packets";
+  if (std::holds_alternative<ColumnPlan>(step.plan) && step.variant > 1) {
+    text += ", " + std::to_string(step.variant) + " positions";
+  }
   return text;
 }
 
@@ -102,12 +104,12 @@ const Planned kTable[] = {
     {"8192 x 32000",
      {Dtype::bfloat16, {1, 32000, 8192}},
      "rows 264 x 512; workspace 4240",
-     "divisor 4 x 256; rows 264 x 512, 64000 bytes; workspace 4336",
+     "divisor 1 x 1024; rows 264 x 512, 64000 bytes; workspace 4248",
      "rows 264 x 512; workspace 0"},
     {"8192 x 32000, float32",
      {Dtype::float32, {1, 32000, 8192}},
      "rows 264 x 512; workspace 4240",
-     "divisor 4 x 256; rows 264 x 512, 64000 bytes, 2 slices in a cluster; workspace 2224",
+     "divisor 1 x 1024; rows 264 x 512, 64000 bytes, 2 slices in a cluster; workspace 2136",
      "rows 264 x 512; workspace 0"},
     {"1 x 128256",
      {Dtype::bfloat16, {1, 128256, 1}},
@@ -117,7 +119,7 @@ const Planned kTable[] = {
     {"4096 x 50257",
      {Dtype::bfloat16, {1, 50257, 4096}},
      "rows 264 x 512; workspace 4240",
-     "rows 264 x 512, 50272 bytes, 2 slices in a cluster; workspace 2128",
+     "divisor 1 x 1024; rows 264 x 512, 50272 bytes, 2 slices in a cluster; workspace 2136",
      "rows 264 x 512; workspace 0"},
     {"2 x 1000003, float32",
      {Dtype::float32, {1, 1000003, 2}},
@@ -132,68 +134,68 @@ const Planned kTable[] = {
     {"16777216 x 10",
      {Dtype::bfloat16, {1, 10, 16777216}},
      "tiles 528 x 256, 41088 bytes, 1024 rows, 1 lanes; workspace 8464",
-     "divisor 528 x 256; tiles 528 x 256, 41088 bytes, 1024 rows, 1 lanes; workspace 16944",
+     "divisor 132 x 1024; tiles 528 x 256, 41088 bytes, 1024 rows, 1 lanes; workspace 10608",
      "tiles 528 x 256, 41088 bytes, 1024 rows, 1 lanes; workspace 0"},
     {"65536 x 1025",
      {Dtype::bfloat16, {1, 1025, 65536}},
      "warps 528 x 128, 64 logits a lane; workspace 8464",
-     "divisor 32 x 256; warps 528 x 128, 64 logits a lane; workspace 9008",
+     "divisor 8 x 1024; warps 528 x 128, 64 logits a lane; workspace 8624",
      "warps 528 x 128, 64 logits a lane; workspace 0"},
     {"65536 x 1000",
      {Dtype::bfloat16, {1, 1000, 65536}},
      "warps 528 x 128, 32 logits a lane; workspace 8464",
-     "divisor 32 x 256; warps 528 x 128, 32 logits a lane; workspace 9008",
+     "divisor 8 x 1024; warps 528 x 128, 32 logits a lane; workspace 8624",
      "warps 528 x 128, 32 logits a lane; workspace 0"},
     {"65536 x 1000, smoothing",
      {.dtype = Dtype::bfloat16, .shape = {1, 1000, 65536}, .label_smoothing = 0.1},
      "tiles 528 x 256, 32128 bytes, 8 rows, 32 lanes; workspace 8464",
-     "divisor 32 x 256; tiles 528 x 256, 32128 bytes, 8 rows, 32 lanes; workspace 9008",
+     "divisor 8 x 1024; tiles 528 x 256, 32128 bytes, 8 rows, 32 lanes; workspace 8624",
      "tiles 528 x 256, 32128 bytes, 8 rows, 32 lanes; workspace 0"},
     {"65536 x 128, float32",
      {Dtype::float32, {1, 128, 65536}},
      "tiles 264 x 256, 66304 bytes, 64 rows, 4 lanes; workspace 4240",
-     "divisor 32 x 256; tiles 264 x 256, 66304 bytes, 64 rows, 4 lanes; workspace 4784",
+     "divisor 8 x 1024; tiles 264 x 256, 66304 bytes, 64 rows, 4 lanes; workspace 4400",
      "tiles 264 x 256, 66304 bytes, 64 rows, 4 lanes; workspace 0"},
     {"65536 x 128, float32, 4 bytes from a packet",
      {.dtype = Dtype::float32, .shape = {1, 128, 65536}, .offset = 4},
      "tiles 264 x 256, 65792 bytes, 64 rows, 4 lanes; workspace 4240",
-     "divisor 32 x 256; tiles 264 x 256, 65792 bytes, 64 rows, 4 lanes; workspace 4784",
+     "divisor 8 x 1024; tiles 264 x 256, 65792 bytes, 64 rows, 4 lanes; workspace 4400",
      "tiles 264 x 256, 65792 bytes, 64 rows, 4 lanes; workspace 0"},
     {"1024 x 1000, float64",
      {Dtype::float64, {1, 1000, 1024}},
      "tiles 128 x 256, 128512 bytes, 8 rows, 32 lanes; workspace 2064",
-     "tiles 128 x 256, 128512 bytes, 8 rows, 32 lanes; workspace 2064",
+     "divisor 1 x 1024; tiles 128 x 256, 128512 bytes, 8 rows, 32 lanes; workspace 2072",
      "tiles 128 x 256, 128512 bytes, 8 rows, 32 lanes; workspace 0"},
     {"8 x 19 x 512 x 512",
      {Dtype::bfloat16, {8, 19, 512 * 512}, true},
-     "columns 1056 x 128, packets; workspace 16912",
-     "divisor 528 x 256; columns 660 x 128, 38912 bytes, packets; workspace 19056",
-     "columns 1056 x 128, packets; workspace 0"},
+     "columns 660 x 128, 38912 bytes, 8 positions; workspace 10576",
+     "divisor 132 x 1024; columns 660 x 128, 38912 bytes, 8 positions; workspace 12720",
+     "columns 660 x 128, 38912 bytes, 8 positions; workspace 0"},
     {"8 x 19 x 512 x 512, float32, smoothing",
      {Dtype::float32, {8, 19, 512 * 512}, true, 0.1},
      "columns 1056 x 128; workspace 16912",
-     "divisor 528 x 256; columns 1056 x 128, 9728 bytes; workspace 25392",
+     "divisor 132 x 1024; columns 1056 x 128, 9728 bytes; workspace 19056",
      "columns 1056 x 128; workspace 0"},
     {"8 x 150 x 128 x 128",
      {Dtype::bfloat16, {8, 150, 128 * 128}, true},
-     "columns 128 x 128, packets; workspace 2064",
-     "divisor 64 x 256; columns 264 x 32, 76800 bytes, packets; workspace 5296",
-     "columns 128 x 128, packets; workspace 0"},
+     "columns 660 x 64, 38400 bytes, 2 positions; workspace 10576",
+     "divisor 16 x 1024; columns 660 x 64, 38400 bytes, 2 positions; workspace 10864",
+     "columns 660 x 64, 38400 bytes, 2 positions; workspace 0"},
     {"8 x 1000 x 7 x 7, float32",
      {Dtype::float32, {8, 1000, 7 * 7}, true},
-     "columns 4 x 128; workspace 80",
-     "columns 4 x 128; workspace 80",
-     "columns 4 x 128; workspace 0"},
+     "columns 13 x 32; workspace 224",
+     "divisor 1 x 1024; columns 13 x 32; workspace 232",
+     "columns 13 x 32; workspace 0"},
     {"0 x 10, float32",
      {Dtype::float32, {1, 10, 0}},
-     "columns 1 x 128; workspace 0",
-     "columns 1 x 128, 5120 bytes; workspace 0",
+     "columns 1 x 32, 1280 bytes; workspace 0",
+     "columns 1 x 32, 1280 bytes; workspace 0",
      "workspace 0"},
     {"4 x 0, float32",
      {Dtype::float32, {1, 0, 4}},
-     "columns 1 x 128; workspace 0",
-     "columns 1 x 128; workspace 0",
-     "columns 1 x 128; workspace 0"},
+     "columns 1 x 32; workspace 0",
+     "columns 1 x 32; workspace 0",
+     "columns 1 x 32; workspace 0"},
 };
 
 void check_table() {
@@ -211,7 +213,7 @@ void check_table() {
 // Code that knows no clusters, on a device that has them.
 void check_without_clusters() {
   const auto got = shown(plan_of({Dtype::bfloat16, {1, 50257, 4096}}, Pass::forward_with_gradient, without_clusters));
-  EXPECT(got == "rows 132 x 1024, 100528 bytes; workspace 2128", "%s", got.c_str());
+  EXPECT(got == "divisor 1 x 1024; rows 132 x 1024, 100528 bytes; workspace 2136", "%s", got.c_str());
   const auto long_rows = plan_of({Dtype::bfloat16, {1, 128256, 4096}}, Pass::forward_with_gradient, without_clusters);
   EXPECT(long_rows.steps.size() == 2 && long_rows.steps[1].pass == Pass::backward, "%s", shown(long_rows).c_str());
 }
@@ -260,14 +262,15 @@ void check_borders(const ClassProblem& problem, const std::vector<std::int64_t>&
 void check_borders() {
   const Pass with_gradient = Pass::forward_with_gradient;
   check_borders({.dtype = Dtype::bfloat16, .pass = with_gradient, .positions = 4096},
-                {17, 129, 1025, 2049, 4097, 16385, 22529, 24577, 34817, 45057, 49153, 69633, 90113, 98305, 139265,
-                 180225, 196609, 393217, 913409});
+                {17,    129,   257,   513,   1025,  2049,   4097,   16385,  22529,  24577, 34817,
+                 45057, 49153, 69633, 90113, 98305, 139265, 180225, 196609, 393217, 913409});
   check_borders({.dtype = Dtype::float32, .pass = with_gradient, .positions = 1},
-                {17, 88, 96, 129, 1025, 2049, 4097, 8193, 16385, 65537, 90113, 98305, 196609, 456705});
+                {17, 88, 96, 129, 257, 513, 1025, 2049, 4097, 8193, 16385, 65537, 90113, 98305, 196609, 456705});
   check_borders({.dtype = Dtype::float32, .pass = Pass::backward, .positions = 4096},
-                {17, 88, 96, 129, 1025, 2049, 8193});
-  check_borders({.dtype = Dtype::bfloat16, .pass = with_gradient, .columns = true, .positions = 65536},
-                {23, 25, 28, 45, 49, 56, 89, 97, 221});
+                {17, 88, 96, 129, 257, 513, 1025, 2049, 8193});
+  check_borders(
+      {.dtype = Dtype::bfloat16, .pass = with_gradient, .columns = true, .positions = 65536},
+      {54, 62, 63, 73, 75, 88, 94, 97, 111, 123, 125, 149, 150, 175, 187, 225, 245, 249, 297, 300, 349, 374, 449});
 }
 
 // The upper half of a product with the reciprocal is the quotient.

@@ -31,7 +31,7 @@ const ClassOptions kPlain[] = {
     {.name = "sum, some ignored, weights", .reduction = Reduction::sum, .ignored = 3, .weight = true},
     {.name = "none, some ignored", .reduction = Reduction::none, .ignored = 4, .index = Dtype::int32},
     {.name = "mean, weights, in place, some ignored", .ignored = 2, .weight = true, .in_place = true},
-    {.name = "lse of all, z loss", .ignored = 3, .z_loss = 1e-2, .lse = true},
+    {.name = "lse of all, z loss, misaligned index", .ignored = 3, .z_loss = 1e-2, .lse = true, .index_lead = 1},
 };
 
 const ClassOptions kGeneral[] = {
@@ -76,7 +76,7 @@ const ClassOptions kRare[] = {
     {.name = "all ignored, none", .reduction = Reduction::none, .ignored = 1, .weight = true, .smoothing = 0.1},
     {.name = "infinities and NaN", .reduction = Reduction::none, .ignored = 6, .specials = true},
     {.name = "infinities and NaN, sum", .reduction = Reduction::sum, .ignored = 6, .specials = true},
-    {.name = "uint8 index", .ignored = 3, .index = Dtype::uint8},
+    {.name = "uint8 index", .ignored = 3, .index = Dtype::uint8, .index_lead = 3},
 };
 
 // While it lives, this thread plans its launches as for such a device.
@@ -444,6 +444,30 @@ void check_borders(const CpuReference& cpu, Dtype dtype, bool full) {
   check_borders(cpu, dtype, devices[2], full ? most / 4 : most, {{false, false, 2}});
 }
 
+// Packets of each width, as strides and alignment allow them and numbers of classes have them kept.
+void check_widths(const CpuReference& cpu, Dtype dtype, bool full) {
+  const PretendedDevice pretended(pretences()[0].device);
+  const std::vector<std::int64_t> classes =
+      full ? std::vector<std::int64_t>{1, 3, 19, 24, 48, 96, 150, 221, 226, 450} : std::vector<std::int64_t>{3, 60};
+  int turn = int(dtype);
+  for (const std::int64_t count : classes) {
+    for (const std::int64_t inner : {136, 132, 130, 129}) {
+      const ClassCase c{.shape = {2, count, inner}, .layout = Layout::columns, .dtype = dtype};
+      check_some(cpu, c, turn);
+      check_cross_entropy(cpu, c, kPlain[3]);
+      check_cross_entropy(cpu, c, kRare[turn % std::size(kRare)]);
+    }
+    // Packets of four positions, of two, of one.
+    for (const int lead : {4, 2, 1}) {
+      if (!full && lead == 1) continue;
+      check_some(cpu, {.shape = {2, count, 136}, .layout = Layout::columns, .dtype = dtype, .lead = lead}, turn);
+    }
+    const ClassCase skewed{
+        .shape = {1, count, 264}, .layout = Layout::columns, .dtype = dtype, .pad = 8, .skewed = true};
+    check_some(cpu, skewed, turn);
+  }
+}
+
 // Shared memory, static and dynamic together, at 48 KB: the most without opting in.
 void check_straddling(const CpuReference& cpu, Dtype dtype) {
   const fusedloss::cuda::Device device = pretences()[0].device;
@@ -513,6 +537,7 @@ extern "C" std::int64_t fusedloss_check(const CpuReference* cpu, std::int64_t dt
       case 3: check_rescaling(type, full != 0); break;
       case 4: check_launches(); break;
       case 5:
+        check_widths(*cpu, type, full != 0);
         if (full != 0) check_straddling(*cpu, type);
         check_borders(*cpu, type, full != 0);
         break;

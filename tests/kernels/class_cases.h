@@ -36,6 +36,7 @@ struct ClassOptions {
   bool in_place = false;
   bool specials = false;  // rows with infinities and NaN
   Dtype index = Dtype::int64;
+  int index_lead = 0;  // elements before the first
 };
 
 struct ClassCase {
@@ -184,7 +185,7 @@ class CrossEntropyCheck {
         grad_probabilities_ = Buffer(options_.probability_dtype, probability_strides_.extent(shape_));
       }
     } else {
-      index_ = Buffer(options_.index, positions);
+      index_ = Buffer(options_.index, positions, options_.index_lead);
       const std::int64_t limit = options_.index == Dtype::uint8 ? std::min<std::int64_t>(classes, 255) : classes;
       for (std::int64_t i = 0; i < positions; ++i) {
         const bool ignored = limit == 0 || (options_.ignored > 0 && i % options_.ignored == options_.ignored - 1);

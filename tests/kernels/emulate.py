@@ -144,6 +144,7 @@ def byte_cases():
     yield "rows, slices", rows, (28800, 30400), 2, False
     yield "columns", columns, (19, 27), 64, False
     yield "columns, packets", columns, (5, 7), 8448, False
+    yield "columns, narrow", columns, (72, 74), 2112, False
 
 
 def check_bytes(emulator):

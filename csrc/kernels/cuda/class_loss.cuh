@@ -9,13 +9,40 @@
 namespace fusedloss::cuda {
 
 // The types that a class index may have, and no others: a target is read at many places.
-__device__ __forceinline__ std::int64_t index_at(const PositionTensor& tensor, std::int64_t position) {
-  const std::int64_t at = position * tensor.stride;
-  switch (tensor.dtype) {
-    case Dtype::uint8: return static_cast<const std::uint8_t*>(tensor.data)[at];
-    case Dtype::int32: return static_cast<const std::int32_t*>(tensor.data)[at];
-    default: return static_cast<const std::int64_t*>(tensor.data)[at];
+template <class F>
+__device__ __forceinline__ auto with_index(Dtype dtype, F&& body) {
+  switch (dtype) {
+    case Dtype::uint8: return body.template operator()<std::uint8_t>();
+    case Dtype::int32: return body.template operator()<std::int32_t>();
+    default: return body.template operator()<std::int64_t>();
   }
+}
+
+__device__ __forceinline__ std::int64_t index_at(const PositionTensor& tensor, std::int64_t position) {
+  return with_index(tensor.dtype, [&]<class Index>() -> std::int64_t {
+    return static_cast<const Index*>(tensor.data)[position * tensor.stride];
+  });
+}
+
+// Those of neighbours, from a multiple of their number on.
+template <int kCount>
+__device__ __forceinline__ void load_indices(const PositionTensor& tensor, std::int64_t first,
+                                             std::int64_t (&indices)[kCount]) {
+  if (kCount % 2 == 0 && tensor.dtype == Dtype::int64 && tensor.stride == 1 && is_aligned(tensor.data)) {
+    const auto* pairs = static_cast<const longlong2*>(tensor.data) + first / 2;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const longlong2 pair = pairs[i];
+      indices[2 * i] = pair.x;
+      indices[2 * i + 1] = pair.y;
+    }
+    return;
+  }
+  with_index(tensor.dtype, [&]<class Index>() {
+    const Index* from = static_cast<const Index*>(tensor.data) + first * tensor.stride;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) indices[i] = from[i * tensor.stride];
+  });
 }
 
 // The class that an index stands for; an ignored one is no class, -1. Any other number that is no class stops the
@@ -27,14 +54,29 @@ __device__ __forceinline__ int class_of(const ClassTarget& target, std::int64_t 
   return static_cast<int>(index);
 }
 
-// The divisor of a mean over class indices: the positions that count, or their weights. By a whole block.
+// The divisor of a mean over class indices: the positions that count, or their weights. By a whole block, each thread
+// of which waits once for several indices.
 template <class Acc>
 __device__ __forceinline__ double count(const ClassTarget& target, const ClassShape& shape, const Acc* weight,
                                         std::int64_t begin, std::int64_t step) {
+  constexpr int kAtOnce = 8;
+  const std::int64_t positions = shape.positions();
   double sum = 0;
-  for (std::int64_t i = begin; i < shape.positions(); i += step) {
-    const int index = class_of(target, index_at(target.index, i), shape.classes);
-    if (index >= 0) sum += weight ? static_cast<double>(weight[index]) : 1;
+  for (; begin < positions; begin += kAtOnce * step) {
+    std::int64_t indices[kAtOnce];
+    with_index(target.index.dtype, [&]<class Index>() {
+      const Index* from = static_cast<const Index*>(target.index.data);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const std::int64_t position = begin + i * step;
+        indices[i] = position < positions ? from[position * target.index.stride] : target.ignore_index;
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int index = class_of(target, indices[i], shape.classes);
+      if (index >= 0) sum += weight ? static_cast<double>(weight[index]) : 1;
+    }
   }
   return sum;
 }

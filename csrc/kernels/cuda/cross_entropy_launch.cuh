@@ -43,9 +43,10 @@ auto kernel_of(const Step& step, const Plan&) {
       return step.variant ? cross_entropy_rows<T, kGeneral, kPass, kCluster>
                           : cross_entropy_rows<T, kGeneral, kPass, false>;
     } else {
-      constexpr int kWidth = kGeneral ? 1 : kPacketOf<T>;
-      return step.variant == kWidth ? cross_entropy_columns<T, kGeneral, kPass, kWidth>
-                                    : cross_entropy_columns<T, kGeneral, kPass, 1>;
+      constexpr int kNarrow = sizeof(T) < 4 && !kGeneral ? 2 : 1, kWide = kGeneral ? 1 : kPacketOf<T>;
+      return step.variant == kWide     ? cross_entropy_columns<T, kGeneral, kPass, kWide>
+             : step.variant == kNarrow ? cross_entropy_columns<T, kGeneral, kPass, kNarrow>
+                                       : cross_entropy_columns<T, kGeneral, kPass, 1>;
     }
   };
   const auto of_pass = [&]<bool kGeneral>() {

@@ -7,10 +7,12 @@
 namespace fusedloss::cuda {
 namespace {
 
-// Up to this many positions every block counts the mean's divisor for itself: a few microseconds, less than another
-// launch. Beyond, a launch of its own counts them, in which a thread takes some where that leaves no block idle.
-constexpr std::int64_t kCountedInline = 4096;
-constexpr std::int64_t kCountedByThread = 8;
+// Up to this many positions every block counts the mean's divisor for itself. Beyond, a launch of its own counts them:
+// one block, which needs no ticket, as long as its threads wait for no more than four times the indices that they ask
+// for at once, and then as many blocks as have to wait once.
+constexpr std::int64_t kCountedInline = 256;
+constexpr std::int64_t kCountedAtOnce = 8 * kDivisorThreads;
+constexpr std::int64_t kCountedByOneBlock = 4 * kCountedAtOnce;
 
 // Lanes of a row that are no constant of the kernel, by its number of classes: the first entry whose limit is not below
 // it.
@@ -39,6 +41,11 @@ constexpr std::int64_t kPreferredShare = 68 * 1024;
 
 // Packets of positions for each multiprocessor: with fewer, most of the device would be idle.
 constexpr std::int64_t kFewestPackets = 8;
+// Bytes: the fewest that are copied to shared memory asynchronously, and what a block has there beside its packets.
+constexpr int kNarrowPacket = 4;
+constexpr std::size_t kBesidePackets = 2 * 1024;
+// Warps of a multiprocessor whose packets are kept: fewer could not start instructions as quickly as logits arrive.
+constexpr int kFewestKeepingWarps = 8;
 
 int bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
@@ -166,30 +173,57 @@ std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
   return step;
 }
 
+// The block, of no more threads, that has most warps of a multiprocessor keep their items in shared memory; nothing
+// where those are few.
+std::optional<Launch> plan_keeping(const Device& device, int threads, std::size_t item_bytes) {
+  Launch best;
+  std::size_t most = 0;
+  for (; threads >= kWarp; threads /= 2) {
+    const std::size_t bytes = threads * item_bytes;
+    const std::size_t warps = device.shared_per_multiprocessor / (bytes + kBesidePackets) * (threads / kWarp);
+    if (bytes > device.dynamic_shared || warps <= most) continue;
+    most = warps;
+    best = {.threads = threads, .shared_bytes = bytes};
+  }
+  if (most < kFewestKeepingWarps) return {};
+  return best;
+}
+
 Step plan_columns(const Problem& problem, Workspace& workspace) {
   const CrossEntropyArgs& args = problem.args;
-  const int width = problem.width;
-  const auto has_packets = [&](const ClassTensor& tensor) {
-    return tensor.inner_stride == 1 && tensor.class_stride % width == 0 && tensor.outer_stride % width == 0 &&
-           problem.misalignment(tensor) == 0;
+  const auto has_packets = [&](const ClassTensor& tensor, int width) {
+    return !tensor.data || (tensor.inner_stride == 1 && tensor.class_stride % width == 0 &&
+                            tensor.outer_stride % width == 0 && problem.misalignment(tensor) % width == 0);
   };
-  ColumnPlan plan;
-  plan.packets = !problem.general && width > 1 &&
-                 problem.positions >= width * kFewestPackets * problem.device.multiprocessors &&
-                 args.shape.inner % width == 0 && has_packets(args.logits) &&
-                 (!args.grad_logits.data || has_packets(args.grad_logits));
-  Step step{plan, problem.pass, problem.general, plan.packets ? width : 1, {.threads = kColumnThreads}};
-  plan.items = problem.positions / step.variant;
-  if (problem.pass == Pass::forward_with_gradient) {
-    // Two blocks fit into a multiprocessor, and four where they may have fewer threads.
-    const std::size_t share =
-        std::min(problem.device.dynamic_shared, problem.device.shared_per_multiprocessor / 2 - kStaticSharedBytes);
-    const std::size_t item_bytes = problem.classes * step.variant * problem.logit_bytes;
+  const auto is_possible = [&](int width) {
+    return width == 1 ||
+           (!problem.general && problem.positions >= width * kFewestPackets * problem.device.multiprocessors &&
+            args.shape.inner % width == 0 && has_packets(args.logits, width) && has_packets(args.grad_logits, width));
+  };
+  const auto threads_for = [&](int width) {  // fewer of them before multiprocessors have none
     int threads = kColumnThreads;
-    while (threads > kWarp && threads * item_bytes > share / 2) threads /= 2;
-    plan.keeps = threads * item_bytes <= share;
-    if (plan.keeps) step.shape = {.threads = threads, .shared_bytes = threads * item_bytes};
+    while (threads > kWarp && problem.positions / width < threads * problem.device.multiprocessors) threads /= 2;
+    return threads;
+  };
+  const auto keeping = [&](int width) -> std::optional<Launch> {
+    // Where nothing is read twice it pays only if no thread waits for its copies one by one.
+    const int packet_bytes = width * problem.logit_bytes;
+    const bool reads_once = problem.pass != Pass::forward_with_gradient;
+    if (!is_possible(width) || (reads_once && (problem.general || packet_bytes < kNarrowPacket))) return {};
+    return plan_keeping(problem.device, threads_for(width), problem.classes * packet_bytes);
+  };
+  const int narrow = std::max(1, kNarrowPacket / problem.logit_bytes);
+  Step step{.pass = problem.pass, .general = problem.general, .variant = is_possible(narrow) ? narrow : 1};
+  step.shape = {.threads = threads_for(step.variant)};
+  ColumnPlan plan;
+  for (const int width : {1, narrow, problem.width}) {  // the widest that are kept
+    if (const auto shape = keeping(width)) {
+      plan.keeps = true;
+      step.variant = width;
+      step.shape = *shape;
+    }
   }
+  plan.items = problem.positions / step.variant;
   step.plan = plan;
   problem.set_blocks(step, ceil_div(plan.items, step.shape.threads), workspace);
   return step;
@@ -224,7 +258,8 @@ CrossEntropyPlan plan_cross_entropy(const CrossEntropyArgs& args, Pass pass, con
     plan.counted = workspace.take(1, sizeof(double));
     problem.totals = true;
     Step count{.plan = DivisorPlan{}, .shape = {.threads = kDivisorThreads}};
-    problem.set_blocks(count, ceil_div(problem.positions, kCountedByThread * kDivisorThreads), workspace);
+    const bool quick = problem.positions <= kCountedByOneBlock;
+    problem.set_blocks(count, quick ? 1 : ceil_div(problem.positions, kCountedAtOnce), workspace);
     plan.steps.push_back(count);
   }
   plan.steps.push_back(*step);

@@ -18,7 +18,7 @@ namespace fusedloss::cuda {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kPacketBytes = 16;
-inline constexpr int kDivisorThreads = 256;
+inline constexpr int kDivisorThreads = 1024;
 inline constexpr int kTileThreads = 256;
 inline constexpr std::int64_t kTileClasses = 1024;  // the most
 // The most classes of a row of tiles that one lane has, or four lanes, in registers: tiles are compiled for both.
@@ -70,8 +70,7 @@ struct RowPlan {
 };
 
 struct ColumnPlan {
-  bool packets = false;    // neighbouring positions in packets, aligned for every class
-  bool keeps = false;      // they wait in shared memory
+  bool keeps = false;      // all packets of an item wait in shared memory
   std::int64_t items = 0;  // packets of positions
 };
 
