@@ -6,7 +6,7 @@ import kernel_budget
 import kernel_resources
 import pytest
 import sass
-from kernel_budget import Cost
+from kernel_budget import Cost, Hot
 
 # Two packets a turn. The second is loaded element by element where it is not whole.
 LOOP = """
@@ -146,6 +146,28 @@ write:  LDS{size} R8, [R6]
     assert [code.cost(code.fast_path(loop)) for loop in code.streams.values()] == [3, 3, 3, 4, 3]
     assert all(sass.packets(code.fast_path(loop), bytes_) == 1 for loop in code.streams.values())
     assert code.cost(code.around_path(code.around(code.streams["sum"]))) == 2
+
+
+def test_what_few_turns_do_counts_with_its_share():
+    code = code_of("""
+tile:   MOV R0, R1
+        MOV R0, R1
+row:    LDS.U16 R10, [R6]
+        MUFU.EX2 R10, R10
+        @P1 BRA next
+        DADD R2, R2, R4
+        DADD R2, R2, R6
+next:   @P0 BRA row
+        @P2 BRA tile
+        EXIT
+""")
+    work = r"MUFU\.EX2"
+    assert kernel_budget.cost_of(Hot("row", 2, work), code, 2) == Cost(4 / 2, None)
+    assert kernel_budget.cost_of(Hot("row", 2, work, "DADD"), code, 2) == Cost(6 / 2, None)
+    assert kernel_budget.cost_of(Hot("row", 2, work, "DADD", every=4), code, 2) == Cost(4.5 / 2, None)
+    assert kernel_budget.cost_of(Hot("tile", 1, work), code, 2) == Cost(3, None)
+    with pytest.raises(sass.Unreadable):
+        code.busiest("FADD")
 
 
 def test_a_subroutine_counts_where_it_is_called():

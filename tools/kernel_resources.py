@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A kernel's demangled name, the most bytes of its stack frame, and why.
 ALLOWED = [
     (r"cross_entropy_\w+<double, true, ", 160, "a double takes two registers; the type is there for checking"),
+    (r"elementwise_packets<fusedloss::math::Bce, ", 16, "two logarithms, for more threads on a multiprocessor"),
+    (r"cross_entropy_warps<", 80, "values that are used once a row, beside the row itself"),
     (r"cross_entropy_\w+<\w+, true, ", 64, "smoothing, probabilities or a soft cap beside the row's state"),
     (r"cross_entropy_\w+<\w+, false, ", 24, "values that are used once a row, for more threads on a multiprocessor"),
 ]

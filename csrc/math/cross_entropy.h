@@ -58,7 +58,7 @@ struct RowProblem {
 
   // Whether every class has mass, and not the target alone.
   FUSEDLOSS_FN bool dense() const { return int(probabilities) | int(spread != Acc(0)); }
-  FUSEDLOSS_FN bool operator==(const RowProblem&) const = default;
+  [[gnu::always_inline]] bool operator==(const RowProblem&) const = default;  // on the host alone
 };
 
 // Where the target alone has mass.

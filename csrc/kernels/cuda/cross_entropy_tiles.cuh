@@ -256,10 +256,14 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
   Sums sums_;
 };
 
+// Blocks that registers must leave room for: more where a lane has fewer of its entries in them.
 template <class T, bool kGeneral, Pass kPass, int kLanes>
-__global__ void __launch_bounds__(kTileThreads, kGeneral                                             ? 4
-                                                : kPass == Pass::forward_with_gradient && kLanes > 1 ? 2
-                                                                                                     : 3)
+inline constexpr int kTileBlocks = kGeneral                                             ? sizeof(T) > 4 ? 2 : 4
+                                   : kPass == Pass::forward_with_gradient && kLanes > 1 ? 2
+                                                                                        : 3;
+
+template <class T, bool kGeneral, Pass kPass, int kLanes>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kGeneral, kPass, kLanes>)
     cross_entropy_tiles(const __grid_constant__ CrossEntropyArgs args, const __grid_constant__ TilePlan plan,
                         const __grid_constant__ Run run) {
   extern __shared__ __align__(16) unsigned char memory[];

@@ -395,9 +395,13 @@ class AnyElements : Elementwise<Loss, T, void, kPass> {
 
 // --- Kernels ------------------------------------------------------------------------------------------------------
 
-// Labels of 8 bytes, eight of them to a packet of half precision, take registers that a fourth block would need.
+// Blocks that registers must leave room for. Two packets of input and target take those of a fourth, and so do eight
+// labels of 8 bytes.
+template <class T, class Target, bool kFactors>
+inline constexpr int kPacketBlocks = !kFactors || kPacketOf<T> * sizeof(Target) > 2 * kPacketBytes ? 3 : 4;
+
 template <class Loss, class T, class Target, bool kFactors, Pass kPass>
-__global__ void __launch_bounds__(kElementwiseThreads, kPacketOf<T> * sizeof(Target) > 2 * kPacketBytes ? 3 : 4)
+__global__ void __launch_bounds__(kElementwiseThreads, kPacketBlocks<T, Target, kFactors>)
     elementwise_packets(const __grid_constant__ ElementwiseArgs args, const __grid_constant__ ElementwiseRun run) {
   ElementwisePackets<Loss, T, Target, kFactors, kPass>(args, run).process();
 }
@@ -458,8 +462,8 @@ inline bool is_plain(const ElementwiseArgs& args, const ElementwiseRun& run) {
   return args.target.dtype == args.dtype && !args.weight.data && !args.pos_weight.data && run.grad_loss == Walk::number;
 }
 
-// The kernels for packets are compiled for few types: the input's, and those of labels. Weights and labels go with
-// float64 in the general kernel. Null where that one is needed.
+// The kernels for packets are compiled for few types: the input's, and those of labels; and not for float64, a type
+// that is for checking. Null where the general kernel is needed.
 template <class Loss, class T>
 ElementwiseKernel elementwise_packets_kernel(const ElementwiseArgs& args, Pass pass, const ElementwiseRun& run) {
   const auto in_one_piece = [&](const ElementwiseTensor& result) {
@@ -474,9 +478,9 @@ ElementwiseKernel elementwise_packets_kernel(const ElementwiseArgs& args, Pass p
                     (pass == Pass::forward || (args.grad_input.data && !args.loss.data)) &&
                     is_factor(args.weight, run.weight) && is_factor(args.pos_weight, run.pos_weight) &&
                     is_factor(args.grad_loss, run.grad_loss);
-  if (!fits) return nullptr;
-  if (is_plain(args, run)) return elementwise_packets_kernel<Loss, T, T, false>(pass);
   if constexpr (!std::is_same_v<T, double>) {
+    if (!fits) return nullptr;
+    if (is_plain(args, run)) return elementwise_packets_kernel<Loss, T, T, false>(pass);
     if (args.target.dtype == args.dtype) return elementwise_packets_kernel<Loss, T, T, true>(pass);
     if (args.target.dtype == Dtype::uint8) return elementwise_packets_kernel<Loss, T, std::uint8_t, true>(pass);
     if (args.target.dtype == Dtype::int64) return elementwise_packets_kernel<Loss, T, std::int64_t, true>(pass);

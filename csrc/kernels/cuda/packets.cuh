@@ -1,8 +1,4 @@
-// Between memory and the accumulate type on the device: element types, and packets of 16 bytes.
-//
-// A row of any length that starts at any element is read and written in packets that are aligned in memory; its first
-// and last packet may hang over its ends. One loop over packets serves body and ends alike: an entry outside the row is
-// not accessed, and reads as a value that changes nothing.
+// Between memory and the accumulate type on the device: element types, packets of 16 bytes, and rows as spans of them.
 
 #pragma once
 
@@ -125,10 +121,7 @@ struct alignas(N * sizeof(T)) Packet {
   using Word = std::conditional_t<sizeof(T) < 4 && N * sizeof(T) % 4 == 0, std::uint32_t, T>;
   static constexpr int kWords = N * sizeof(T) / sizeof(Word);
 
-  union {
-    Word words[kWords];
-    T values[N];
-  };
+  Word words[kWords];
 
   __device__ __forceinline__ static Packet filled(T value) {
     T values[N];
@@ -245,7 +238,7 @@ __device__ __forceinline__ void store_streaming(T* to, const Packet<T, N>& packe
   if constexpr (N > 1) {
     __stcs(reinterpret_cast<Bits*>(to), bits<Bits>(packet));
   } else {
-    to[0] = packet.values[0];
+    to[0] = bits<T>(packet);
   }
 }
 
@@ -253,10 +246,10 @@ __device__ __forceinline__ void store_streaming(T* to, const Packet<T, N>& packe
 template <class T, int N>
 __device__ __forceinline__ void store_packet(T* to, const Packet<T, N>& packet, bool aligned) {
   if (aligned) return store_streaming(to, packet);
-  T values[N];
-  memcpy(values, &packet, sizeof(values));
+  T elements[N];
+  memcpy(elements, &packet, sizeof(elements));
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = values[i];
+  for (int i = 0; i < N; ++i) to[i] = elements[i];
 }
 
 template <class T>
@@ -308,42 +301,6 @@ struct Span {
   __device__ __forceinline__ Packet<Value> load(Index p) const { return load_streaming<kWidth>(data + first(p)); }
   __device__ __forceinline__ void store(Index p, const Packet<Value>& packet) const {
     store_streaming(data + first(p), packet);
-  }
-};
-
-// `count` elements from `row` on, as packets: packet p holds the elements [first(p), first(p) + kPacketOf<T>).
-template <class T>
-struct Packets {
-  using Value = std::remove_const_t<T>;
-  static constexpr int kWidth = kPacketOf<T>;
-
-  T* row;
-  std::int64_t count;
-  int start;  // the row's misalignment
-
-  __host__ __device__ __forceinline__ Packets(T* row, std::int64_t count)
-      : row(row), count(count), start(misalignment(row)) {}
-
-  __host__ __device__ __forceinline__ std::int64_t size() const { return (start + count + kWidth - 1) / kWidth; }
-  __device__ __forceinline__ std::int64_t first(std::int64_t p) const { return p * kWidth - start; }
-  __device__ __forceinline__ bool is_whole(std::int64_t first) const { return first >= 0 && first + kWidth <= count; }
-
-  __device__ __forceinline__ Packet<Value> load(std::int64_t p, Value fill) const {
-    const std::int64_t c = first(p);
-    if (is_whole(c)) return load_streaming<kWidth>(row + c);
-    Packet<Value> packet;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) packet.values[i] = c + i >= 0 && c + i < count ? row[c + i] : fill;
-    return packet;
-  }
-
-  // Writes the elements [first, first + kWidth), wherever the packets of this row begin.
-  __device__ __forceinline__ void store(std::int64_t first, const Packet<Value>& packet) const {
-    if (is_whole(first) && is_aligned(row + first)) return store_streaming(row + first, packet);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (first + i >= 0 && first + i < count) row[first + i] = packet.values[i];
-    }
   }
 };
 

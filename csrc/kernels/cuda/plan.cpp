@@ -1,4 +1,4 @@
-// Which traversal suits a problem, and how it is launched: tiles, rows or columns, and the divisor before them.
+// Which traversal suits a problem, and how it is launched: tiles, warps, rows or columns, and the divisor before them.
 
 #include "plan.h"
 
@@ -14,8 +14,7 @@ constexpr std::int64_t kCountedInline = 256;
 constexpr std::int64_t kCountedAtOnce = 8 * kDivisorThreads;
 constexpr std::int64_t kCountedByOneBlock = 4 * kCountedAtOnce;
 
-// Lanes of a row that are no constant of the kernel, by its number of classes: the first entry whose limit is not below
-// it.
+// Lanes of a row in the general code, by its number of classes: the first entry whose limit is not below it.
 struct TileGeometry {
   int classes, lanes;
 };
@@ -78,10 +77,11 @@ std::optional<Step> plan_tiles(const Problem& problem, Workspace& workspace) {
   const CrossEntropyArgs& args = problem.args;
   const int classes = static_cast<int>(problem.classes), row_bytes = classes * problem.logit_bytes;
   TilePlan plan;
-  plan.lanes = problem.general
-                   ? std::ranges::find_if(kTileGeometry, [&](auto entry) { return classes <= entry.classes; })->lanes
-               : classes <= kOneLaneClasses ? 1
-                                            : kFewLanes;
+  if (problem.general) {
+    plan.lanes = std::ranges::find_if(kTileGeometry, [&](auto entry) { return classes <= entry.classes; })->lanes;
+  } else {
+    plan.lanes = classes <= kOneLaneClasses ? 1 : kFewLanes;
+  }
   // What a tile costs beside its rows is shared by several of a thread's, where that leaves no multiprocessor idle.
   plan.rows = kTileThreads / plan.lanes;
   const std::int64_t at_once = kTilesAtOnce * problem.device.multiprocessors;
