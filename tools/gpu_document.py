@@ -85,7 +85,8 @@ def stage_verdict(name: str, stage: dict | None) -> list[str]:
 
 
 def of_kernels(found: dict) -> str:
-    return "; ".join(f"{dtype}: {one['failed']} of {one['cases']} wrong" for dtype, one in found.items())
+    # They run side by side, and any may be the last.
+    return "; ".join(f"{dtype}: {one['failed']} of {one['cases']} wrong" for dtype, one in sorted(found.items()))
 
 
 def of_tests(found: dict) -> str:
