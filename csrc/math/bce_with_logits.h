@@ -20,7 +20,7 @@ struct BceWithLogits {
 
   // kFast: half precision will hide what fast functions lose. The exponential is shared; where only one of the two
   // results is used, the compiler drops what the other needs.
-  template <bool kFast = false, class Acc>
+  template <class Acc, bool kFast = false>
   FUSEDLOSS_FN static LossAndSlope<Acc> evaluate(Acc x, Acc t, Acc pos_weight) {
     const Acc e = kFast ? fast_exp(-abs(x)) : exp_nonpositive(-abs(x));
     const Acc positive = pos_weight * t, negative = Acc(1) - t;

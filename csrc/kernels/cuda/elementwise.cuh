@@ -164,7 +164,7 @@ class Elementwise {
   using Acc = Accumulate<T>;
 
   __device__ __forceinline__ static math::LossAndSlope<Acc> evaluate(Acc x, Acc t, Acc pos_weight) {
-    return Loss::template evaluate<sizeof(T) == 2>(x, t, pos_weight);
+    return Loss::template evaluate<Acc, sizeof(T) == 2>(x, t, pos_weight);
   }
 
   const ElementwiseArgs& args_;
