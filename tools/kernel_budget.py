@@ -111,21 +111,13 @@ def kernels(dtype: str, t: str, size: int) -> list[Kernel]:
         ("rows, backward", f"{rows}{BACKWARD}, false>", ce, read_write, [WRITE]),
         (f"warps, {WARP_CLASSES} classes, forward", f"{warps}{FORWARD}, 32, true>", ce, read, [warp]),
         (f"warps, {WARP_CLASSES} classes, forward with gradient", f"{warps}{STEP}, 32, true>", ce, read_write, [warp]),
-        ("tiles, 128 classes, forward", f"{tiles}{FORWARD}, 4>", ce, read, [COPY, few, few_tile]),
-        (
-            "tiles, 128 classes, forward with gradient",
-            f"{tiles}{STEP}, 4>",
-            ce,
-            read_write,
-            [COPY, few, few_tile, WRITE],
-        ),
-        ("tiles, 16 classes, forward", f"{tiles}{FORWARD}, 1>", ce, read, [COPY, fewest, fewest_tile]),
-        (
-            "tiles, 16 classes, forward with gradient",
-            f"{tiles}{STEP}, 1>",
-            ce,
-            read_write,
-            [COPY, fewest, fewest_tile, WRITE],
+        *(
+            (f"tiles, {classes} classes, {name}", f"{tiles}{pass_}, {lanes}>", ce, moved, [COPY, *loops])
+            for classes, lanes, of_row in ((128, 4, [few, few_tile]), (16, 1, [fewest, fewest_tile]))
+            for name, pass_, moved, loops in (
+                ("forward", FORWARD, read, of_row),
+                ("forward with gradient", STEP, read_write, [*of_row, WRITE]),
+            )
         ),
         (f"columns, {IMAGE_CLASSES} classes, forward", f"{columns}{FORWARD}, {width}>", ce, read, [*KEPT, item]),
         (

@@ -91,7 +91,8 @@ class CrossEntropy {
     return {index, counts, !counts && !lse_is_wanted, math::index_mass(problem_, weight)};
   }
 
-  __device__ __forceinline__ Target<Acc> target(std::int64_t position) const { return target_of(index_at(position)); }
+  // Of a lane that has no row.
+  __device__ __forceinline__ static Target<Acc> no_target() { return {-1, false, true, Acc(0)}; }
 
   // --- Entries ---
 
@@ -152,10 +153,7 @@ class CrossEntropy {
   // Adds packets of entries that need no more than their logit.
   template <int kPackets>
   __device__ __forceinline__ void add(Statistics& row, const Packet<T> (&packets)[kPackets]) const {
-    Packet<T> largest = packets[0];
-#pragma unroll
-    for (int u = 1; u < kPackets; ++u) largest = largest.max(packets[u]);
-    row.raise(math::max_ignoring_nan(largest.max(), row.max));
+    row.raise(math::max_ignoring_nan(max_of(packets), row.max));
     const Acc shift = math::finite_shift(row.max);
     Acc sum = Acc(0);
 #pragma unroll
@@ -179,6 +177,11 @@ class CrossEntropy {
       const Acc on_class = c == row.target ? row.on_target : Acc(0);
       return math::logit_grad(exp(x - row.shift), row.factor, on_class);
     }
+  }
+
+  // Where every entry is treated as if it were not the target's, which is written again.
+  __device__ __forceinline__ static Acc other_entry_gradient(const Gradient& row, Acc x) {
+    return math::logit_grad(exp(x - row.shift), row.factor, Acc(0));
   }
 
   // --- Rows ---

@@ -173,9 +173,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
       Acc x[kWidth];
       kept(c).unpack(x);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        x[i] = math::logit_grad(Base::exp(x[i] - gradients[i].shift), gradients[i].factor, Acc(0));
-      }
+      for (int i = 0; i < kWidth; ++i) x[i] = Base::other_entry_gradient(gradients[i], x[i]);
       kept(c) = Packet::pack(x);
     }
 #pragma unroll

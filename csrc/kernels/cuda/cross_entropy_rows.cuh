@@ -265,10 +265,9 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     if (owns_target) grad[target.index] = entry_gradient(target_entry, target.index);
   }
 
-  // Of an entry that need not be the target's: it is written again.
   __device__ __forceinline__ Acc other_entry_gradient(const Row& row, const Gradient& gradient, Acc x, int c) const {
     if constexpr (kGeneral) return this->entry_gradient(gradient, row.position, x, c);
-    return math::logit_grad(Base::exp(x - gradient.shift), gradient.factor, Acc(0));
+    return Base::other_entry_gradient(gradient, x);
   }
 
   // Whether this thread writes the entry of a class; -1 is none.

@@ -152,7 +152,7 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
     int r = row();
     std::int64_t index = r < count ? this->index_at(first + r) : 0;
     for (int round = 0; round < count; round += step, r += step) {
-      Target<Acc> target{-1, false, true, Acc(0)};
+      Target<Acc> target = Base::no_target();
       if (r < count) target = this->target_of(index);
       if (r + step < count) index = this->index_at(first + r + step);
       const std::int64_t position = r < count ? first + r : -1;
@@ -189,11 +189,10 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
     Gradient gradient{};
     if constexpr (kPass == Pass::backward) {
       if (!target.skip) gradient = this->saved_gradient(position, target, Acc(0));
-      statistics.max = gradient.shift;
     } else {
       statistics.max = group_max(statistics.max, kLanes);
     }
-    const Acc shift = math::finite_shift(statistics.max);
+    const Acc shift = kPass == Pass::backward ? gradient.shift : math::finite_shift(statistics.max);
     for_each_entry([&](int k, int) { statistics.sum += e[k] = Base::exp(e[k] - shift); });
     if constexpr (kPass != Pass::backward) {
       statistics.sum = group_sum(statistics.sum, kLanes);

@@ -41,7 +41,7 @@ class Warps : CrossEntropy<T, false, kPass> {
     // All lanes of a warp go round equally often: in the end some have no row.
     for (; position - threadIdx.x % kWarp / lanes_ < positions; position += step) {
       const bool exists = kWhole || position < positions;
-      Target<Acc> target{-1, false, true, Acc(0)};
+      Target<Acc> target = Base::no_target();
       if (exists) target = this->target_of(index);
       if (position + step < positions) index = this->index_at(position + step);
       row(exists ? position : -1, target);
@@ -82,10 +82,7 @@ class Warps : CrossEntropy<T, false, kPass> {
     if constexpr (kPass == Pass::backward) {
       if (!target.skip) gradient = this->saved_gradient(position, target, Acc(0));
     } else {
-      Packet<T> largest = packets[0];
-#pragma unroll
-      for (int u = 1; u < kPackets; ++u) largest = largest.max(packets[u]);
-      statistics.max = largest.max();
+      statistics.max = max_of(packets);
       for (const T single : singles) statistics.max = math::max_ignoring_nan(convert<Acc>(single), statistics.max);
       statistics.max = group_max(statistics.max, lanes_);
     }

@@ -196,6 +196,14 @@ struct alignas(N * sizeof(T)) Packet {
   }
 };
 
+template <class T, int N, int kPackets>
+__device__ __forceinline__ Accumulate<T> max_of(const Packet<T, N> (&packets)[kPackets]) {
+  Packet<T, N> largest = packets[0];
+#pragma unroll
+  for (int u = 1; u < kPackets; ++u) largest = largest.max(packets[u]);
+  return largest.max();
+}
+
 #if defined(__CUDA_EMU__)
 // The emulator counts bytes, and its compiler, which knows no price of a load, may read an inlined packet twice.
 #define FUSEDLOSS_LOAD __noinline__
@@ -253,8 +261,8 @@ __device__ __forceinline__ void store_packet(T* to, const Packet<T, N>& packet, 
 }
 
 template <class T>
-__host__ __device__ __forceinline__ bool is_aligned(const T* address, int bytes = kPacketBytes) {
-  return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
+__host__ __device__ __forceinline__ bool is_aligned(const T* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % kPacketBytes == 0;
 }
 
 // How many elements a row starts behind the start of its first packet.
