@@ -18,9 +18,9 @@ struct BceWithLogits {
     return true;
   }
 
-  // kFast: half precision will hide what fast functions lose. The exponential is shared; where only one of the two
-  // results is used, the compiler drops what the other needs.
-  template <class Acc, bool kFast = false>
+  // kFast: half precision will hide what fast functions lose. kWeighted: pos_weight may differ from 1. The exponential
+  // is shared; where only one of the two results is used, the compiler drops what the other needs.
+  template <class Acc, bool kFast = false, bool kWeighted = true>
   FUSEDLOSS_FN static LossAndSlope<Acc> evaluate(Acc x, Acc t, Acc pos_weight) {
     const Acc e = kFast ? fast_exp(-abs(x)) : exp_nonpositive(-abs(x));
     const Acc positive = pos_weight * t, negative = Acc(1) - t;
@@ -29,11 +29,13 @@ struct BceWithLogits {
     // A sum rather than a comparison: -inf gives NaN, as in native torch, where -inf + inf meet.
     const Acc negative_part = max_ignoring_nan(-x, Acc(0));
     const Acc positive_part = x + negative_part;
-    const Acc loss = negative * (positive_part + tail) + positive * (negative_part + tail);
+    // Without a pos_weight the two sides weigh 1 together.
+    const Acc loss = kWeighted ? negative * (positive_part + tail) + positive * (negative_part + tail)
+                               : negative * positive_part + (positive * negative_part + tail);
 
     // The sigmoid's smaller side, which is known with full relative accuracy; the other is 1 - smaller.
     const Acc smaller = fast_divide(e, Acc(1) + e);
-    const Acc both = smaller * (negative + positive);
+    const Acc both = kWeighted ? smaller * (negative + positive) : smaller;
     // What is taken off last is 0, or NaN where an infinite pos_weight makes native's gradient NaN.
     const Acc slope = (x < Acc(0) ? both - positive : negative - both) - Acc(0) * pos_weight;
     return {loss, slope};

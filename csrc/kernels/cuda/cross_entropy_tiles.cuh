@@ -239,15 +239,17 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
       this->finish_later(position, target, statistics, target_logit, lane(), lanes(), sums_);
       if (kPass == Pass::forward_with_gradient && !target.skip) gradient = this->gradient(position, target, statistics);
     }
-    __syncwarp();  // all lanes have read the target's logit, whose place the gradient takes
-    if (kPass == Pass::forward || position < 0) return;
+    if constexpr (kPass != Pass::forward) {
+      __syncwarp();  // all lanes have read the target's logit, whose place the gradient takes
+      if (position < 0) return;
 #pragma unroll 1
-    for (int c = lane(); c < classes; c += lanes()) {
-      const Acc x = convert<Acc>(logits[c]);
-      if (kPass == Pass::backward && args_.grad_probabilities.data) {
-        this->store_probability_gradient(gradient, position, target.skip ? Acc(0) : this->value(x), c);
+      for (int c = lane(); c < classes; c += lanes()) {
+        const Acc x = convert<Acc>(logits[c]);
+        if (kPass == Pass::backward && args_.grad_probabilities.data) {
+          this->store_probability_gradient(gradient, position, target.skip ? Acc(0) : this->value(x), c);
+        }
+        logits[c] = convert<T>(target.skip ? Acc(0) : this->entry_gradient(gradient, position, x, c));
       }
-      logits[c] = convert<T>(target.skip ? Acc(0) : this->entry_gradient(gradient, position, x, c));
     }
   }
 

@@ -163,8 +163,9 @@ class Elementwise {
  protected:
   using Acc = Accumulate<T>;
 
+  template <bool kWeighted>
   __device__ __forceinline__ static math::LossAndSlope<Acc> evaluate(Acc x, Acc t, Acc pos_weight) {
-    return Loss::template evaluate<Acc, sizeof(T) == 2>(x, t, pos_weight);
+    return Loss::template evaluate<Acc, sizeof(T) == 2, kWeighted>(x, t, pos_weight);
   }
 
   const ElementwiseArgs& args_;
@@ -316,7 +317,7 @@ class ElementwisePackets : Elementwise<Loss, T, Target, kPass> {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       valid &= int(t[i] == ignored_) | (int(Loss::in_domain(x[i])) & int(Loss::in_domain(t[i])));
-      const auto result = Base::evaluate(x[i], t[i], p[i]);
+      const auto result = Base::template evaluate<kFactors>(x[i], t[i], p[i]);
       losses[i] = w[i] * result.loss;
       grads[i] = g[i] * scale_ * w[i] * result.slope;
     }
@@ -376,7 +377,7 @@ class AnyElements : Elementwise<Loss, T, void, kPass> {
     const Acc g = one_grad_loss_ ? Acc(1) : load_any<Acc>(args_.grad_loss.data, args_.grad_loss.dtype, in.at[4]);
     const bool counts = t != ignored_;
     device_assert(!counts || (Loss::in_domain(x) && Loss::in_domain(t)));
-    const auto result = Base::evaluate(x, t, p);
+    const auto result = Base::template evaluate<true>(x, t, p);
     const Acc loss = math::zero_if(!counts, w * result.loss);
     sums.add(loss, counts);
 

@@ -44,7 +44,8 @@ __device__ __forceinline__ To convert(From value) {
 }
 
 // dtype becomes a type here and nowhere else in the CUDA kernels, on the host (to choose a kernel) or on the device (to
-// read an operand of any type).
+// read an operand of any type). A body for the host alone is no mistake.
+#pragma nv_exec_check_disable
 template <class F>
 __host__ __device__ __forceinline__ void with_floating(Dtype dtype, F&& body) {
   switch (dtype) {
@@ -55,6 +56,7 @@ __host__ __device__ __forceinline__ void with_floating(Dtype dtype, F&& body) {
   }
 }
 
+#pragma nv_exec_check_disable
 template <class F>
 __host__ __device__ __forceinline__ void with_dtype(Dtype dtype, F&& body) {
   switch (dtype) {
