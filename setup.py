@@ -21,10 +21,8 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
-# Overridden by TORCH_CUDA_ARCH_LIST. Code runs on later minor versions too: that for 8.0 on 8.6 and 8.9. The kernels
-# use nothing that 9.0 does not have: code for later devices is made from 9.0's PTX, since PTX takes as long to make.
+# Overridden by TORCH_CUDA_ARCH_LIST. Code runs on later minor versions too: that for 8.0 on 8.6 and 8.9.
 CUDA_ARCHS = "8.0 9.0+PTX 10.0 12.0"
-GENCODE = "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"
 CXX_FLAGS = "-std=c++20 -O3 -g0 -fopenmp -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall"
 NVCC_FLAGS = "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Xptxas -v -Xfatbin -compress-all"
 
@@ -50,6 +48,17 @@ def decide_cuda():
     reason = f"nvcc in {home}" if build else "FUSEDLOSS_CUDA=0" if wish == "0" else "no CUDA toolkit (nvcc) was found"
     print(f"fusedloss: {'building' if build else 'not building'} the CUDA kernels: {reason}", file=sys.stderr)
     return home if build else None
+
+
+def gencode(archs):
+    """nvcc's flags for them. The kernels use nothing that 9.0 does not have: code for later devices is made from 9.0's
+    PTX, since PTX takes as long to make."""
+    for arch in archs.split():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        ptx = min(number, "90", key=int)
+        yield f"-gencode=arch=compute_{ptx},code=sm_{number}"
+        if arch.endswith("+PTX"):
+            yield f"-gencode=arch=compute_{ptx},code=compute_{ptx}"
 
 
 def write_build_info(cuda_archs):
@@ -89,7 +98,7 @@ def extension():
     write_build_info((archs or CUDA_ARCHS) if cuda_home else "")
     # The environment's CXXFLAGS come last, and win: setuptools puts its own before ours, where it reads them at all.
     cxx_flags = CXX_FLAGS.split() + shlex.split(os.environ.get("CXXFLAGS", ""))
-    nvcc_flags = f"{NVCC_FLAGS} {'' if archs else GENCODE}".split()
+    nvcc_flags = NVCC_FLAGS.split() + ([] if archs else list(gencode(CUDA_ARCHS)))
     options["extra_compile_args"] = {"cxx": cxx_flags, "nvcc": nvcc_flags}
     # Not CUDAExtension, which links libraries that a CPU build of torch does not have.
     return cpp_extension.CppExtension("fusedloss._C", sources, **options)

@@ -44,7 +44,7 @@ struct Bce {
   }
 
   // kFast: half precision will hide what fast functions lose.
-  template <class Acc, bool kFast = false, bool kWeighted = false>
+  template <class Acc, bool kFast = false, bool kWeighted = true>
   FUSEDLOSS_FN static LossAndSlope<Acc> evaluate(Acc p, Acc t, Acc) {
     const Acc least = Acc(1e-12f);  // native's constant is a float, in float64 too
     const Acc variance = (Acc(1) - p) * p;
