@@ -36,18 +36,19 @@ static void define(torch::Library& m, std::string schema) {
 // the loss; NAME_with_grad is forward and backward in one pass.
 template <Backend kBackend>
 static void define(torch::Library& m, CrossEntropy) {
-  define<kBackend, &CrossEntropy::forward, CrossEntropyOptions, TrainingOptions>(
+  define<kBackend, &CrossEntropy::forward, CrossEntropyWeights, CrossEntropyOptions, CrossEntropyAnswers,
+         TrainingOptions>(m,
+                          "cross_entropy(Tensor logits, Tensor target, {}, {}, {}, {}) "
+                          "-> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, "
+                          "Tensor row_max, Tensor row_log_sum, Tensor row_gap, Tensor divisor)");
+  define<kBackend, &CrossEntropy::with_grad, CrossEntropyWeights, CrossEntropyOptions>(
       m,
-      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, {}, bool return_lse, {}) "
-      "-> (Tensor loss, Tensor lse, Tensor row_max, Tensor row_log_sum, Tensor divisor)");
-  define<kBackend, &CrossEntropy::with_grad, CrossEntropyOptions>(
+      "cross_entropy_with_grad(Tensor logits, Tensor target, {}, Tensor? grad_scale, {}, bool upcast, "
+      "Tensor(a!) grad_logits, Tensor(b!)? scale=None, Tensor(c!)? argmax=None) -> Tensor loss");
+  define<kBackend, &CrossEntropy::backward, CrossEntropyWeights, CrossEntropyOptions>(
       m,
-      "cross_entropy_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? grad_scale, {}, bool upcast, "
-      "Tensor(a!) grad_logits, Tensor(b!)? scale=None) -> Tensor loss");
-  define<kBackend, &CrossEntropy::backward, CrossEntropyOptions>(
-      m,
-      "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor row_max, Tensor row_log_sum, Tensor divisor, {}, bool[2] output_mask) "
+      "cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits, Tensor target, "
+      "{}, Tensor row_max, Tensor row_log_sum, Tensor? row_gap, Tensor divisor, {}, bool[2] output_mask) "
       "-> (Tensor grad_logits, Tensor grad_target)");
 }
 

@@ -12,6 +12,7 @@ from fusedloss.functional import (
     binary_cross_entropy_with_logits,
     cross_entropy,
     nll_loss,
+    token_log_probs,
 )
 from fusedloss.modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, NLLLoss
 from fusedloss.patching import patch, replace_losses, unpatch
@@ -32,6 +33,7 @@ __all__ = [
     "patch",
     "reference",
     "replace_losses",
+    "token_log_probs",
     "unpatch",
     "use_backend",
 ]

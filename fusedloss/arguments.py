@@ -81,6 +81,13 @@ def as_finite(loss: str, name: str, value) -> float:
     return value
 
 
+def as_positive(loss: str, name: str, value) -> float:
+    value = as_finite(loss, name, value)
+    if not value > 0:
+        raise ValueError(f"{loss}: {name} must be positive, got {value}")
+    return value
+
+
 def check_bool(loss: str, name: str, value) -> None:
     if not isinstance(value, bool):
         raise TypeError(_message(loss, name, "be a bool", value))

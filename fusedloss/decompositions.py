@@ -23,9 +23,14 @@ _AUTOGRAD_KEYS = [
     getattr(torch._C.DispatchKey, f"Autograd{kind}") for kind in ("Functionality", "Other", "NestedTensor")
 ]
 _HALF = (torch.float16, torch.bfloat16)
-_GRAD_OUTPUTS = ("grad_loss", "grad_lse")  # what a backward operator is given for each output of its loss
-_OF_BACKWARD = {*_GRAD_OUTPUTS, "row_max", "row_log_sum", "divisor", "output_mask"}
-_NOT_OF_THE_LOSS = {"return_lse", "upcast", "grad_in_forward", "grad_scale", "inplace", "statistics"}
+_GRAD_OUTPUTS = (
+    "grad_loss",
+    "grad_lse",
+    "grad_entropy",
+)  # what a backward operator is given for each output of its loss
+_OF_BACKWARD = {*_GRAD_OUTPUTS, "row_max", "row_log_sum", "row_gap", "divisor", "output_mask"}
+_NOT_OF_THE_LOSS = {"return_lse", "return_entropy", "return_argmax"}
+_NOT_OF_THE_LOSS |= {"upcast", "grad_in_forward", "grad_scale", "inplace", "statistics"}
 
 
 def table() -> dict:
@@ -65,7 +70,9 @@ def _upcast(value):
 
 
 def _cross_entropy(logits, *, logit_softcap, **options):
-    return reference.cross_entropy(logits, logit_softcap=logit_softcap or None, return_lse=True, **options)
+    return reference.cross_entropy(
+        logits, logit_softcap=logit_softcap or None, return_lse=True, return_entropy=True, **options
+    )
 
 
 def _nll(log_probs, **options):
@@ -101,13 +108,22 @@ def _forward(name, loss):
     return decomposition
 
 
-def _cross_entropy_results(values, loss, lse):
-    logits, return_lse = values["logits"], values["return_lse"]
+def _cross_entropy_results(values, loss, lse, entropy):
+    logits, classes = values["logits"], reference.class_dimension(values["logits"])
+    answers = {"lse": lse, "entropy": entropy}
+    if values["return_argmax"]:
+        answers["argmax"] = logits.argmax(classes)
+    returned = [answers[name] if values[f"return_{name}"] else None for name in ("lse", "entropy", "argmax")]
     if not values["statistics"]:
-        return loss, lse if return_lse else None, None, None, None
-    capped = reference.capped(logits.to(lse.dtype), values["logit_softcap"] or None)
-    row_max = capped.amax(reference.class_dimension(logits))
-    return loss, lse if return_lse else lse.new_empty(0), row_max, lse - row_max, _class_divisor(logits, values)
+        return loss, *returned, None, None, None, None
+    absent = [lse.new_empty(0), lse.new_empty(0), lse.new_empty(0, dtype=torch.int64)]
+    returned = [empty if answer is None else answer for empty, answer in zip(absent, returned, strict=True)]
+    seen = reference.seen_logits(logits.to(lse.dtype), values["logit_scale"], values["logit_softcap"] or None)
+    row_max = seen.amax(classes)
+    row_gap = entropy - (lse - row_max) if values["return_entropy"] else lse.new_empty(0)
+    divisor = values["denominator"]
+    divisor = _class_divisor(logits, values) if divisor is None else divisor.double().reshape(())
+    return loss, *returned, row_max, lse - row_max, row_gap, divisor
 
 
 def _nll_results(values, loss):
@@ -127,7 +143,10 @@ def _class_divisor(input, values):
     """The weights of the positions that count, added up in float64."""
     like, target = input.select(reference.class_dimension(input), 0), values["target"]
     indices = None if target.is_floating_point() else target.long().reshape(like.shape)
-    return reference.counts(indices, values["weight"], values["ignore_index"], like)[1].sum()
+    count, weights = reference.counts(indices, values["weight"], values["ignore_index"], like)
+    if values.get("sample_weight") is not None:
+        weights = torch.where(count, weights * values["sample_weight"], 0.0)
+    return weights.sum()
 
 
 def rescale_grad(grad, grad_output, scale, keep_zeros):

@@ -7,11 +7,14 @@ divisor are added up before they are divided, so that ranks may count different 
 
 import torch
 
+from fusedloss import reference
 from fusedloss.reference import CLASS_LOSSES, ELEMENTWISE_LOSSES
 
 _FUNCTIONS = {name: loss.__name__ for name, loss in (CLASS_LOSSES | ELEMENTWISE_LOSSES).items()}
 _ELEMENTWISE = {loss.__name__ for loss in ELEMENTWISE_LOSSES.values()}
 _NONE, _MEAN, _SUM = 0, 1, 2
+_NUMBERS = {"denominator", "grad_scale"}  # which all ranks bring alike
+_ANSWERS = {"return_lse": 1, "return_entropy": 2, "return_argmax": 3}  # their places among the outputs
 _FIRST_DERIVATIVES_ONLY = torch.__version__.startswith("2.11.")  # torch's own, between a DTensor and its shard
 
 
@@ -69,8 +72,7 @@ def _run(operator, loss, input, *arguments):
     values = dict(zip(names, (input, *arguments), strict=False))
     _check(loss, {"input" if name == names[0] else name: value for name, value in values.items()})
     values["inplace"] = False
-    device = input.device.type
-    values["upcast"] = _has_autocast(device) and torch.is_autocast_enabled(device)
+    values["upcast"] = values.get("upcast") or reference.autocasts(input.device.type)
     values = {name: value for name, value in values.items() if name in names}
 
     # Checked as a whole, so that all ranks raise where one does; and so is known what comes out.
@@ -79,19 +81,26 @@ def _run(operator, loss, input, *arguments):
 
     mesh, placements = input.device_mesh, input.placements
     layouts = {names[0]: placements, "target": _beside(input, values["target"], placements)}
+    layouts |= {name: [Replicate()] * mesh.ndim for name in _NUMBERS}
+    if is_dtensor(values.get("sample_weight")):
+        layouts["sample_weight"] = _beside(input, values["sample_weight"], placements)
     for name in ("weight", "pos_weight"):
         if is_dtensor(values.get(name)):
             layouts[name] = _under(loss, name, input, values[name], placements)
     reduction = values["reduction"]
     in_parts = reduction != _NONE and any(placement.is_shard() for placement in placements)
+    denominator = _local(values.get("denominator"), layouts["denominator"])
     if in_parts:
+        values["denominator"] = None
         # The sum in float32 or wider, and the divisor, which is not returned where forward writes the gradient.
         values |= {"reduction": _SUM, "upcast": True, "grad_in_forward": False, "grad_scale": None, "statistics": True}
     local = {name: _local(value, layouts.get(name)) for name, value in values.items() if name in names}
     outputs = list(operator(**local))
+    answers = [place for name, place in _ANSWERS.items() if values.get(name)]
     if not torch.compiler.is_compiling():  # a compiler refuses second derivatives, and follows what is written
-        for i in range(1 + bool(values.get("return_lse"))):
-            outputs[i] = _Guard.apply(outputs[i], input, loss)
+        for i in (0, *answers):
+            if outputs[i].is_floating_point():
+                outputs[i] = _Guard.apply(outputs[i], input, loss)
 
     everywhere = [Replicate()] * mesh.ndim
     result, divisor = outputs[0], outputs[-1]
@@ -99,17 +108,16 @@ def _run(operator, loss, input, *arguments):
         sums = [Partial() if placement.is_shard() else placement for placement in placements]
         parts = DTensor.from_local(torch.stack([result.double(), divisor]), mesh, sums, run_check=False)
         total, divisor = _local(parts, everywhere).unbind()
-        result = (total / divisor.detach() if reduction == _MEAN else total).to(whole[0].dtype)
+        if reduction == _MEAN and denominator is not None:
+            total = reference.mean_over(total, denominator)
+        elif reduction == _MEAN:
+            total = total / divisor.detach()
+        result = total.to(whole[0].dtype)
     by_position = _beside(input, whole[0], placements) if reduction == _NONE else everywhere
     outputs = [_shared(result, mesh, by_position, whole[0]), *outputs[1:]]
-    if values.get("return_lse"):
-        outputs[1] = _shared(outputs[1], mesh, _beside(input, whole[1], placements), whole[1])
+    for i in answers:
+        outputs[i] = _shared(outputs[i], mesh, _beside(input, whole[i], placements), whole[i])
     return outputs
-
-
-@torch.compiler.assume_constant_result  # torch 2.11's compiler does not know this function
-def _has_autocast(device):
-    return torch.amp.is_autocast_available(device)
 
 
 @torch.compiler.assume_constant_result
@@ -119,7 +127,7 @@ def _argument_names(operator):
 
 def _check(loss, tensors):
     """Raises for what is not a DTensor of the input's mesh, and for an input whose rows are in parts."""
-    found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and name != "grad_scale"}
+    found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor) and name not in _NUMBERS}
     for name, value in found.items():
         if not is_dtensor(value):
             shared = next(other for other, it in found.items() if is_dtensor(it))

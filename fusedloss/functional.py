@@ -11,6 +11,7 @@ would let pass and that needs a closer look: DTensors among tensors, bools and a
 """
 
 import functools
+import itertools
 import math
 from typing import Any, Literal, TypedDict, get_args, overload
 
@@ -23,13 +24,16 @@ from torch.overrides import has_torch_function_variadic
 from typing_extensions import Unpack
 
 from fusedloss import dtensor, reference
-from fusedloss.arguments import as_finite, as_float, as_int, check_bool, check_tensors, hand_over
+from fusedloss.arguments import as_finite, as_float, as_int, as_positive, check_bool, check_tensors, hand_over
 from fusedloss.backend import Backend, operators
 
+# The loss, alone or before what else was asked for. Spelled out: TorchScript knows no tuple of any length.
+Answers = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
 Reduction = Literal["none", "mean", "sum"]
 GradInForward = bool | Literal["auto"]
 REDUCTIONS = get_args(Reduction)  # in the order of the operators' numbers
 _CODES = {name: code for code, name in enumerate(REDUCTIONS)}
+_NO_ANSWERS = (False, False, False)
 
 
 class TrainingOptions(TypedDict, total=False):
@@ -41,11 +45,19 @@ class TrainingOptions(TypedDict, total=False):
 
 
 class CrossEntropyOptions(TrainingOptions, total=False):
-    """What cross_entropy adds to native's arguments, but for return_lse, on which its overloads differ."""
+    """What cross_entropy adds to native's arguments, but for return_*, on which its overloads differ."""
 
     z_loss: float
+    logit_scale: float
     logit_softcap: float | None
     inplace: bool
+
+
+class CrossEntropyCall(CrossEntropyOptions, total=False):
+    """And what changes with every batch: a module takes it when it is called."""
+
+    denominator: float | Tensor | None
+    sample_weight: Tensor | None
 
 
 @overload
@@ -60,7 +72,9 @@ def cross_entropy(
     label_smoothing: float = ...,
     *,
     return_lse: Literal[False] = ...,
-    **options: Unpack[CrossEntropyOptions],
+    return_entropy: Literal[False] = ...,
+    return_argmax: Literal[False] = ...,
+    **options: Unpack[CrossEntropyCall],
 ) -> Tensor: ...
 @overload
 def cross_entropy(
@@ -74,7 +88,9 @@ def cross_entropy(
     label_smoothing: float = ...,
     *,
     return_lse: Literal[True],
-    **options: Unpack[CrossEntropyOptions],
+    return_entropy: Literal[False] = ...,
+    return_argmax: Literal[False] = ...,
+    **options: Unpack[CrossEntropyCall],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def cross_entropy(
@@ -87,9 +103,107 @@ def cross_entropy(
     reduction: Reduction = ...,
     label_smoothing: float = ...,
     *,
-    return_lse: bool,
-    **options: Unpack[CrossEntropyOptions],
-) -> Tensor | tuple[Tensor, Tensor]: ...
+    return_lse: Literal[False] = ...,
+    return_entropy: Literal[True],
+    return_argmax: Literal[False] = ...,
+    **options: Unpack[CrossEntropyCall],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    return_entropy: Literal[False] = ...,
+    return_argmax: Literal[True],
+    **options: Unpack[CrossEntropyCall],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: Literal[True],
+    return_entropy: Literal[True],
+    return_argmax: Literal[False] = ...,
+    **options: Unpack[CrossEntropyCall],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: Literal[True],
+    return_entropy: Literal[False] = ...,
+    return_argmax: Literal[True],
+    **options: Unpack[CrossEntropyCall],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    return_entropy: Literal[True],
+    return_argmax: Literal[True],
+    **options: Unpack[CrossEntropyCall],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: Literal[True],
+    return_entropy: Literal[True],
+    return_argmax: Literal[True],
+    **options: Unpack[CrossEntropyCall],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    return_lse: bool = ...,
+    return_entropy: bool = ...,
+    return_argmax: bool = ...,
+    **options: Unpack[CrossEntropyCall],
+) -> Answers: ...
 
 
 def cross_entropy(
@@ -103,19 +217,28 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    denominator: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
     return_lse: bool = False,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
     grad_in_forward: GradInForward = "auto",
     grad_scale: float | Tensor | None = None,
     inplace: bool = False,
     backend: Backend | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Answers:
     r"""Cross entropy between logits and targets; :func:`torch.nn.functional.cross_entropy` in one pass.
 
     For a position with logits :math:`x`, :math:`\mathrm{lse} = \log \sum_c \exp x_c` and target masses :math:`a`,
     the loss is :math:`\sum_c a_c (\mathrm{lse} - x_c) + z\,\mathrm{lse}^2`. A class index :math:`t` puts the mass
     :math:`w_t` on class :math:`t`, probabilities :math:`q` put :math:`w_c q_c` on class :math:`c`, and label
     smoothing moves a part of it to all classes.
+
+    The entropy of a position is that of its softmax, :math:`-\sum_c p_c \log p_c`, formed as
+    :math:`\log \sum_c \exp(x_c - m) + \sum_c p_c (m - x_c)` with :math:`m = \max_c x_c`: of two terms that are 0 or
+    more, so that it has all its digits where one class has almost all of the probability.
 
     Args:
         input: logits, (C), (N, C) or (N, C, d1, d2, ...); float32, float64, bfloat16 or float16, any strides.
@@ -128,14 +251,25 @@ def cross_entropy(
             all positions for probabilities.
         label_smoothing: at most 1; the part of the mass spread evenly over the classes (arXiv:1512.00567).
         z_loss: adds ``z_loss * lse ** 2`` to the loss of each position that counts (arXiv:2204.02311, section 5).
-        logit_softcap: replaces the logits by ``cap * tanh(logits / cap)`` first (arXiv:2408.00118, section 2).
+        logit_scale: multiplies the logits first; positive: an inverse temperature.
+        logit_softcap: replaces the (scaled) logits by ``cap * tanh(logits / cap)`` (arXiv:2408.00118, section 2).
+        denominator: with ``reduction="mean"``, what the sum of the losses is divided by instead of by what counts: a
+            positive number, or a real tensor of one element, on the device of ``input``, where it stays. The number of
+            targets in all ranks and accumulation steps, for example. Where nothing counts the loss is 0, in its place
+            in the graph, and the gradient 0.
+        sample_weight: of the shape of the unreduced loss, in any floating-point type; multiplies the whole loss of a
+            position, and its share of what the mean is divided by: the sum of class weight times sample weight over
+            the positions that count, or for probabilities of the sample weights.
         return_lse: also return lse, differentiable, for every position, ignored or not; float32, or float64 for
             float64 logits.
+        return_entropy: also return the entropy, likewise.
+        return_argmax: also return the class of the largest logit, for every position, as int64: the first of several,
+            and NaN is larger than any number, as for :func:`torch.argmax`. Not differentiable.
         grad_in_forward: whether forward also writes the gradient, so that ``input`` is read once. ``"auto"``: where the
-            loss is reduced, nothing but ``input`` requires grad, ``return_lse`` is off, no compiler traces the call,
-            no hooks take what is saved (checkpoints, offloading), and, for float16, ``grad_scale`` is given. Right for
-            every grad_output; another one than ``grad_scale`` costs backward a pass over the gradient, and in half
-            precision one more rounding.
+            loss is reduced, nothing but ``input`` requires grad, ``return_lse`` and ``return_entropy`` are off, no
+            compiler traces the call, no hooks take what is saved (checkpoints, offloading), and, for float16,
+            ``grad_scale`` is given. Right for every grad_output; another one than ``grad_scale`` costs backward a pass
+            over the gradient, and in half precision one more rounding.
         grad_scale: the grad_output that backward will be called with, a number or a tensor of one element (such as
             1 / accumulation steps, or a GradScaler's scale): then no pass is needed. A hint: where it turns out wrong,
             or would make the gradient overflow or vanish, nothing but that pass follows.
@@ -147,49 +281,172 @@ def cross_entropy(
 
     Returns:
         The loss in the type of ``input`` (promoted with probabilities' and weight's; float32 under autocast), a
-        scalar or, unreduced, of the shape of ``input`` without C. With ``return_lse``, the pair (loss, lse).
+        scalar or, unreduced, of the shape of ``input`` without C. With ``return_*``, a tuple of the loss and what was
+        asked for, in the order lse, entropy, argmax.
 
     Raises:
-        IndexError: a class index is outside [0, C) and not ``ignore_index`` (CPU).
-        ValueError: the batch sizes differ, ``reduction`` is unknown, or the gradient is asked for in forward (by
-            ``grad_in_forward=True`` or ``inplace=True``) where it cannot be written there.
+        IndexError: a class index is outside [0, C) and not ``ignore_index`` (CPU); ``return_argmax`` without classes.
+        ValueError: the batch sizes differ, ``reduction`` is unknown, ``sample_weight`` has another shape,
+            ``denominator`` is not positive or beside another reduction than ``"mean"``, ``logit_scale`` or
+            ``logit_softcap`` is not positive, or the gradient is asked for in forward (by ``grad_in_forward=True`` or
+            ``inplace=True``) where it cannot be written there.
         RuntimeError: other shapes or types do not fit, ``label_smoothing`` is above 1, tensors are on different
-            devices, ``weight`` requires grad beside class indices, ``inplace=True`` with a leaf or with an input that
-            overlaps itself, another argument or another loss's gradient.
+            devices, ``weight`` requires grad beside class indices, or ``sample_weight`` or ``denominator`` does,
+            ``inplace=True`` with a leaf or with an input that overlaps itself, another argument or another loss's
+            gradient.
         NotImplementedError: ``input`` is not a floating-point tensor of a supported type, or there are no kernels for
             its device.
     """
-    if has_torch_function_variadic(input, target, weight, grad_scale):
+    if has_torch_function_variadic(input, target, weight, denominator, sample_weight, grad_scale):
         return hand_over(cross_entropy, *locals().values())
-    if not (input.__class__ is target.__class__ is Tensor and (weight is None or weight.__class__ is Tensor)):
-        backend = _checked_tensors("cross_entropy", backend, input, target, weight)
+    if not (
+        (input.__class__ is target.__class__ is Tensor)
+        and (weight is None or weight.__class__ is Tensor)
+        and (sample_weight is None or sample_weight.__class__ is Tensor)
+    ):
+        backend = _checked_tensors("cross_entropy", backend, input, target, weight, sample_weight=sample_weight)
     if ignore_index.__class__ is not int or ignore_index != -100:
         ignore_index = as_int("cross_entropy", "ignore_index", ignore_index)
     if label_smoothing.__class__ is not float:
         label_smoothing = as_float("cross_entropy", "label_smoothing", label_smoothing)
     if z_loss.__class__ is not float or z_loss != 0.0:
         z_loss = as_finite("cross_entropy", "z_loss", z_loss)
+    if logit_scale.__class__ is not float or logit_scale != 1.0:
+        logit_scale = as_positive("cross_entropy", "logit_scale", logit_scale)
     if logit_softcap is not None:
-        logit_softcap = as_finite("cross_entropy", "logit_softcap", logit_softcap)
-        if not logit_softcap > 0:
-            raise ValueError(f"cross_entropy: logit_softcap must be positive, got {logit_softcap}")
-    if return_lse is not False:
-        check_bool("cross_entropy", "return_lse", return_lse)
+        logit_softcap = as_positive("cross_entropy", "logit_softcap", logit_softcap)
+    answers = (return_lse, return_entropy, return_argmax)
+    if answers != _NO_ANSWERS:
+        for name, value in zip(("return_lse", "return_entropy", "return_argmax"), answers, strict=True):
+            check_bool("cross_entropy", name, value)
     code = _reduction_code(reduction, size_average, reduce)
+    if denominator is not None:
+        denominator = _denominator("cross_entropy", denominator, code, input)
     options = _gradient_options("cross_entropy", input, grad_in_forward, grad_scale, inplace)
     kernels = operators(backend, input)
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
         added: dict[str, Any] = {
             "z_loss": z_loss,
+            "logit_scale": logit_scale,
             "logit_softcap": logit_softcap,
+            "denominator": denominator,
+            "sample_weight": sample_weight,
             "return_lse": return_lse,
+            "return_entropy": return_entropy,
+            "return_argmax": return_argmax,
         }
         return reference.cross_entropy(input, target, weight, ignore_index, REDUCTIONS[code], label_smoothing, **added)
-    cap = logit_softcap or 0.0
-    loss, lse, _, _, _ = kernels.cross_entropy.default(
-        input, target, weight, code, ignore_index, label_smoothing, z_loss, cap, return_lse, *options
+    weights = (weight, sample_weight, denominator)
+    of_rows = (code, ignore_index, label_smoothing, z_loss, logit_scale, logit_softcap or 0.0)
+    if answers == _NO_ANSWERS:
+        if options:
+            options = (*answers, *options)
+        return kernels.cross_entropy.default(input, target, *weights, *of_rows, *options)[0]
+    outputs = kernels.cross_entropy.default(input, target, *weights, *of_rows, *answers, *options)
+    return (outputs[0], *itertools.compress(outputs[1:4], answers))
+
+
+@overload
+def token_log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = ...,
+    logit_scale: float = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: Literal[False] = ...,
+    backend: Backend | None = ...,
+) -> Tensor: ...
+@overload
+def token_log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = ...,
+    logit_scale: float = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: Literal[True],
+    backend: Backend | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = ...,
+    logit_scale: float = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: bool,
+    backend: Backend | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def token_log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-probabilities of the target classes, :math:`x_t - \mathrm{lse}`, from logits in one pass.
+
+    What reinforcement learning of language models needs of every token: the negative of :func:`cross_entropy`,
+    unreduced and in float32. A row's results are bitwise the same whatever else is in the batch, given the same memory
+    layout and ``return_entropy``; the README says what that asks of each backend.
+
+    Args:
+        logits: (C), (N, C) or (N, C, d1, d2, ...); float32, float64, bfloat16 or float16, any strides. Logits of shape
+            (batch, sequence, C) are passed as ``logits.flatten(0, 1)`` with ``target.flatten()``: views of them.
+        target: class indices of shape (), (N) or (N, d1, d2, ...) in int64, int32 or uint8.
+        ignore_index: targets equal to it have the log-probability 0, and no gradient; any int64.
+        logit_scale: multiplies the logits first; positive: an inverse temperature.
+        logit_softcap: replaces the (scaled) logits by ``cap * tanh(logits / cap)``.
+        return_entropy: also return the entropy of each position's softmax, ignored or not.
+        backend: as in :func:`cross_entropy`.
+
+    Returns:
+        The log-probabilities in float32 (float64 for float64 logits), of the shape of ``logits`` without C,
+        differentiable; with ``return_entropy`` the pair (log-probabilities, entropies) of such tensors.
+
+    Raises:
+        IndexError: a target is outside [0, C) and not ``ignore_index`` (CPU).
+        ValueError: the batch sizes differ, or ``logit_scale`` or ``logit_softcap`` is not positive.
+        RuntimeError, NotImplementedError: as :func:`cross_entropy`; ``target`` holds probabilities.
+    """
+    if has_torch_function_variadic(logits, target):
+        return hand_over(token_log_probs, *locals().values())
+    if not logits.__class__ is target.__class__ is Tensor:
+        backend = _checked_tensors("token_log_probs", backend, logits, target, None)
+    if target.is_floating_point():
+        kind = f"{target.dtype} of shape {list(target.shape)}"
+        raise RuntimeError(f"token_log_probs: target must hold class indices, got {kind}")
+    if ignore_index.__class__ is not int or ignore_index != -100:
+        ignore_index = as_int("token_log_probs", "ignore_index", ignore_index)
+    if logit_scale.__class__ is not float or logit_scale != 1.0:
+        logit_scale = as_positive("token_log_probs", "logit_scale", logit_scale)
+    if logit_softcap is not None:
+        logit_softcap = as_positive("token_log_probs", "logit_softcap", logit_softcap)
+    check_bool("token_log_probs", "return_entropy", return_entropy)
+    kernels = operators(backend, logits)
+    if _native_road():
+        return reference.token_log_probs(
+            logits,
+            target,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            return_entropy=return_entropy,
+        )
+    of_rows = (_CODES["none"], ignore_index, 0.0, 0.0, logit_scale, logit_softcap or 0.0)
+    upcast = True  # a loss of half-precision logits is float32
+    outputs = kernels.cross_entropy.default(
+        logits, target, None, None, None, *of_rows, False, return_entropy, False, upcast
     )
-    return (loss, lse) if return_lse else loss
+    log_probs = 0.0 - outputs[0]  # not its negative, which would be -0 where it is ignored
+    return (log_probs, outputs[2]) if return_entropy else log_probs
 
 
 def nll_loss(
@@ -360,6 +617,21 @@ def _reduction_code(reduction: str, size_average: bool | None = None, reduce: bo
     return native_reduction.get_enum(reduction) if code is None else code
 
 
+def _denominator(loss, denominator, code, input) -> Tensor:
+    """As a tensor, which stays on its device."""
+    if code != _CODES["mean"]:
+        raise ValueError(f"{loss}: denominator needs reduction='mean', got reduction={REDUCTIONS[code]!r}")
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1 or denominator.is_complex() or denominator.dtype == torch.bool:
+            kind = f"{denominator.dtype} of shape {list(denominator.shape)}"
+            raise RuntimeError(f"{loss}: denominator must be one real number, got {kind}")
+        return denominator
+    if isinstance(denominator, bool):
+        raise TypeError(f"{loss}: denominator must be a number or a tensor of one element, got {denominator}")
+    number = as_positive(loss, "denominator", denominator)
+    return torch.full((), number * 1.0, dtype=torch.float64, device=input.device)
+
+
 def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -> tuple:
     """The operators' last arguments, from upcast on; none at all, which is quickest, where they have their defaults."""
     if grad_scale is None and grad_in_forward == "auto" and inplace is False:
@@ -383,7 +655,7 @@ def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -
     return (False, None if is_auto else grad_in_forward, grad_scale, inplace)
 
 
-def _checked_tensors(loss, backend, input, target, weight, pos_weight=None):
+def _checked_tensors(loss, backend, input, target, weight, pos_weight=None, sample_weight=None):
     """Raises for what is no tensor; returns the backend, or what takes its place where a tensor is a DTensor."""
     # Native's binary losses call a method of these two before they look at them.
     check_tensors(AttributeError if loss.startswith("binary") else TypeError, loss, input=input, target=target)
@@ -391,7 +663,8 @@ def _checked_tensors(loss, backend, input, target, weight, pos_weight=None):
         check_tensors(TypeError, loss, weight=weight)
     if pos_weight is not None:
         check_tensors(TypeError, loss, pos_weight=pos_weight)
-    is_dtensor = dtensor.is_dtensor
-    if is_dtensor(input) or is_dtensor(target) or is_dtensor(weight) or is_dtensor(pos_weight):
+    if sample_weight is not None:
+        check_tensors(TypeError, loss, sample_weight=sample_weight)
+    if any(map(dtensor.is_dtensor, (input, target, weight, pos_weight, sample_weight))):
         return dtensor.Sharded(functools.partial(operators, backend))
     return backend

@@ -23,6 +23,7 @@ from fusedloss.functional import CrossEntropyOptions, Reduction, TrainingOptions
 
 _Loss = TypeVar("_Loss", bound=type[nn.Module])
 _NOT_OF_A_MODULE = {"input", "target", "size_average", "reduce"}
+_OF_A_CALL = ("denominator", "sample_weight")  # what changes with every batch
 _STORED = """
 The constructor checks none of them and stores all under their names, the class weights as buffers and the deprecated
 two as ``reduction``. They may be changed between calls.
@@ -33,14 +34,23 @@ two as ``reduction``. They may be changed between calls.
 def _calls(function: Callable) -> Callable[[_Loss], _Loss]:
     """Makes a module of a class: forward hands the function what the module has under the names of its arguments.
 
-    The constructor also takes and stores the function's keyword-only arguments, which native's does not know; and the
-    class's description goes on with the function's. Forward is made from text, as if it were written out: a loop over
-    the names would add a quarter to the time of a small call.
+    The constructor also takes and stores the function's keyword-only arguments, which native's does not know, but for
+    those that belong to a call; and the class's description goes on with the function's. Forward is made from text, as
+    if it were written out: a loop over the names would add a quarter to the time of a small call.
     """
-    of_function, added = inspect.signature(function).parameters, function.__kwdefaults__
-    options = ", ".join(f"{name}=self.{name}" for name in of_function if name not in _NOT_OF_A_MODULE)
-    forward = eval(f"lambda self, input, target: functional.{function.__name__}(input, target, {options})")
-    forward.__annotations__ = {name: function.__annotations__[name] for name in ("input", "target", "return")}
+    of_function = inspect.signature(function).parameters
+    added = {name: value for name, value in (function.__kwdefaults__ or {}).items() if name not in _OF_A_CALL}
+    of_a_call = [name for name in _OF_A_CALL if name in of_function]
+    stored = [name for name in of_function if name not in (*_NOT_OF_A_MODULE, *_OF_A_CALL)]
+    arguments = ", ".join(["self, input, target", *["*"][: len(of_a_call)], *(f"{name}=None" for name in of_a_call)])
+    options = ", ".join([f"{name}=self.{name}" for name in stored] + [f"{name}={name}" for name in of_a_call])
+    forward = eval(f"lambda {arguments}: functional.{function.__name__}(input, target, {options})")
+    names = ("input", "target", *of_a_call, "return")
+    forward.__annotations__ = {name: function.__annotations__[name] for name in names}
+    # What TorchScript sees: it has no place for keyword-only arguments, nor for the defaults of others.
+    parameters = inspect.signature(forward).parameters.values()
+    positional = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    forward.__signature__ = inspect.Signature(positional, return_annotation=forward.__annotations__["return"])
 
     def complete(loss):
         constructor = loss.__init__
@@ -68,7 +78,7 @@ def _description(of_class, of_function):
     """A class's docstring, with the function's on the arguments that are options, and on what is raised."""
     text = inspect.cleandoc(of_function)
     arguments = text[text.index("Args:\n") : text.index("\nReturns:")]
-    arguments = re.sub(r"    (input|target): .*\n(     .*\n)*", "", arguments)
+    arguments = re.sub(rf"    (input|target|{'|'.join(_OF_A_CALL)}): .*\n(     .*\n)*", "", arguments)
     return f"{inspect.cleandoc(of_class)}\n\n{arguments}{_STORED}{text[text.index('Raises:') :]}"
 
 
@@ -81,13 +91,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     - input: logits, (C), (N, C) or (N, C, d1, d2, ...); float32, float64, bfloat16 or float16, any strides.
     - target: class indices of shape (), (N) or (N, d1, d2, ...) in int64, int32 or uint8; or probabilities in the shape
       of the input and any of its types.
-    - output: the loss, a scalar or, unreduced, of the shape of the input without C; with ``return_lse`` the pair
-      (loss, lse).
+    - denominator, sample_weight: what the mean is divided by, and a weight for each position; they change with every
+      batch, and are keyword arguments of the call: ``criterion(logits, target, denominator=n, sample_weight=w)``.
+    - output: the loss, a scalar or, unreduced, of the shape of the input without C; with ``return_*`` a tuple of the
+      loss and what was asked for, in the order lse, entropy, argmax.
     """
 
     z_loss: float = 0.0
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     return_lse: bool = False
+    return_entropy: bool = False
+    return_argmax: bool = False
     grad_in_forward: bool | str = "auto"
     grad_scale: float | Tensor | None = None
     inplace: bool = False
@@ -103,6 +118,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         return_lse: bool = False,
+        return_entropy: bool = False,
+        return_argmax: bool = False,
         **options: Unpack[CrossEntropyOptions],
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)

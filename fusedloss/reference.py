@@ -5,6 +5,7 @@ are decomposed into it, and calls under functorch transforms and forward-mode AD
 never a fallback. The arguments are those of fusedloss.functional, without native's legacy size_average and reduce.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -22,19 +23,57 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    denominator: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
     return_lse: bool = False,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
 ):
-    input = capped(input, logit_softcap)
+    seen = seen_logits(input, logit_scale, logit_softcap)
     target = _class_indices(target)
-    loss = native.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    lse: Any = log_sum_exp(input) if z_loss != 0 or return_lse else None
-    if z_loss != 0:
+    adds = z_loss != 0 or denominator is not None or sample_weight is not None
+    lse: Any = log_sum_exp(seen) if adds or return_lse else None
+    if not adds:
+        loss = native.cross_entropy(seen, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    else:
+        # In half precision, losses and their sum would be rounded before the mean is taken.
+        of_loss = [input, *(other for other in (target, weight) if target.is_floating_point() and other is not None)]
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in of_loss))
+        if autocasts(input.device.type):
+            dtype = torch.promote_types(dtype, torch.float32)
+        wide: Any = [x if x is None or not x.is_floating_point() else _wide(x) for x in (seen, target, weight)]
+        loss = native.cross_entropy(*wide, None, ignore_index, None, "none", label_smoothing)  # type: ignore[call-arg]
+        loss = loss.reshape(lse.shape)
         indices = None if target.is_floating_point() else target.reshape(lse.shape)
         count, weights = counts(indices, weight, ignore_index, lse)
-        added = torch.where(count, z_loss * lse.square(), torch.zeros_like(lse))
-        loss = loss + _reduce(added, reduction, weights.sum()).to(loss.dtype)
-    return (loss, lse) if return_lse else loss
+        if z_loss != 0:
+            loss = loss + torch.where(count, z_loss * lse.square(), torch.zeros_like(lse))
+        if sample_weight is not None:
+            sample_weight = torch.where(count, sample_weight, torch.zeros_like(sample_weight))
+            loss, weights = loss * sample_weight, weights * sample_weight
+        loss = _reduce(loss, reduction, weights.sum()) if denominator is None else mean_over(loss, denominator)
+        loss = loss.to(dtype)
+    answers = [lse] if return_lse else []
+    answers += [entropy(seen)] if return_entropy else []
+    answers += [input.argmax(class_dimension(input))] if return_argmax else []
+    return (loss, *answers) if answers else loss
+
+
+def token_log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+):
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    options: Any = {"logit_scale": logit_scale, "logit_softcap": logit_softcap, "return_entropy": return_entropy}
+    losses = cross_entropy(wide, target, None, ignore_index, "none", **options)
+    return (0.0 - losses[0], losses[1]) if return_entropy else 0.0 - losses
 
 
 def nll_loss(
@@ -89,8 +128,10 @@ def _class_indices(target):
     return target.long() if target.dtype in (torch.uint8, torch.int32) else target
 
 
-def capped(input, logit_softcap):
-    return input if logit_softcap is None else logit_softcap * torch.tanh(input / logit_softcap)
+def seen_logits(input, logit_scale, logit_softcap):
+    """The logits as the softmax sees them."""
+    scaled = input if logit_scale == 1 else input * logit_scale
+    return scaled if logit_softcap is None else logit_softcap * torch.tanh(scaled / logit_softcap)
 
 
 def class_dimension(input):
@@ -98,8 +139,26 @@ def class_dimension(input):
 
 
 def log_sum_exp(input):
-    wide = input if input.dtype == torch.float64 else input.float()
-    return torch.logsumexp(wide, class_dimension(input))
+    return torch.logsumexp(_wide(input), class_dimension(input))
+
+
+def entropy(input):
+    """-sum of p log p. A class of no probability adds nothing, and gives no gradient of NaN."""
+    log_p = torch.log_softmax(_wide(input), class_dimension(input))
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(class_dimension(input))
+
+
+def autocasts(device):
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler does not know this function
+def _has_autocast(device):
+    return torch.amp.is_autocast_available(device)
+
+
+def _wide(input):
+    return input if input.dtype == torch.float64 else input.float()
 
 
 def counts(indices, weight, ignore_index, like):
@@ -133,3 +192,10 @@ def _reduce(loss, reduction, divisor):
         return loss
     total = loss.sum()
     return total if reduction == "sum" else total / divisor.to(total.dtype)
+
+
+def mean_over(loss, denominator):
+    """Nothing that counts is 0, whatever the denominator."""
+    total = loss.sum()
+    divisor = torch.as_tensor(denominator, dtype=total.dtype, device=total.device).reshape(())
+    return total / divisor.masked_fill((total == 0) & (divisor == 0), 1)

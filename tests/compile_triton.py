@@ -117,15 +117,25 @@ def step(loss, input, *arguments, **options):
     """Forward, and a backward pass with another grad_output than was assumed."""
     result = loss(input.requires_grad_() * 1, *arguments, **options)
     outputs = result if isinstance(result, tuple) else (result,)
-    (sum(output.sum() for output in outputs) * 2).backward()
+    (sum(output.sum() for output in outputs if output.requires_grad) * 2).backward()
 
 
-def cross_entropy(*shape, dtype=torch.bfloat16, soft=False, weighted=False, **options):
+def cross_entropy(*shape, dtype=torch.bfloat16, soft=False, weighted=False, samples=False, mean_over=None, **options):
     def call():
-        input = torch.zeros(shape, dtype=dtype)
-        target = torch.zeros(shape, dtype=dtype) if soft else torch.zeros((shape[0], *shape[2:]), dtype=torch.long)
+        input, positions = torch.zeros(shape, dtype=dtype), (shape[0], *shape[2:])
+        target = torch.zeros(shape, dtype=dtype) if soft else torch.zeros(positions, dtype=torch.long)
         weight = torch.ones(shape[1], dtype=dtype) if weighted else None
-        step(fusedloss.cross_entropy, input, target, weight, **options)
+        sample_weight = torch.ones(positions) if samples else None
+        denominator = None if mean_over is None else torch.tensor(mean_over)
+        step(
+            fusedloss.cross_entropy,
+            input,
+            target,
+            weight,
+            sample_weight=sample_weight,
+            denominator=denominator,
+            **options,
+        )
 
     return call
 
@@ -150,6 +160,8 @@ def binary(name, *shape, dtype=torch.bfloat16, target_type=None, weighted=(), **
 LOGITS, PROBABILITIES = "binary_cross_entropy_with_logits", "binary_cross_entropy"
 EVERYTHING = {"weighted": True, "label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0}
 SEPARATE = {"grad_in_forward": False}
+ANSWERS = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+SAMPLES = {"samples": True, "logit_scale": 0.5}
 CALLS = {  # by what is particular about them
     "few classes": cross_entropy(8192, 10),
     "few classes, totals of many programs": cross_entropy(600_000, 10),
@@ -169,6 +181,23 @@ CALLS = {  # by what is particular about them
     "everything, backward": cross_entropy(64, 1000, **EVERYTHING, **SEPARATE),
     "everything, sliced": cross_entropy(1, 128256, **EVERYTHING),
     "probabilities": cross_entropy(64, 1000, soft=True, label_smoothing=0.1),
+    **{f"answers, {classes} classes": cross_entropy(64, classes, **ANSWERS) for classes in (10, 1000, 8192, 32000)},
+    "answers, swept": cross_entropy(512, 128256, **ANSWERS),
+    "answers, sliced": cross_entropy(1, 128256, **ANSWERS),
+    "answers, unreduced": cross_entropy(64, 50257, reduction="none", **ANSWERS),
+    "answers, images": cross_entropy(2, 19, 64, 64, **ANSWERS),
+    "answers, images of many classes": cross_entropy(2, 1000, 16, 16, **ANSWERS),
+    "answers, everything": cross_entropy(64, 1000, **ANSWERS, **SAMPLES, **EVERYTHING),
+    "answers, everything, swept": cross_entropy(64, 128256, **ANSWERS, **SAMPLES, **EVERYTHING),
+    "answers, everything, sliced": cross_entropy(1, 128256, **ANSWERS, **SAMPLES, **EVERYTHING),
+    "answers, probabilities": cross_entropy(64, 1000, soft=True, label_smoothing=0.1, **ANSWERS, **SAMPLES),
+    "samples": cross_entropy(512, 1000, return_argmax=True, **SAMPLES),
+    "samples, 32000 classes": cross_entropy(64, 32000, return_argmax=True, **SAMPLES),
+    "samples, swept": cross_entropy(512, 128256, return_argmax=True, **SAMPLES),
+    "samples, sliced": cross_entropy(1, 128256, return_argmax=True, **SAMPLES),
+    "samples of probabilities": cross_entropy(512, 1000, soft=True, **SAMPLES),
+    "samples over a denominator": cross_entropy(512, 1000, mean_over=7.0, **SAMPLES),
+    "over a denominator": cross_entropy(64, 1000, mean_over=7.0),
     "nll": nll(4096, 1000),
     "nll of images": nll(2, 19, 64, 64),
     "bce with logits": binary(LOGITS, 512, 1000),
@@ -205,7 +234,12 @@ FLOAT32 = {  # again, in types that are compiled anew
     "float32 swept rows": cross_entropy(512, 128256, dtype=torch.float32),
     "float32 32000 classes": cross_entropy(512, 32000, dtype=torch.float32),
     "float32 everything, backward": cross_entropy(64, 1000, dtype=torch.float32, **EVERYTHING, **SEPARATE),
+    "float32 answers": cross_entropy(64, 1000, dtype=torch.float32, **ANSWERS, **SAMPLES),
+    "float32 answers, 32000 classes": cross_entropy(64, 32000, dtype=torch.float32, **ANSWERS),
+    "float32 answers, swept": cross_entropy(64, 128256, dtype=torch.float32, **ANSWERS, **SAMPLES),
     "float64": cross_entropy(64, 1000, dtype=torch.float64),
+    "float64 answers": cross_entropy(64, 1000, dtype=torch.float64, **ANSWERS, **SAMPLES, **EVERYTHING),
+    "float64 answers, sliced": cross_entropy(1, 128256, dtype=torch.float64, **ANSWERS, **SAMPLES, **EVERYTHING),
     "float64 everything": cross_entropy(64, 1000, dtype=torch.float64, **EVERYTHING, **SEPARATE),
     "float64 bce": binary(PROBABILITIES, 512, 1000, dtype=torch.float64),
     "float16": cross_entropy(64, 1000, dtype=torch.float16, grad_in_forward=True),
@@ -220,6 +254,8 @@ LOOK_ALIKES = {  # calls for which everything has been compiled
     "other images": cross_entropy(3, 21, 48, 16),
     "other images of odd sizes": cross_entropy(4, 17, 1, 9),
     "other parts": cross_entropy(590_000, 10),
+    "another scale, and other samples": cross_entropy(301, 1000, return_argmax=True, samples=True, logit_scale=2.0),
+    "another denominator": cross_entropy(64, 1000, mean_over=5.0),
     "other slices": cross_entropy(1, 131072),
 }
 WIDE = {  # calls whose kernels (all but these) load and store 16 bytes at once

@@ -22,6 +22,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from support import outputs_of
 from torch._dynamo import compiled_autograd
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
@@ -40,6 +41,8 @@ LOSSES = {
 }
 OVERWRITING = {"cross_entropy", "binary_cross_entropy_with_logits"}  # those that take inplace
 HINTS = {"grad_in_forward", "grad_scale", "grad_scale_tensor", "inplace"}  # options that no result depends on
+OPTIONS = {"weight", "pos_weight", "z_loss", "logit_scale", "denominator", "sample_weight"}  # on which they do
+OPTIONS |= {"return_lse", "return_entropy"}
 TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGERS = {"int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8}
 
@@ -219,7 +222,8 @@ class Ours:
             with fusedloss.patch():
                 return getattr(F, step["op"])(input, target, **options)
         if step.get("module"):
-            return getattr(fusedloss, LOSSES[step["op"]])(**options)(input, target)
+            of_call = {name: options.pop(name) for name in ("denominator", "sample_weight") if name in options}
+            return getattr(fusedloss, LOSSES[step["op"]])(**options)(input, target, **of_call)
         return getattr(fusedloss.functional, step["op"])(input, target, **options)
 
 
@@ -304,10 +308,10 @@ class Run:
     def loss(self, step, input, target):
         options = step.get("options", {})
         options = {name: self.values[value] if is_register(value) else value for name, value in options.items()}
-        value = self.losses.call(step, input, target, options)
-        if not options.get("return_lse"):
-            return value
-        return value[0] + step.get("lse", 0.1) * value[1].mean().to(value[0].dtype)
+        value, *answers = outputs_of(self.losses.call(step, input, target, options))
+        for answer in answers:
+            value = value + step.get("lse", 0.1) * answer.mean().to(value.dtype)
+        return value
 
     def hook(self, step, x):
         """A tensor hook on an alias of x."""
@@ -911,7 +915,12 @@ class Generator:
             if self.odds(0.15):
                 options["logit_softcap"] = self.choice([1.0, 5.0])
             if self.odds(0.15):
-                options["return_lse"] = True
+                options["logit_scale"] = self.choice([0.5, 2.0])
+            if self.odds(0.15):
+                options["sample_weight"] = self.leaf(shape[:dim] + shape[dim + 1 :], like="positive", type=dtype)
+            if self.odds(0.15) and options.get("reduction", "mean") == "mean":
+                options["denominator"] = self.choice([1, 7.0])
+            options |= {name: True for name in ("return_lse", "return_entropy") if self.odds(0.15)}
         if soft:
             if "weight" in options and self.odds(0.2):
                 self.leaves[-1]["grad"] = True
@@ -952,7 +961,8 @@ class Generator:
 
     def writes_in_forward(self, options, target):
         """Whether forward can write the gradient; where it cannot, asking for it is refused."""
-        can = options.get("reduction") != "none" and not options.get("return_lse")
+        answers = options.get("return_lse") or options.get("return_entropy")
+        can = options.get("reduction") != "none" and not answers
         return (can and not self.value(target).requires_grad) or self.odds(0.03)
 
     def hints(self, op, options, dtype, target):

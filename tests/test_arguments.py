@@ -127,7 +127,7 @@ NUMBERS = [0.5, np.float32(0.5), np.float64(0.5), torch.tensor(0.5), torch.tenso
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @each_value(NUMBERS)
-@pytest.mark.parametrize("option", ["z_loss", "logit_softcap"])
+@pytest.mark.parametrize("option", ["z_loss", "logit_scale", "logit_softcap", "denominator"])
 @each_road
 @each("cross_entropy", "cross_entropy_soft")
 def test_numbers_of_added_options(loss, road, option, value):
@@ -178,7 +178,13 @@ OF_CROSS_ENTROPY = {
         *((-1, ValueError), (0, ValueError), (0.0, ValueError), (math.inf, ValueError), (math.nan, ValueError)),
         *(("1", TypeError), ([1.0], TypeError), (torch.ones(2), TypeError)),
     ],
+    "logit_scale": [
+        *((-1, ValueError), (0, ValueError), (math.inf, ValueError), (math.nan, ValueError)),
+        *(("1", TypeError), (None, TypeError), (torch.ones(2), TypeError)),
+    ],
     "return_lse": [(1, TypeError), (None, TypeError), ("yes", TypeError)],
+    "return_entropy": [(1, TypeError), (None, TypeError), ("yes", TypeError)],
+    "return_argmax": [(1, TypeError), (None, TypeError), ("yes", TypeError)],
 }
 BAD = {
     "CrossEntropyLoss": OF_ALL | OF_GRADIENTS | INPLACE | IGNORED | OF_CROSS_ENTROPY,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import LOSSES, differentiate, each, judge, short, widen
+from support import LOSSES, differentiate, each, judge, moved, short, widen
 
 HALVES = [torch.bfloat16, torch.float16]
 each_half = pytest.mark.parametrize("dtype", HALVES, ids=short)
@@ -70,11 +70,16 @@ def test_a_float32_target_for_half_precision_logits(loss, dtype, device):
         judge(*trio)
 
 
+ADDED = [{"z_loss": 0.1}, {"logit_scale": 0.7}, {"logit_softcap": 2.0}, {"return_lse": True}, {"return_entropy": True}]
+ADDED += [{"denominator": 20, "sample_weight": torch.linspace(0, 2, 33)}]
+
+
 @each_half
-@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"logit_softcap": 2.0}, {"return_lse": True}], ids=str)
+@pytest.mark.parametrize("options", ADDED, ids=str)
 def test_additions_are_computed_in_float32(options, dtype, device):
     loss = LOSSES["cross_entropy"]
     input, target = loss.sample(33, 10, dtype=dtype, device=device)
+    options = moved(options, device)
     truth = differentiate(loss.reference, input.double(), target, **options)
     wide = differentiate(loss.reference, input.float(), target, **options)
     with autocast(loss, device):

@@ -33,6 +33,8 @@ def test_compiled_is_eager(loss, reduction, device):
 EXTRAS = {
     "weight, smoothing": {"weight": torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1]), "label_smoothing": 0.1},
     "z_loss, softcap, lse": {"z_loss": 0.1, "logit_softcap": 2.0, "return_lse": True},
+    "weights of samples, entropy": {"sample_weight": torch.arange(8.0), "return_entropy": True, "return_argmax": True},
+    "scale, denominator": {"logit_scale": 0.7, "denominator": torch.tensor(5)},
 }
 
 
@@ -44,6 +46,27 @@ def test_options_compiled(loss, options, device):
     same_bits(
         differentiate(compiled(loss.ours), input, target, **options),
         differentiate(loss.ours, input, target, **options, **loss.separate),
+    )
+
+
+def test_a_denominator_that_varies_compiled(device):
+    """A count of each batch, as an int: one graph serves all but the first of them."""
+    input, target = LOSSES["cross_entropy"].sample(8, 5, device=device)
+
+    def loss(input, target, count):
+        return fusedloss.cross_entropy(input, target, denominator=count)
+
+    call = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for count in (3, 5, 8, 13):
+        torch.testing.assert_close(call(input, target, count), loss(input, target, count))
+
+
+def test_log_probabilities_compiled(device):
+    input, target = LOSSES["cross_entropy"].sample(8, 5, device=device)
+    options = {"logit_scale": 0.7, "return_entropy": True}
+    same_bits(
+        differentiate(compiled(fusedloss.token_log_probs), input, target, **options),
+        differentiate(fusedloss.token_log_probs, input, target, **options),
     )
 
 

@@ -37,6 +37,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing_cuda() is not None, re
 DEVICE = "cuda"
 ROOT = Path(__file__).parents[1]
 PER_CLASS, NUMBER = "one number on the device for each class", "one number on the device"
+PER_ROW = "one number on the device for each position"
 ONE_PASS = [{"reduction": "sum"}, {"grad_in_forward": False}, {"grad_scale": 0.5}, {"grad_scale": NUMBER}]
 OPTIONS = {
     "cross_entropy": [
@@ -52,6 +53,10 @@ OPTIONS = {
         {"logit_softcap": 2.0},
         {"return_lse": True},
         {"return_lse": True, "reduction": "none", "z_loss": 0.01, "logit_softcap": 2.0},
+        {"logit_scale": 0.7},
+        {"denominator": NUMBER, "sample_weight": PER_ROW},
+        {"return_entropy": True, "return_argmax": True, "weight": PER_CLASS, "ignore_index": 1},
+        {"return_entropy": True, "reduction": "none", "logit_scale": 0.7, "sample_weight": PER_ROW},
     ],
     "cross_entropy_soft": [
         {},
@@ -61,6 +66,8 @@ OPTIONS = {
         {"weight": PER_CLASS},
         {"weight": PER_CLASS, "label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": 2.0},
         {"return_lse": True},
+        {"denominator": 7, "sample_weight": PER_ROW, "logit_scale": 0.7},
+        {"return_entropy": True, "return_argmax": True, "label_smoothing": 0.1},
     ],
     "nll": [{}, {"reduction": "sum"}, {"reduction": "none"}, {"weight": PER_CLASS, "ignore_index": 1}],
     "bce_with_logits": [
@@ -106,7 +113,7 @@ class Step:
             self.leaves.append(self.target.requires_grad_())
         # What broadcasts over the classes of an image has a dimension for each of its own.
         per_class = (shape[1], *(1 for _ in shape[2:])) if loss.target == "element" else shape[1:2]
-        drawn = {PER_CLASS: per_class, NUMBER: ()}
+        drawn = {PER_CLASS: per_class, NUMBER: (), PER_ROW: (*shape[:1], *shape[2:])}
         self.options = {
             name: torch.rand(drawn[value], device=DEVICE).to(dtype) if value in drawn else value
             for name, value in options.items()
@@ -120,7 +127,8 @@ class Step:
 
     def outputs(self):
         input = self.input.clone() if self.options.get("inplace") else self.input
-        return outputs_of(self.loss.ours(input, self.target, **self.options))
+        outputs = outputs_of(self.loss.ours(input, self.target, **self.options))
+        return [output for output in outputs if output.is_floating_point()]
 
     def __call__(self):
         """The outputs, then the gradients."""

@@ -104,6 +104,8 @@ def test_export_leaves_aten_operators(loss, reduction):
     [
         {"ignore_index": 1, "label_smoothing": 0.1},
         {"z_loss": 0.1, "logit_softcap": 2.0, "return_lse": True},
+        {"logit_scale": 0.7, "denominator": 5, "return_entropy": True, "return_argmax": True},
+        {"sample_weight": torch.tensor([1.0, 0.0, 2.0, 0.5]), "label_smoothing": 0.1},
         {"grad_scale": 0.5},
         {"grad_in_forward": True, "grad_scale": 0.5, "inplace": True},
         {"backend": "cpu"},

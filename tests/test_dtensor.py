@@ -20,9 +20,10 @@ RANKS = 2
 FIRST_DERIVATIVES_ONLY = torch.__version__.startswith("2.11.")
 # One placement for each: shapes whose parts are even, uneven, and, with one row, empty.
 SHAPES = [((4, 6), 0), ((5, 6), 0), ((1, 6), 0), ((4, 6), None), ((6,), None), ((2, 6, 3), 2), ((3, 6, 4, 5), 3)]
+WEIGHED = [{"sample_weight": "rows", "logit_scale": 0.7}, {"sample_weight": "rows", "weight": (6,), "denominator": 7}]
 OPTIONS = {
-    "cross_entropy": [{}, {"weight": (6,), "ignore_index": 2}, {"z_loss": 0.1, "label_smoothing": 0.1}],
-    "cross_entropy_soft": [{}, {"weight": (6,), "label_smoothing": 0.1}],
+    "cross_entropy": [{}, {"weight": (6,), "ignore_index": 2}, {"z_loss": 0.1, "label_smoothing": 0.1}, *WEIGHED],
+    "cross_entropy_soft": [{}, {"weight": (6,), "label_smoothing": 0.1}, *WEIGHED],
     "nll": [{}, {"weight": (6,), "ignore_index": 2}],
     "bce_with_logits": [{}, {"weight": (1,), "pos_weight": "whole"}, {"pos_weight": "last", "ignore_index": 1}],
     "bce": [{}, {"weight": "whole"}],
@@ -52,13 +53,17 @@ def check(mesh, name, shape, dim, options, reduction, dtype=torch.float64, twice
     input, target = loss.sample(*shape, dtype=dtype)
     if options.get("ignore_index") is not None and loss.target == "element":
         target = target.round()
-    sizes = {"whole": shape, "last": shape[-1:]}
+    if reduction != "mean":
+        options = {name: value for name, value in options.items() if name != "denominator"}
+    sizes = {"whole": shape, "last": shape[-1:], "rows": shape[:1]}
     options = {
         name: torch.rand(sizes.get(value, value), dtype=torch.float64).to(dtype) + 0.5 if "weight" in name else value
         for name, value in options.items()
     }
     shared = {
-        name: distribute_tensor(value, mesh, [Replicate()]) if isinstance(value, torch.Tensor) else value
+        name: distribute_tensor(value, mesh, [placement(0 if name == "sample_weight" else None)])
+        if isinstance(value, torch.Tensor)
+        else value
         for name, value in options.items()
     }
     if target_dim == "beside":
@@ -173,10 +178,15 @@ def test_an_input_that_is_changed_after_the_loss_is_refused(loss, reduction, pla
         torch.autograd.grad(value, input)
 
 
-def test_lse_and_hints(mesh):
+def test_answers_and_hints(mesh):
     logits, target = (distribute(tensor, mesh, Shard(0)) for tensor in LOSSES["cross_entropy"].sample(4, 6))
-    _, lse = fusedloss.cross_entropy(logits, target, return_lse=True)
-    assert (lse.shape, lse.placements) == ((4,), (Shard(0),))
+    answers = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+    whole = fusedloss.cross_entropy(logits.full_tensor(), target.full_tensor(), **answers)
+    for answer, expected in zip(fusedloss.cross_entropy(logits, target, **answers), whole, strict=True):
+        assert answer.placements == ((Shard(0),) if answer.dim() else (Replicate(),))
+        torch.testing.assert_close(answer.full_tensor(), expected)
+    log_probs, entropy = fusedloss.token_log_probs(logits, target, return_entropy=True)
+    assert (log_probs.shape, log_probs.placements) == (entropy.shape, entropy.placements) == ((4,), (Shard(0),))
     logits.requires_grad_()
     loss = fusedloss.cross_entropy(logits * 1, target, grad_in_forward=True, grad_scale=0.5, inplace=True)
     expected = fusedloss.cross_entropy(logits, target)

@@ -50,9 +50,17 @@ def test_the_rule_of_auto(loss, dtype, device):
         assert not in_forward(loss.ours(input, target.requires_grad_()))
 
 
-def test_auto_leaves_a_differentiable_lse_to_backward(device):
+@pytest.mark.parametrize("name", ["return_lse", "return_entropy", "return_argmax"])
+def test_auto_leaves_what_else_is_differentiable_to_backward(name, device):
     input, target = LOSSES["cross_entropy"].sample(4, 3, device=device)
-    assert not in_forward(fusedloss.cross_entropy(input.requires_grad_(), target, return_lse=True)[0])
+    loss, _ = fusedloss.cross_entropy(input.requires_grad_(), target, **{name: True})
+    assert in_forward(loss) == (name == "return_argmax")
+
+
+def test_auto_knows_weights_of_samples_and_a_denominator(device):
+    input, target = LOSSES["cross_entropy"].sample(4, 3, device=device)
+    options = {"sample_weight": torch.rand(4, device=device), "denominator": 7}
+    assert in_forward(fusedloss.cross_entropy(input.requires_grad_(), target, **options))
 
 
 @each("cross_entropy", "bce_with_logits", "bce")
@@ -63,7 +71,12 @@ def test_it_can_be_asked_for_where_a_compiler_traces(loss, device):
     torch.testing.assert_close(differentiate(compiled, input, None), differentiate(step, input, None))
 
 
-IMPOSSIBLE = {"reduction": {"reduction": "none"}, "lse": {"return_lse": True}, "off": {"grad_in_forward": False}}
+IMPOSSIBLE = {
+    "reduction": {"reduction": "none"},
+    "lse": {"return_lse": True},
+    "entropy": {"return_entropy": True},
+    "off": {"grad_in_forward": False},
+}
 
 
 @pytest.mark.parametrize("options", IMPOSSIBLE.values(), ids=IMPOSSIBLE)

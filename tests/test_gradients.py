@@ -17,6 +17,8 @@ OPTIONS = {
         {"return_lse": True},
         {"weight": [0.5, 2.0, 1.0], "label_smoothing": 0.3, "z_loss": 0.1, "logit_softcap": 1.5},
         {"z_loss": 0.1, "logit_softcap": 1.5, "return_lse": True},
+        {"logit_scale": 0.7, "return_entropy": True, "return_argmax": True},
+        {"logit_scale": 2.0, "logit_softcap": 1.5, "return_lse": True, "return_entropy": True},
     ],
     "nll": [{}, {"weight": [0.5, 2.0, 1.0]}],
     "bce_with_logits": [{}, {"weight": [0.5]}, {"pos_weight": [3.0]}, {"weight": [0.5], "pos_weight": [3.0]}],

@@ -30,27 +30,32 @@ def integers(pair):
 
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0])
+SAMPLES, COUNT = torch.tensor([1.0, 0.0, 0.5, 2.0]), torch.tensor(7)
+NO_WEIGHTS, LSE, ARGMAX = (None, None, None), (True, False, False), (False, False, True)
+PLAIN = (0.0, 0.0, 1.0, 0.0)  # label_smoothing, z_loss, logit_scale, logit_softcap
+EVERYTHING = (0.1, 0.01, 0.7, 2.0)
+
+
+def cross_entropy(
+    reduction, *rest, loss="cross_entropy", size=(4, 3), weights=NO_WEIGHTS, answers=(False, False, False)
+):
+    """rest: the options of the formula, or what follows the answers."""
+    of_rows, rest = (rest, ()) if len(rest) == len(PLAIN) else (PLAIN, rest)
+    return (*sample(loss, *size), *weights, reduction, -100, *of_rows, *answers, *rest)
+
+
 EVERY_OUTPUT = {"cross_entropy": {"statistics": True}}
 SEPARATE = (False, False)  # upcast, grad_in_forward: absent, eager and compiled calls may return different statistics
 # The arguments of each forward operator; its backward operator is called on what they return.
 ARGUMENTS = {
     "cross_entropy": {
-        "plain": (*sample("cross_entropy", 4, 3), None, MEAN, -100, 0.0, 0.0, 0.0, False, *SEPARATE),
-        "no batch": (*sample("cross_entropy", 3), None, NONE, -100, 0.0, 0.0, 0.0, True),
-        "all options": (*sample("cross_entropy", 4, 3), WEIGHT, SUM, 1, 0.1, 0.01, 2.0, True),
-        "half precision image": (
-            *image("cross_entropy", torch.bfloat16),
-            None,
-            NONE,
-            2,
-            0.0,
-            0.0,
-            0.0,
-            True,
-            True,
-        ),
-        "probabilities": (*sample("cross_entropy_soft", 4, 3), WEIGHT, MEAN, -100, 0.1, 0.01, 2.0, True),
-        "empty": (*sample("cross_entropy", 0, 3), None, SUM, -100, 0.0, 0.0, 0.0, True),
+        "plain": cross_entropy(MEAN, *SEPARATE),
+        "no batch": cross_entropy(NONE, size=(3,), answers=(True, True, True)),
+        "all options": cross_entropy(MEAN, *EVERYTHING, weights=(WEIGHT, SAMPLES, COUNT), answers=(True, True, True)),
+        "weights of samples": cross_entropy(MEAN, weights=(WEIGHT, SAMPLES, None), answers=(False, True, False)),
+        "half precision image": (*image("cross_entropy", torch.bfloat16), *NO_WEIGHTS, NONE, 2, *PLAIN, *LSE, True),
+        "probabilities": cross_entropy(MEAN, *EVERYTHING, loss="cross_entropy_soft", weights=(WEIGHT, SAMPLES, None)),
+        "empty": cross_entropy(SUM, size=(0, 3), answers=(True, True, False)),
     },
     "nll": {
         "plain": (*sample("nll", 4, 3), None, MEAN, -100),
@@ -101,10 +106,13 @@ def backward_arguments(name, arguments):
     mask = [True, target.is_floating_point()]
     grad_loss = torch.ones_like(outputs[0])
     if name == "cross_entropy":
-        weight, reduction, ignore_index, smoothing, z_loss, softcap, return_lse, *_ = rest
-        grad_lse = torch.ones_like(outputs[1]) if return_lse else None
-        options = (reduction, ignore_index, smoothing, z_loss, softcap)
-        return grad_loss, grad_lse, input, target, weight, *outputs[2:], *options, mask
+        weights, options, answers = rest[:3], rest[3:9], rest[9:11]
+        grads = [
+            torch.ones_like(output) if given else None for output, given in zip(outputs[1:3], answers, strict=True)
+        ]
+        row_max, row_log_sum, row_gap, divisor = outputs[4:]
+        statistics = (row_max, row_log_sum, row_gap if answers[1] else None, divisor)
+        return grad_loss, *grads, input, target, *weights, *statistics, *options, mask
     weights = 2 if name == "bce_with_logits" else 1
     common = (grad_loss, input, target, *rest[:weights], outputs[1], *rest[weights : weights + 2])
     return common if name == "nll" else (*common, mask)
@@ -135,7 +143,7 @@ def test_forward_operator(name, arguments, device):
 SCALE = torch.tensor(0.5)
 # Forward and backward in one pass: the arguments of the forward operator, with an input that requires grad.
 IN_ONE_PASS = {
-    "cross_entropy": (*sample("cross_entropy", 4, 3), WEIGHT, SUM, 1, 0.1, 0.0, 0.0, False, False, True, SCALE),
+    "cross_entropy": cross_entropy(MEAN, False, True, SCALE, weights=(WEIGHT, SAMPLES, COUNT), answers=ARGMAX),
     "bce_with_logits": (*integers(sample("bce_with_logits", 4, 3)), None, WEIGHT, MEAN, 1, False, True, SCALE),
     "bce": (*integers(sample("bce", 4, 3)), WEIGHT, SUM, None, False, True, SCALE),
 }
@@ -152,20 +160,20 @@ def test_operator_in_one_pass(name, arguments, device):
     """Without autograd: it writes the gradient into a tensor of any strides, and for which grad_output it is."""
     arguments, wished = moved((arguments, SCALE), device)
     input, target, *rest = arguments
-    weights = 2 if name == "bce_with_logits" else 1
-    options = [value for value in rest[weights:-2] if value is not True]
-    if name == "cross_entropy":
-        del options[-2]  # return_lse
+    weights, upcast = {"cross_entropy": 3, "bce_with_logits": 2, "bce": 1}[name], len(rest) - 3
+    options = rest[weights : upcast - len(ARGMAX) if name == "cross_entropy" else upcast]
     expected = input.detach().requires_grad_()
     loss = operator(name)(expected, *arguments[1:])[0]
     loss.backward(wished)
     grad = torch.full_like(input.T.contiguous(), 7.0).T
     scale = torch.full((), 7.0, dtype=torch.float64, device=device)
-    call = (input, target, *rest[:weights], wished, *options, grad, scale)
+    argmax = [torch.full_like(target, 7)] if name == "cross_entropy" else []
+    call = (input, target, *rest[:weights], wished, *options, rest[upcast], grad, scale, *argmax)
     opcheck(operator(f"{name}_with_grad"), call)
     torch.testing.assert_close(operator(f"{name}_with_grad")(*call), loss)
     torch.testing.assert_close(grad, expected.grad)
     assert scale == wished
+    assert argmax == [] or torch.equal(argmax[0], input.argmax(1))
 
 
 @pytest.mark.parametrize("keep_zeros", [True, False])
@@ -195,7 +203,7 @@ def test_backward_operator(name, arguments, device):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     # Its derivative is native's, which before torch 2.13 takes no symbolic sizes here: of a mean over probabilities,
     # and with a weight that broadcasts.
-    probabilities = name == "cross_entropy" and arguments[3].is_floating_point()
+    probabilities = name == "cross_entropy" and arguments[4].is_floating_point()
     if torch.__version__ < "2.13" and (probabilities or (name == "bce" and weight is not None)):
         checks[-1] = "test_aot_dispatch_static"
     opcheck(operator(f"{name}_backward"), tuple(arguments), test_utils=checks)
@@ -215,7 +223,7 @@ def test_operators_are_differentiable_themselves(device):
     input, target = moved(sample("cross_entropy", 4, 3), device)
 
     def raw(input, target):
-        return OPS.cross_entropy(input, target, None, MEAN, -100, 0.0, 0.0, 0.0, False)[0]
+        return OPS.cross_entropy(input, target, *NO_WEIGHTS, MEAN, -100, *PLAIN)[0]
 
     expected = differentiate(torch.nn.functional.cross_entropy, input, target)
     torch.testing.assert_close(differentiate(raw, input, target), expected)
@@ -224,7 +232,7 @@ def test_operators_are_differentiable_themselves(device):
 @pytest.mark.parametrize("upcast", [False, True])
 def test_upcast_gives_a_float32_loss_of_half_precision_logits(upcast, device):
     input, target = moved(sample("cross_entropy", 4, 3, dtype=torch.bfloat16), device)
-    loss = OPS.cross_entropy(input, target, None, MEAN, -100, 0.0, 0.0, 0.0, False, upcast)[0]
+    loss = OPS.cross_entropy(input, target, *NO_WEIGHTS, MEAN, -100, *PLAIN, upcast=upcast)[0]
     assert loss.dtype == (torch.float32 if upcast else torch.bfloat16)
     expected = torch.nn.functional.cross_entropy(input.float(), target).to(loss.dtype)
     torch.testing.assert_close(loss, expected)
@@ -236,7 +244,7 @@ def shortened(arguments, position):
 
 
 MISMATCHED = {  # positions of the tensors that a backward operator must check against its input
-    "cross_entropy": (0, 3, 5, 6),
+    "cross_entropy": (0, 1, 2, 4, 6, 8, 9, 10),
     "nll": (0, 2),
     "bce_with_logits": (0, 2),
     "bce": (0, 2),
@@ -249,7 +257,9 @@ MISMATCHED = {  # positions of the tensors that a backward operator must check a
 def test_backward_operators_check_what_they_are_given(name, position, device):
     """Called by hand, a tensor that is too short is refused, not read beyond its end."""
     row = list(moved(ARGUMENTS[name]["plain"], device))
-    reduction = {"cross_entropy": 3, "nll": 3, "bce_with_logits": 4, "bce": 3}[name]
+    if name == "cross_entropy":
+        row = list(moved(cross_entropy(MEAN, weights=(None, SAMPLES, None), answers=(True, True, False)), device))
+    reduction = {"cross_entropy": 5, "nll": 3, "bce_with_logits": 4, "bce": 3}[name]
     row[reduction] = NONE
     arguments = backward_arguments(name, row)
     with pytest.raises((RuntimeError, ValueError, IndexError)):

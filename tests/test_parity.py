@@ -172,6 +172,31 @@ def test_additions_to_cross_entropy(loss, options, shape, device):
     compare(loss, input, target, **with_weight(options, input.dtype, device))
 
 
+@each_dtype
+@each_shape
+@each("cross_entropy", "cross_entropy_soft")
+@table(
+    reduction=["mean", "none"],
+    weight=[False, True],
+    label_smoothing=[0.0, 0.1],
+    logit_scale=[1.0, 0.7],
+    logit_softcap=[None, 2.0],
+    sample_weight=[False, True],
+    denominator=[None, 11],
+    return_entropy=[False, True],
+)
+def test_scale_weights_and_entropy_of_cross_entropy(loss, options, shape, dtype, device):
+    if options["reduction"] == "none" and options["denominator"]:
+        return  # refused: test_answers.py
+    input, target = loss.sample(*shape, dtype=dtype, device=device)
+    samples = torch.rand(shape[:1] + shape[2:], dtype=torch.float64).to(device, dtype)
+    samples.view(-1)[::4] = 0
+    options = options | {"sample_weight": samples if options["sample_weight"] else None, "return_argmax": True}
+    if loss.target == "index":
+        options = options | {"ignore_index": 2}
+    compare(loss, input, target, **with_weight(options, dtype, device))
+
+
 BROADCASTS = {  # shape of the weight: shape of the input
     "a number": ((), (7, 5)),
     "per class": ((5,), (7, 5)),

@@ -35,9 +35,7 @@ def test_programs_are_judged_and_exercise_everything():
     known = {*LOSSES, *programs.PLAIN, *programs.STEPS, *programs.BLOCKS} - {"compile", "compiled_autograd"}
     assert known <= operations
     assert {f"derivatives of order {n}" for n in (1, 2, 3)} <= exercised
-    assert {
-        f"option: {name}" for name in (*programs.HINTS, "weight", "pos_weight", "z_loss", "return_lse")
-    } <= exercised
+    assert {f"option: {name}" for name in (*programs.HINTS, *programs.OPTIONS)} <= exercised
 
 
 # --- faults: what a loss would do that has one -----------------------------------------------------------------------
@@ -139,8 +137,11 @@ class Planted(Native):
 
     def call(self, step, input, target, options):
         options = {name: value for name, value in options.items() if name not in programs.HINTS}
-        fused = input.requires_grad and not target.requires_grad and torch.is_grad_enabled()
-        if not fused or options.get("return_lse") or torch._C._are_functorch_transforms_active():
+        others = [target, *(value for value in options.values() if isinstance(value, torch.Tensor))]
+        wanted = any(tensor.requires_grad for tensor in others)
+        fused = input.requires_grad and not wanted and torch.is_grad_enabled()
+        answers = options.get("return_lse") or options.get("return_entropy")
+        if not fused or answers or torch._C._are_functorch_transforms_active():
             return super().call(step, input, target, options)
         return Fused.apply(input, target, step["op"], options, self.backward)
 

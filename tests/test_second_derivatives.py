@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from support import LOSSES, each, each_dtype, each_reduction, unit
+from support import LOSSES, each, each_dtype, each_reduction, moved, unit
 from torch._dynamo import compiled_autograd
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -59,10 +59,15 @@ def test_functions_of_a_loss(loss, reduction, road, function, device):
     assert gradgradcheck(scene, [input])
 
 
-@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"logit_softcap": 2.0}, {"label_smoothing": 0.2}], ids=str)
+ADDED = [{"z_loss": 0.1}, {"logit_scale": 0.7}, {"logit_softcap": 2.0}, {"label_smoothing": 0.2}]
+ADDED += [{"denominator": 5}, {"sample_weight": torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)}]
+
+
+@pytest.mark.parametrize("options", ADDED, ids=str)
 @each("cross_entropy", "cross_entropy_soft")
 def test_functions_of_a_loss_with_options(loss, options, device):
     input, target = sample(loss, device, 3, 4)
+    options = moved(options, device)
 
     def scene(x):
         value, lse = loss.ours(x, target, return_lse=True, **options)

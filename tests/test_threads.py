@@ -39,6 +39,20 @@ def test_one_thread_and_two_give_the_same_bits(loss, reduction, shape, dtype, tw
     torch.testing.assert_close(two, one, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", BIG, ids=str)
+def test_what_else_is_returned_has_the_same_bits(shape, two_threads):
+    input, target = LOSSES["cross_entropy"].sample(*shape)
+    answers = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+    options = {"sample_weight": torch.rand(target.shape), "logit_scale": 0.7, **answers}
+
+    def outputs():
+        found = differentiate(LOSSES["cross_entropy"].ours, input, target, **options)
+        return [*found, LOSSES["cross_entropy"].ours(input, target, **options)[3]]
+
+    two, one = (on_threads(count, outputs) for count in (2, 1))
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
 def test_two_python_threads_at_once(two_threads, device):
     """Each repeats its own loss while the other runs, and always gets the result it gets alone."""
     cases = {name: (loss, *loss.sample(512, 33, device=device)) for name, loss in LOSSES.items()}

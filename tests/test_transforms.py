@@ -65,6 +65,7 @@ ADDITIONS = [
     {"z_loss": 0.1},
     {"logit_softcap": 2.0},
     {"z_loss": 0.1, "logit_softcap": 2.0, "label_smoothing": 0.1},
+    {"logit_scale": 0.7, "denominator": 5},
 ]
 
 
@@ -93,6 +94,17 @@ def test_lse_under_a_transform(device):
     gradient, lse = grad(lambda x: fusedloss.cross_entropy(x, target, return_lse=True), has_aux=True)(input)
     torch.testing.assert_close(lse, input.logsumexp(1))
     torch.testing.assert_close(gradient, grad(torch.nn.functional.cross_entropy)(input, target))
+
+
+@pytest.mark.parametrize("name", ["per-sample gradients", "jvp"])
+def test_log_probabilities_under_a_transform(name, device):
+    input, target = LOSSES["cross_entropy"].sample(4, 3, dtype=torch.float64, device=device)
+    for part in (0, 1):
+        ours, expected = (
+            TRANSFORMS[name](lambda x, y, f=f: f(x, y, return_entropy=True)[part].sum(), input, target)  # noqa: B023
+            for f in (fusedloss.token_log_probs, fusedloss.reference.token_log_probs)
+        )
+        torch.testing.assert_close(ours, expected)
 
 
 @each()

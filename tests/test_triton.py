@@ -10,12 +10,24 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import HAS_TRITON
-from support import LOSSES, compare, each, each_bce_loss, each_class_loss, short
+from support import (
+    LOSSES,
+    compare,
+    each,
+    each_bce_loss,
+    each_class_loss,
+    eighths,
+    judge,
+    moved,
+    short,
+    widen,
+)
 
 import fusedloss
 
@@ -118,6 +130,224 @@ def test_slices_of_rows(loss, layout, options, small_tiles, monkeypatch):
 @each_class_loss
 def test_images(loss, layout, width, small_tiles):
     check(loss, (2, 7, 1, width), torch.bfloat16, layout)
+
+
+# --- What else a row is asked for --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["whole", "swept", "sliced"])
+def tiles(request, monkeypatch):
+    """How a row of about a hundred classes is divided, where its loss is reduced."""
+    if request.param != "whole":
+        request.getfixturevalue("small_tiles")
+    if request.param == "sliced":
+        monkeypatch.setattr(cross_entropy, "multiprocessors", lambda device: 64)
+    return request.param
+
+
+ANSWERS = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+
+
+def evaluate(function, input, target, **options):
+    """The outputs, and the gradient of the input."""
+    leaf = input.detach().requires_grad_()
+    # A leaf cannot be overwritten; its copy keeps the layout.
+    given = leaf * 1 if options.get("inplace") else leaf
+    outputs = function(given, target, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    floats = [output for output in outputs if output.is_floating_point()]
+    (grad,) = torch.autograd.grad(floats, leaf, [eighths(output.shape, output.dtype, DEVICE) for output in floats])
+    return [output.detach() for output in outputs] + [grad]
+
+
+def check_answers(loss, input, target, **options):
+    """As close to the truth as the CPU's kernels are."""
+    plain = [{name: moved(value, "cpu") for name, value in options.items()}, input.cpu(), target.cpu()]
+    wide, *tensors = plain[0], *map(widen, plain[1:])
+    in_forward = ("grad_in_forward", "inplace")
+    wide = {name: widen(value) for name, value in wide.items() if name not in in_forward}
+    truth = evaluate(loss.reference, *tensors, **wide)
+    on_cpu = evaluate(partial(loss.ours, backend="cpu"), plain[1].contiguous(), plain[2], **plain[0])
+    ours = evaluate(loss.ours, input, target, **options)
+    for our, theirs, true in zip(ours, on_cpu, truth, strict=True):
+        if our.is_floating_point():
+            judge(our.cpu(), theirs, true, input.dtype if our.dtype == input.dtype else None)
+        else:
+            assert our.cpu().equal(true)
+
+
+def asked(loss, shape, dtype=torch.float32, layout=LAYOUTS["contiguous"]):
+    """(input, target, options) with the weights of classes and samples; one sample is ignored, whatever its weight."""
+    input, target = loss.sample(*shape, dtype=dtype, device=DEVICE)
+    weight = torch.rand(shape[1], dtype=torch.float64).add(0.5).to(DEVICE, dtype)
+    sample_weight = torch.rand(shape[0], *shape[2:], dtype=torch.float64).add(0.5).to(DEVICE, torch.float32)
+    if loss.target == "index":
+        target.view(-1)[1:2] = -100
+        sample_weight.view(-1)[1:2] = math.nan
+    return layout(input), target, {"weight": weight, "sample_weight": sample_weight}
+
+
+SCALED = {"logit_scale": 0.7, "label_smoothing": 0.1}
+ASKED = {  # (type, layout, options)
+    "float64": (torch.float64, "contiguous", SCALED),
+    "bfloat16": (torch.bfloat16, "contiguous", SCALED),
+    **{layout: (torch.float32, layout, SCALED) for layout in LAYOUTS},
+    "capped": (torch.float32, "contiguous", {"logit_scale": 3.0, "logit_softcap": 2.0}),
+}
+
+
+@pytest.mark.parametrize(("dtype", "layout", "options"), ASKED.values(), ids=ASKED)
+@each("cross_entropy", "cross_entropy_soft")
+def test_answers(loss, dtype, layout, options, tiles):
+    input, target, weights = asked(loss, (3, 103), dtype, LAYOUTS[layout])
+    reduction = "mean" if tiles == "sliced" else "none"
+    check_answers(loss, input, target, reduction=reduction, **weights, **options, **ANSWERS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@each("cross_entropy", "cross_entropy_soft")
+def test_answers_of_images(loss, layout, small_tiles, monkeypatch):
+    monkeypatch.setattr(geometry, "SWEPT_COLUMNS", Geometry(ANY, 256, 4))  # 16 bytes of positions, in their share of it
+    input, target, options = asked(loss, (2, 7, 1, 8), torch.float32, layout)
+    check_answers(loss, input, target, logit_scale=0.7, **options, **ANSWERS)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("denominator", [None, 2.5], ids=["counted", "given"])
+@each("cross_entropy", "cross_entropy_soft")
+def test_gradient_in_forward(loss, denominator, inplace, tiles):
+    """Beside an argmax, which is found before the gradient takes the logits' place."""
+    input, target, options = asked(loss, (3, 103))
+    if denominator:
+        options["denominator"] = torch.tensor(denominator, device=DEVICE)
+    options.update(return_argmax=True, logit_scale=0.7, grad_in_forward=True, inplace=inplace)
+    check_answers(loss, input, target, **options)
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["in every program", "in a launch before"])
+@each("cross_entropy", "cross_entropy_soft")
+def test_counting_weights_of_samples(loss, inline, monkeypatch, launches):
+    if not inline:
+        monkeypatch.setattr(class_loss, "COUNTED_INLINE", 4)
+        monkeypatch.setattr(class_loss, "_COUNT_BLOCK", 16)
+    input, target, options = asked(loss, (70, 5))
+    check_answers(loss, input, target, grad_in_forward=True, **options)
+    assert ("_count_kernel" in [name for name, _ in launches]) != inline
+
+
+@pytest.mark.parametrize("rows", [3, 40], ids=["one program", "many programs"])
+@each("cross_entropy", "cross_entropy_soft")
+def test_nothing_is_counted_beside_a_denominator(loss, rows, monkeypatch, launches):
+    monkeypatch.setattr(class_loss, "COUNTED_INLINE", 4)
+    monkeypatch.setattr(geometry, "ROWS", [Geometry(ANY, 64, 1)])
+    input, target, options = asked(loss, (rows, 5))
+    denominator = torch.tensor(rows * 3, device=DEVICE)
+    check_answers(loss, input, target, denominator=denominator, **options, grad_in_forward=True)
+    assert "_count_kernel" not in [name for name, _ in launches]
+
+
+def test_a_batch_in_which_nothing_counts(launches):
+    """Its mean over a denominator of 0 is 0, and so is its gradient."""
+    input, target = torch.randn(3, 5, device=DEVICE), torch.full((3,), -100, device=DEVICE)
+    for grad_in_forward in (False, True):
+        options = {"denominator": torch.tensor(0.0, device=DEVICE), "grad_in_forward": grad_in_forward}
+        loss, grad = evaluate(fusedloss.cross_entropy, input, target, **options)
+        assert loss == 0
+        assert not grad.any()
+
+
+@each_width
+def test_entropies_of_peaked_rows(dtype, tiles):
+    """A float32 sum of exponentials has lost most of their digits. Logits of -inf, or far below, change nothing."""
+    input = torch.zeros(4, 103, device=DEVICE, dtype=dtype)
+    for row, peak in enumerate((7.0, 14.0, 20.0, 24.0)):
+        input[row, 40 * row % 103] = peak
+    input[:, 50], input[:, 51] = -math.inf, -3e4
+    logits = input.double().cpu()
+    p = logits.softmax(1)
+    truth = -(p * p.log().clamp_min(-1e300)).sum(1)
+    target = torch.zeros(4, dtype=torch.long, device=DEVICE)
+    reduction = "sum" if tiles == "sliced" else "none"
+    leaf = input.requires_grad_()
+    _, entropy = fusedloss.cross_entropy(leaf, target, reduction=reduction, return_entropy=True)
+    assert (entropy.detach().cpu() / truth - 1).abs().max() < (1e-6 if dtype == torch.float32 else 1e-5)
+    (grad,) = torch.autograd.grad(entropy.sum(), leaf)
+    log_p = p.log().clamp_min(-1e300)
+    expected = -p * (log_p + truth[:, None])
+    assert grad.isfinite().all()
+    assert (grad.cpu() - expected).abs().max() < (1e-6 if dtype == torch.float32 else 4e-3) * expected.abs().max()
+
+
+def largest_of():
+    """Rows of 103 classes, by what is particular about their largest logits."""
+    rows = {
+        name: torch.linspace(-3, 3, 103)[torch.randperm(103)] for name in ("any", "ties", "infinite", "NaN", "late")
+    }
+    rows["ties"][[17, 80, 99]] = 7.0
+    rows["infinite"][[30, 61]] = math.inf
+    rows["NaN"][[5, 70]] = math.inf
+    rows["NaN"][[33, 90]] = math.nan
+    rows["late"][102] = 9.0
+    rows["zeros"] = torch.full((103,), -1.0)
+    rows["zeros"][40], rows["zeros"][77] = -0.0, 0.0
+    rows["negative NaN"] = torch.full((103,), 2.0)
+    rows["negative NaN"][64] = -torch.tensor(math.nan)
+    rows["nothing"] = torch.full((103,), -math.inf)
+    rows["a last one"] = torch.full((103,), -math.inf)
+    rows["a last one"][102] = -1e30
+    return torch.stack(list(rows.values()))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=short)
+def test_argmax(dtype, transposed, tiles):
+    """torch.argmax: the first of several, and the first NaN before all; of the logits as they are."""
+    input = largest_of().to(DEVICE, dtype)
+    input = input.t().contiguous().t() if transposed else input
+    target = torch.full((len(input),), -100, device=DEVICE)
+    options = {"logit_softcap": 1.0} if dtype == torch.float16 else {}  # it makes the largest ones equal
+    reduction = "mean" if tiles == "sliced" else "none"
+    _, argmax = fusedloss.cross_entropy(input, target, reduction=reduction, return_argmax=True, **options)
+    assert argmax.equal(input.argmax(1))
+
+
+@each_weighted
+def test_a_row_that_is_only_looked_at_has_no_gradient(weighted, tiles):
+    """NaN would come of its logits."""
+    input = torch.randn(3, 103, device=DEVICE)
+    input[1, 4] = math.nan
+    target = torch.tensor([1, -100, 2], device=DEVICE)
+    sample_weight = torch.tensor([1.0, math.nan, 2.0], device=DEVICE) if weighted else None
+    for road in ({"grad_in_forward": True}, {"grad_in_forward": False}):
+        loss, argmax, grad = evaluate(
+            fusedloss.cross_entropy, input, target, sample_weight=sample_weight, return_argmax=True, **road
+        )
+        assert loss.isfinite()
+        assert argmax[1] == 4
+        assert not grad[1].any()
+        assert grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [96, 103], ids=["whole packets", "any packets"])
+@pytest.mark.parametrize("size", [None, 64], ids=["within a tile", "longer than a tile"])
+@each_width
+def test_a_row_is_the_same_in_every_batch(dtype, size, classes, request, monkeypatch):
+    """Where each has its own loss: to the last bit, wherever it lies, and however few rows there are."""
+    monkeypatch.setattr(cross_entropy, "multiprocessors", lambda device: 4)
+    if size:
+        request.getfixturevalue("small_tiles")
+    many = torch.randn(20, classes, device=DEVICE).to(dtype)
+    target = torch.randint(classes, (20,), device=DEVICE)
+
+    def answers(rows, **options):
+        # The rows begin elsewhere in a copy; but for an entropy, it shows in a sum if they are added in another order.
+        return fusedloss.cross_entropy(many[rows].clone(), target[rows], reduction="none", return_lse=True, **options)
+
+    for options in ({}, {"return_entropy": True}):
+        whole = answers(slice(None), **options)
+        for rows in (slice(0, 1), slice(3, 4), slice(5, 9), [19, 2, 7], slice(1, None)):
+            for alone, together in zip(answers(rows, **options), whole, strict=True):
+                assert alone.equal(together[rows])
 
 
 # --- Sums over a grid --------------------------------------------------------------------------------------------
@@ -285,6 +515,17 @@ def test_alignment_of_rows(classes, stride, offset, expected):
     shape = Shape()
     shape.classes = classes
     assert geometry.alignment(shape, "rows", [tensor(classes, stride, offset)]) == expected
+
+
+def test_alignment_of_rows_that_are_the_same_in_every_batch():
+    """Neither where a row begins decides which of its entries are added first, nor whether another row follows."""
+    shape, packed, apart = Shape(), tensor(103, 103), tensor(96, 96)
+    assert geometry.alignment(shape, "rows", [packed]) == (1, 8)
+    assert geometry.alignment(shape, "rows", [packed], steady=True) == (1, 0)
+    assert geometry.alignment(shape, "rows", [apart], steady=True) == (8, 0)
+    apart.outer_stride, shape.inner = 97, 1
+    assert geometry.alignment(shape, "rows", [apart]) == (8, 0)
+    assert geometry.alignment(shape, "rows", [apart], steady=True) == (1, 0)
 
 
 def test_tensors_that_lie_differently_share_no_packets():

@@ -59,7 +59,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _row_problem(label_smoothing, z_loss, classes, weight_sum, o: tl.constexpr):
-        options = math.RowOptions(label_smoothing.to(tl.float64), z_loss.to(tl.float64), None)
+        options = math.RowOptions(label_smoothing.to(tl.float64), z_loss.to(tl.float64), None, None)
         return math.row_problem(options, classes, weight_sum, o)
 
     @triton.jit
@@ -72,37 +72,61 @@ if HAS_TRITON:
 
     @triton.jit
     def _row_lse(max, log_sum):
-        return math.row_lse(math.FinishedRow(max, log_sum, max, max))
+        return math.row_lse(math.FinishedRow(max, log_sum, max, max, max))
+
+    @triton.jit
+    def _row_entropy(log_sum, gap):
+        return math.row_entropy(math.FinishedRow(gap, log_sum, gap, gap, gap))
 
     @triton.jit
     def _merge_of_index(max, sum, other_max, other_sum, o: tl.constexpr):
         max = tl.join(max, other_max)
         sum = tl.join(sum, other_sum)
-        return math.merge(math.RowStatistics(max, sum, sum, sum), o)
+        return math.merge(math.RowStatistics(max, sum, sum, sum, sum), o)
 
     @triton.jit
-    def _merge(max, sum, dense_loss, mass, other_max, other_sum, other_dense_loss, other_mass, o: tl.constexpr):
+    def _merge(max, sum, gap, loss, mass, other_max, other_sum, other_gap, other_loss, other_mass, o: tl.constexpr):
         max = tl.join(max, other_max)
         sum = tl.join(sum, other_sum)
-        dense_loss = tl.join(dense_loss, other_dense_loss)
+        gap = tl.join(gap, other_gap)
+        dense_loss = tl.join(loss, other_loss)
         mass = tl.join(mass, other_mass).to(tl.float64)
-        return math.merge(math.RowStatistics(max, sum, dense_loss, mass), o)
+        return math.merge(math.RowStatistics(max, sum, gap, dense_loss, mass), o)
 
     @triton.jit
     def _row_loss(
-        spread, spread_mass, z_loss, max, log_sum, dense_loss, mass, counts, target_mass, shifted, o: tl.constexpr
+        spread,
+        spread_mass,
+        z_loss,
+        max,
+        log_sum,
+        dense_loss,
+        mass,
+        counts,
+        target_mass,
+        shifted,
+        weight,
+        o: tl.constexpr,
     ):
         problem = math.RowProblem(spread, spread, spread_mass, z_loss)
-        row = math.FinishedRow(max, log_sum, dense_loss, mass)
-        return math.row_loss(problem, row, math.RowTarget(counts > 0.5, target_mass, shifted), o)
+        row = math.FinishedRow(max, log_sum, dense_loss, mass, mass)
+        return math.row_loss(problem, row, math.RowTarget(counts > 0.5, target_mass, shifted, weight), o)
 
     @triton.jit
     def _row_gradient(
         spread, spread_mass, z_loss, counts, target_mass, mass, lse, grad_loss, grad_lse, o: tl.constexpr
     ):
         problem = math.RowProblem(spread, spread, spread_mass, z_loss)
-        target = math.RowTarget(counts > 0.5, target_mass, target_mass)
+        target = math.RowTarget(counts > 0.5, target_mass, target_mass, target_mass)
         return math.row_gradient(problem, target, mass, lse, grad_loss, grad_lse, o)
+
+    @triton.jit
+    def _gradient_through(factor, on_target, on_all, on_gap, slope):
+        return math.gradient_through(math.RowGradient(factor, on_target, on_all, on_gap), slope)
+
+    @triton.jit
+    def _add_entropy_grad(factor, on_target, on_all, on_gap, grad_entropy, gap):
+        return math.add_entropy_grad(math.RowGradient(factor, on_target, on_all, on_gap), grad_entropy, gap)
 
     # Functions that are to be called with other arguments than a table has.
     CALLED = {
@@ -112,10 +136,13 @@ if HAS_TRITON:
         "index_mass": _index_mass,
         "probability_mass": _probability_mass,
         "row_lse": _row_lse,
+        "row_entropy": _row_entropy,
         "merge of index": _merge_of_index,
         "merge": _merge,
         "row_loss": _row_loss,
         "row_gradient": _row_gradient,
+        "gradient_through": _gradient_through,
+        "add_entropy_grad": _add_entropy_grad,
     }
 
 
@@ -124,17 +151,20 @@ COUNT = 4096
 INFINITY, NAN = float("inf"), float("nan")
 # Where a function's arguments lie, for those that are not any numbers; and what else is to be tried.
 NONPOSITIVE, UNIT, ANY = (-100.0, 0.0), (0.0, 1.0), (-20.0, 20.0)
-# A row: spread, spread_mass, z_loss, max, log_sum, dense_loss, mass, whether it counts, the target's mass and shifted.
-ROW = [UNIT, UNIT, (0.1, 1.0), ANY, UNIT, UNIT, UNIT, UNIT, UNIT, NONPOSITIVE]
+# A row: spread, spread_mass, z_loss, max, log_sum, dense_loss, mass, whether it counts, the target's mass and shifted,
+# and the row's weight.
+ROW = [UNIT, UNIT, (0.1, 1.0), ANY, UNIT, UNIT, UNIT, UNIT, UNIT, NONPOSITIVE, (0.1, 2.0)]
 ROW_WITHOUT_Z = [*ROW[:2], (0.0, 0.0), *ROW[3:]]
 # A gradient's: spread, spread_mass, z_loss, whether the row counts, the target's mass, mass, lse, and what flows back.
 FLOW = [UNIT, UNIT, (0.1, 1.0), UNIT, UNIT, UNIT, ANY, ANY, ANY]
 PART = [ANY, (1.0, 20.0)]  # max and sum
-DENSE_PART = [*PART, UNIT, UNIT]
+RICH_PART = [*PART, UNIT, UNIT, UNIT]  # gap, dense_loss and mass
+GRADIENT = [ANY, UNIT, UNIT, UNIT]  # factor, on_target, on_all, on_gap
 PROBLEM = [UNIT, UNIT, (1.0, 1000.0), (1.0, 1000.0)]  # label_smoothing, z_loss, classes, weight_sum
 FUNCTIONS = {
     "max_ignoring_nan": ([ANY, ANY], 1),
     "clamp": ([ANY, (-5.0, -1.0), (1.0, 5.0)], 1),
+    "product": ([ANY, ANY], 1),
     "fast_divide": ([ANY, (0.1, 10.0)], 1),
     "exp_nonpositive": ([NONPOSITIVE], 1),
     "fast_exp": ([(-80.0, 0.0)], 1),
@@ -142,6 +172,7 @@ FUNCTIONS = {
     "tanh": ([ANY], 1),
     "log1p_unit": ([UNIT], 1),
     "log1p": ([(-1.0, 0.0)], 1),
+    "reduced_over": ([ANY, (0.1, 10.0)], 1),
     "rescaled": ([ANY, ANY], 1),
     "finite_shift": ([ANY], 1),
     "rescale": ([UNIT, (-20.0, 0.0), (0.0, 20.0)], 1),
@@ -153,21 +184,29 @@ FUNCTIONS = {
     "probability_mass": ([UNIT, UNIT, UNIT, UNIT], 1),
     "entry_loss": ([NONPOSITIVE, UNIT, UNIT], 1),
     "entry_loss_at_max": ([NONPOSITIVE, UNIT], 1),
+    "times_gap": ([UNIT, NONPOSITIVE], 1),
     "merge of index": ([*PART, *PART], 2),
-    "merge of smoothed": ([*DENSE_PART, *DENSE_PART], 4),
+    "merge of smoothed": ([*RICH_PART, *RICH_PART], 5),
     "row_lse": ([ANY, UNIT], 1),
+    "row_entropy": ([UNIT, UNIT], 1),
     "row_loss of index": (ROW_WITHOUT_Z, 1),
     "row_loss of smoothed": (ROW, 1),
     "row_loss of probabilities": (ROW, 1),
-    "row_gradient of index": ([(0.0, 0.0), UNIT, (0.0, 0.0), *FLOW[3:]], 3),
-    "row_gradient of smoothed": (FLOW, 3),
-    "row_gradient of probabilities": (FLOW, 3),
+    "row_gradient of index": ([(0.0, 0.0), UNIT, (0.0, 0.0), *FLOW[3:]], 4),
+    "row_gradient of smoothed": (FLOW, 4),
+    "row_gradient of probabilities": (FLOW, 4),
+    "gradient_through": ([*GRADIENT, ANY], 4),
+    "add_entropy_grad": ([*GRADIENT, ANY, UNIT], 4),
+    "times_factor": ([UNIT, ANY, ANY, NONPOSITIVE], 1),
     "over_sum": ([ANY, UNIT], 1),
     "z_term": ([ANY, UNIT], 1),
     "normaliser_grad": ([UNIT, UNIT, UNIT, ANY, (0.1, 1.0)], 1),
     "logit_grad": ([UNIT, UNIT, UNIT], 1),
     "probability_grad": ([NONPOSITIVE, UNIT, UNIT, UNIT, UNIT], 1),
     "soft_cap": ([ANY, (1.0, 50.0)], 2),
+    "seen_logit of scaled": ([ANY, (0.1, 5.0), (1.0, 50.0)], 2),
+    "seen_logit of capped": ([ANY, (0.1, 5.0), (1.0, 50.0)], 2),
+    "seen_logit of scaled and capped": ([ANY, (0.1, 5.0), (1.0, 50.0)], 2),
     "nll_loss": ([NONPOSITIVE, UNIT], 1),
     "nll_grad": ([ANY, UNIT], 1),
     "bce_with_logits_evaluate": ([ANY, UNIT, (0.0, 5.0)], 2),
@@ -175,14 +214,16 @@ FUNCTIONS = {
     "bce_evaluate": ([UNIT, UNIT, UNIT], 2),
     "bce_target_grad": ([(0.01, 0.99), UNIT, UNIT, ANY], 1),
 }
-# Rows of -inf and of inf, an ignored one of NaN, and one whose classes have an infinite distance.
+# Rows of -inf and of inf, an ignored one of NaN and of NaN's weight, one whose classes have an infinite distance, and
+# weights of 0 and of NaN.
 ROWS = [
-    [0.1, 0.5, 0.0, -INFINITY, -INFINITY, 0.0, 1.0, 1.0, 0.5, -1.0],
-    [0.1, 0.5, 0.0, INFINITY, NAN, 0.0, 1.0, 1.0, 0.5, -1.0],
-    [0.1, 0.5, 0.0, 1.0, NAN, NAN, NAN, 0.0, 0.5, NAN],
-    [0.1, 0.5, 0.0, 1.0, 0.5, INFINITY, 1.0, 1.0, 0.0, -1.0],
-    [0.1, 0.5, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0],
-    [0.1, 0.5, 0.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.5, -INFINITY],
+    [0.1, 0.5, 0.0, -INFINITY, -INFINITY, 0.0, 1.0, 1.0, 0.5, -1.0, 1.0],
+    [0.1, 0.5, 0.0, INFINITY, NAN, 0.0, 1.0, 1.0, 0.5, -1.0, 1.0],
+    [0.1, 0.5, 0.0, 1.0, NAN, NAN, NAN, 0.0, 0.5, NAN, NAN],
+    [0.1, 0.5, 0.0, 1.0, 0.5, INFINITY, 1.0, 1.0, 0.0, -1.0, 1.0],
+    [0.1, 0.5, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0, 0.0],
+    [0.1, 0.5, 0.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.5, -INFINITY, 0.0],
+    [0.1, 0.5, 0.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.5, -1.0, NAN],
 ]
 ROWS_WITH_Z = [[*row[:2], 0.5, *row[3:]] for row in ROWS]
 FLOWS = [
@@ -202,18 +243,25 @@ SPECIAL = {  # rows of arguments, for the functions that have to do something pa
     "tanh": [[0.0], [1e-20], [-1e-20], [INFINITY], [-INFINITY], [NAN], [100.0]],
     "log1p_unit": [[0.0], [1.0], [1e-20]],
     "log1p": [[-1.0], [0.0], [-1e-20], [NAN]],
+    "reduced_over": [[0.0, 0.0], [0.0, NAN], [1.0, 0.0], [NAN, 1.0], [1.0, INFINITY]],
     "rescaled": [[0.0, INFINITY], [-0.0, NAN], [1.0, INFINITY], [1.0, NAN], [INFINITY, 0.0]],
     "finite_shift": [[-INFINITY], [INFINITY], [NAN]],
     "rescale": [[1.0, -INFINITY, -INFINITY], [1.0, -INFINITY, 1.0], [1.0, INFINITY, INFINITY], [0.0, 1.0, INFINITY]],
+    "times_gap": [[1.0, 0.0], [0.0, -INFINITY], [NAN, NAN], [0.0, -9999.0], [0.5, -80.0]],
+    "times_factor": [
+        *([0.0, 1.0, 2.0, -INFINITY], [0.0, 1.0, 0.0, -INFINITY], [1.0, NAN, 1.0, -1.0], [1.0, 1.0, NAN, -1.0]),
+        *([NAN, 1.0, 2.0, NAN], [0.5, 3.0, 0.0, -1.0]),
+    ],
     "merge of index": [[*EMPTY, 1.0, 2.0], [1.0, 2.0, *EMPTY], EMPTY * 2, [INFINITY, 1.0] * 2, [1.0, NAN, 2.0, 1.0]],
     "merge of smoothed": [
-        [*EMPTY, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0],
-        [1.0, 2.0, 3.0, 4.0, *EMPTY, 0.0, 0.0],
-        [*EMPTY, 0.0, 0.0] * 2,
-        [*EMPTY, 0.0, 1.0, 1.0, 2.0, 3.0, 4.0],
-        [INFINITY, 1.0, 0.0, 1.0, 1.0, 1.0, 0.5, 1.0],
-        [1.0, 1.0, INFINITY, INFINITY, 1.0, 1.0, 0.5, 1.0],
-        [1.0, NAN, NAN, NAN, 2.0, 1.0, 0.5, 1.0],
+        [*EMPTY, 0.0, 0.0, 0.0, 1.0, 2.0, 0.5, 3.0, 4.0],
+        [1.0, 2.0, 0.5, 3.0, 4.0, *EMPTY, 0.0, 0.0, 0.0],
+        [*EMPTY, 0.0, 0.0, 0.0] * 2,
+        [*EMPTY, 0.0, 0.0, 1.0, 1.0, 2.0, 0.5, 3.0, 4.0],
+        [INFINITY, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, 0.5, 1.0],
+        [1.0, 1.0, 0.0, INFINITY, INFINITY, 1.0, 1.0, 0.0, 0.5, 1.0],
+        [1.0, NAN, NAN, NAN, NAN, 2.0, 1.0, 0.5, 0.5, 1.0],
+        [1.0, 1.0, 0.0, 0.5, 1.0, 1e5, 1.0, 0.0, 0.5, 1.0],
     ],
     "row_lse": [[INFINITY, NAN], [-INFINITY, -INFINITY], [1.0, 0.0], [NAN, 1.0]],
     "row_loss of index": ROWS,
@@ -244,7 +292,7 @@ ROUGH_UNITS = 128  # of fast_exp, which rounds off as many as its argument is la
 DIFFERENCES = {"soft_cap", "logit_grad", "normaliser_grad", "z_term", "entry_loss", "log_sum_exp", "probability_mass"}
 DIFFERENCES |= {"probability_grad", "bce_with_logits_evaluate", "bce_with_logits_target_grad"}
 DIFFERENCES |= {"row_problem", "row_lse", "row_loss", "row_gradient", "merge"}
-DIFFERENCES |= {"bce_evaluate", "bce_target_grad"}
+DIFFERENCES |= {"bce_evaluate", "bce_target_grad", "seen_logit", "add_entropy_grad", "times_factor"}
 
 
 @pytest.fixture(scope="module")
@@ -281,9 +329,13 @@ def options_of(target, dtype):
         rough=False,
         dense=target != "index",
         probabilities=target == "probabilities",
-        capped=False,
+        weighted=True,
+        scaled=target.startswith("scaled"),
+        capped=target.endswith("capped"),
         has_z=target != "index",
-        every_lse=False,
+        every_row=False,
+        entropy=target != "index",
+        argmax=False,
         is_mean=False,
         with_gradient=False,
     )
@@ -318,7 +370,7 @@ def test_every_function_has_a_twin():
     """In both languages by the same name; what Triton has beside them C++ has as operators, types and methods."""
     headers = " ".join(path.read_text() for path in (ROOT / "csrc/math").glob("*.h"))
     own = {"number", "constant", "converted", "divide", "exp_rest", "exp_scale", "reduce_exp", "polynomial", "zero_if"}
-    own |= {"with_weight_sum", "relative_to", "finished"}
+    own |= {"with_weight_sum", "relative_to", "finished", "exp_normal"}
     tested = {name.partition(" of ")[0] for name in FUNCTIONS}
     members = {**vars(portable), **vars(math)}
     named = {name for name, value in members.items() if isinstance(value, type(math.reduced)) and name[0] != "_"}

@@ -12,9 +12,10 @@ from typing_extensions import get_overloads
 
 import fusedloss
 from fusedloss import _C
-from fusedloss.functional import CrossEntropyOptions
+from fusedloss.functional import CrossEntropyCall, CrossEntropyOptions
 
 ROOT = Path(__file__).parent.parent
+OF_A_CALL = {"denominator", "sample_weight"}  # what a module is given with each batch
 
 
 def keyword_only(function):
@@ -32,13 +33,20 @@ def test_what_a_type_checker_sees():
 def test_overloads_take_what_the_function_takes():
     overloads = [list(inspect.signature(overload).parameters) for overload in get_overloads(fusedloss.cross_entropy)]
     native = list(inspect.signature(LOSSES["cross_entropy"].native).parameters)
-    assert overloads == [[*native, "return_lse", "options"]] * 3
-    assert {"return_lse", *CrossEntropyOptions.__annotations__} == keyword_only(fusedloss.cross_entropy).keys()
+    answers = ["return_lse", "return_entropy", "return_argmax"]
+    assert overloads == [[*native, *answers, "options"]] * 9
+    assert {*answers, *CrossEntropyCall.__annotations__} == keyword_only(fusedloss.cross_entropy).keys()
+    assert CrossEntropyCall.__annotations__.keys() - CrossEntropyOptions.__annotations__.keys() == OF_A_CALL
+    for overload in get_overloads(fusedloss.token_log_probs):
+        assert list(inspect.signature(overload).parameters) == list(
+            inspect.signature(fusedloss.token_log_probs).parameters
+        )
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_a_module_has_the_options_of_its_function(loss):
-    module, added = getattr(fusedloss, loss.module), keyword_only(loss.ours)
+    module = getattr(fusedloss, loss.module)
+    added = {name: default for name, default in keyword_only(loss.ours).items() if name not in OF_A_CALL}
     assert keyword_only(module) == added
     assert {name: getattr(module, name) for name in added} == added
     assert vars(module(**added)).items() >= added.items()

@@ -7,13 +7,20 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import fusedloss
+from fusedloss.functional import Answers
 
 
 def returned(x: Tensor, t: Tensor, return_lse: bool) -> None:
     assert_type(fusedloss.cross_entropy(x, t), Tensor)
     assert_type(fusedloss.cross_entropy(x, t, None, z_loss=1e-4, return_lse=False), Tensor)
     assert_type(fusedloss.cross_entropy(x, t, reduction="sum", return_lse=True), tuple[Tensor, Tensor])
-    assert_type(fusedloss.cross_entropy(x, t, return_lse=return_lse), Tensor | tuple[Tensor, Tensor])
+    assert_type(fusedloss.cross_entropy(x, t, return_lse=return_lse), Answers)
+    assert_type(fusedloss.cross_entropy(x, t, return_entropy=True, denominator=8), tuple[Tensor, Tensor])
+    assert_type(fusedloss.cross_entropy(x, t, return_lse=True, return_argmax=True), tuple[Tensor, Tensor, Tensor])
+    every = fusedloss.cross_entropy(x, t, sample_weight=x, return_lse=True, return_entropy=True, return_argmax=True)
+    assert_type(every, tuple[Tensor, Tensor, Tensor, Tensor])
+    assert_type(fusedloss.token_log_probs(x, t, logit_scale=0.7), Tensor)
+    assert_type(fusedloss.token_log_probs(x, t, return_entropy=True), tuple[Tensor, Tensor])
     fusedloss.cross_entropy(x, t, grad_in_forward=True, grad_scale=0.5, inplace=True, backend="triton").backward()
     assert_type(fusedloss.nll_loss(x, t, reduction="none"), Tensor)
     assert_type(fusedloss.binary_cross_entropy_with_logits(x, t, pos_weight=x, ignore_index=-1), Tensor)
@@ -27,6 +34,7 @@ def refused(x: Tensor, t: Tensor) -> None:
     fusedloss.cross_entropy(x, t, return_lse=True, zloss=1e-4)  # type: ignore[call-overload]
     fusedloss.nll_loss(x, t, reduction="average")  # type: ignore[arg-type]
     fusedloss.binary_cross_entropy(x, t, grad_in_forward="always")  # type: ignore[arg-type]
+    fusedloss.CrossEntropyLoss(denominator=8)  # type: ignore[call-arg]
     fusedloss.CrossEntropyLoss(reduction="average")  # type: ignore[arg-type]
     fusedloss.BCELoss(zloss=1e-4)  # type: ignore[call-arg]
     fusedloss.use_backend("gpu")  # type: ignore[arg-type]

@@ -29,9 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = [
     (r"cross_entropy_\w+<double, true, ", 160, "a double takes two registers; the type is there for checking"),
     (r"elementwise_packets<fusedloss::math::Bce, ", 16, "two logarithms, for more threads on a multiprocessor"),
-    (r"cross_entropy_warps<", 80, "values that are used once a row, beside the row itself"),
-    (r"cross_entropy_\w+<\w+, true, ", 64, "smoothing, probabilities or a soft cap beside the row's state"),
-    (r"cross_entropy_\w+<\w+, false, ", 24, "values that are used once a row, for more threads on a multiprocessor"),
+    (r"cross_entropy_warps<", 96, "values that are used once a row, beside the row itself"),
+    (r"cross_entropy_\w+<\w+, true, ", 80, "smoothing, probabilities or an entropy beside the row's state"),
+    (r"cross_entropy_answers<", 56, "values that are used once a row, or where one logit has almost all"),
+    (r"cross_entropy_\w+<\w+, false, ", 32, "values that are used once a row, for more threads on a multiprocessor"),
 ]
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"

@@ -41,21 +41,26 @@ struct CrossEntropyArgs : math::RowOptions {
   ClassTarget target;
   ClassTensor probabilities;     // (outer, classes, inner)
   const void* weight = nullptr;  // (classes,) of the accumulate type, or null
-  bool every_lse = false;        // the lse of ignored positions is wanted too
+  PositionTensor sample_weight;  // of a floating type; null: ones
+  bool every_row = false;        // something is wanted of ignored positions too
 
   // Forward writes these, if they are there; backward reads them. All of the accumulate type.
   void* row_max = nullptr;      // (positions,)
   void* row_log_sum = nullptr;  // (positions,)
+  void* row_gap = nullptr;      // (positions,), beside an entropy
 
   // Forward
-  PositionTensor loss;  // (positions,), or null when the loss is reduced
-  void* lse = nullptr;  // (positions,) of the accumulate type, or null
+  PositionTensor loss;             // (positions,), or null when the loss is reduced
+  void* lse = nullptr;             // (positions,) of the accumulate type, or null
+  void* entropy = nullptr;         // likewise; not with a gradient
+  std::int64_t* argmax = nullptr;  // (positions,) of the logits as they are, or null
   Total total;
 
-  // Backward, and forward with gradient, which has no grad_lse and no grad_probabilities
+  // Backward, and forward with gradient, which has no grad_lse, no grad_entropy and no grad_probabilities
   PositionTensor grad_loss;              // the gradient of each loss; null: ones
   const double* grad_divisor = nullptr;  // of the mean, which grad_loss is divided by; null: not divided
   const void* grad_lse = nullptr;        // (positions,) of the accumulate type, or null
+  const void* grad_entropy = nullptr;    // likewise
   ClassTensor grad_logits;               // may be the logits themselves
   ClassTensor grad_probabilities;
 };

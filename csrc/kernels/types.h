@@ -21,6 +21,8 @@ struct Total {
   void* loss = nullptr;  // one element, of the sum or the mean; null: not wanted
   Dtype dtype = Dtype::float32;
   double* divisor = nullptr;  // one element, of the mean: positions or weights that count; null: not wanted
+  // One element: what the mean is divided by instead, and what is written as its divisor; null: what has been counted.
+  const double* denominator = nullptr;
 };
 
 // A tensor of shape (positions,), or one element for all positions (stride 0).

@@ -2,9 +2,18 @@
 //
 //   A      = sum of a_c
 //   p_c    = exp(x_c - max) / sum                          the softmax, from the row's statistics
-//   loss   = sum over c of a_c (log(sum) - (x_c - max)) + z lse^2
-//   dloss/dx_c = p_c (A + 2 z lse) - a_c
-//   dloss/da_c = log(sum) - (x_c - max)
+//   loss   = v (sum over c of a_c (log(sum) - (x_c - max)) + z lse^2)
+//   dloss/dx_c = v (p_c (A + 2 z lse) - a_c)
+//   dloss/da_c = v (log(sum) - (x_c - max))
+//
+// with the row's own weight v. Beside the loss a row has an entropy. It is formed of the gap max - x, whose mean over
+// the softmax is D = sum of p_c (max - x_c):
+//
+//   entropy = log(sum) + D
+//   dentropy/dx_c = p_c ((max - x_c) - D)
+//
+// Both terms of the entropy are 0 or more, so that nothing cancels: in a row where one class has almost all of the
+// probability, lse - sum of p_c x_c would be the difference of two numbers that agree in all their digits.
 //
 // A class index t, probabilities q, class weights w and label smoothing s are all ways to spell the masses:
 //
@@ -35,13 +44,18 @@ namespace fusedloss::math {
 struct RowOptions {
   double label_smoothing = 0;  // s
   double z_loss = 0;           // z
-  double logit_softcap = 0;    // the logits are capped first; 0: they are not
+  double logit_scale = 1;      // the logits are multiplied by it first
+  double logit_softcap = 0;    // and capped then; 0: they are not
+
+  // Whether the softmax sees other logits than there are.
+  FUSEDLOSS_FN bool transforms() const { return logit_scale != 1 || logit_softcap != 0; }
 
   // All of them by name, for those who only hand them on: schemas, autograd, Triton.
   static constexpr auto named() {
     return std::array{
         std::pair{"label_smoothing", &RowOptions::label_smoothing},
         std::pair{"z_loss", &RowOptions::z_loss},
+        std::pair{"logit_scale", &RowOptions::logit_scale},
         std::pair{"logit_softcap", &RowOptions::logit_softcap},
     };
   }
@@ -106,13 +120,20 @@ FUSEDLOSS_FN Acc entry_loss_at_max(Acc shifted, Acc mass) {
 
 // --- Statistics, and their merge ---
 
-// What the entries of a part of a row add up to. Where every class has mass that is, beside the softmax's statistics,
-// the sum of mass (max - x) and the sum of the masses. The masses are class weights, which problem.spread multiplies
-// once for the whole row; or those of probabilities, as they are.
+// An entry's exponential times its gap: 0 where the exponential is, and the gap may be infinite.
+template <class Acc>
+FUSEDLOSS_FN Acc times_gap(Acc e, Acc shifted) {
+  return -(e * zero_if(shifted < Format<Acc>::exp_normal, shifted));
+}
+
+// What the entries of a part of a row add up to: the softmax's statistics; and in the rich kind, for whom they are
+// wanted, the sum of exp(x - max) (max - x), and where every class has mass the sum of mass (max - x) and the sum of
+// the masses. The masses are class weights, which problem.spread multiplies once for the whole row; or those of
+// probabilities, as they are.
 //
 // Sum may be wider than Acc. The masses are float64: the gradient is p times their sum, minus masses that add up to it,
 // and what the sum has rounded off would remain.
-template <class Acc, bool kDense, class Sum = Acc>
+template <class Acc, bool kRich, class Sum = Acc>
 struct RowStatistics;
 
 template <class Acc, class Sum>
@@ -122,19 +143,23 @@ struct RowStatistics<Acc, false, Sum> : LogSumExp<Acc, Sum> {
 
 template <class Acc, class Sum>
 struct RowStatistics<Acc, true, Sum> : LogSumExp<Acc, Sum> {
+  Sum gap = Sum(0);
   Sum dense_loss = Sum(0);
   double mass = 0;
 
   FUSEDLOSS_FN void raise(Acc larger_max) {
-    const Acc before = finite_shift(this->max);
+    const Acc before = this->max;
+    const Sum apart = Sum(finite_shift(larger_max)) - Sum(finite_shift(before));
+    gap = rescale(gap + apart * this->sum, before, larger_max);
+    dense_loss += entry_loss_at_max(-apart, Sum(mass));
     LogSumExp<Acc, Sum>::raise(larger_max);
-    dense_loss += entry_loss_at_max(Sum(before) - Sum(finite_shift(larger_max)), Sum(mass));
   }
 
   FUSEDLOSS_FN void merge(RowStatistics other) {
     raise(max_ignoring_nan(other.max, this->max));
     other.raise(this->max);
     this->sum += other.sum;
+    gap += other.gap;
     dense_loss += other.dense_loss;
     mass += other.mass;
   }
@@ -147,8 +172,10 @@ struct FinishedRow {
   Acc log_sum;
   Acc dense_loss;  // 0 where the target alone has mass
   Acc mass;        // of probabilities
+  Acc gap;         // D, where the entropy is wanted
 
   FUSEDLOSS_FN Acc lse() const { return log_sum_exp(max, log_sum); }
+  FUSEDLOSS_FN Acc entropy() const { return log_sum + gap; }
 };
 
 // --- Finish ---
@@ -156,9 +183,10 @@ struct FinishedRow {
 // What a target says of its row.
 template <class Acc>
 struct RowTarget {
-  bool counts;  // else, and without classes, the row has no loss, and no gradient but through its lse
-  Acc mass;     // on the target class alone: index_mass, or 0 where there is no such class
-  Acc shifted;  // the target's logit minus the row's maximum; finite where there is no target class
+  bool counts;          // else, and without classes, the row has no loss, and no gradient but through its lse
+  Acc mass;             // on the target class alone: index_mass, or 0 where there is no such class
+  Acc shifted;          // the target's logit minus the row's maximum; finite where there is no target class
+  Acc weight = Acc(1);  // v, of the row
 };
 
 // Without a z loss the term is left out: 0 * inf would turn an infinite lse into NaN.
@@ -174,7 +202,7 @@ FUSEDLOSS_FN Acc row_loss(const RowProblem<Acc>& problem, const FinishedRow<Acc>
   const Acc mass = problem.probabilities ? row.mass : problem.spread_mass;
   const Acc on_all = problem.dense() ? scale * row.dense_loss + mass * row.log_sum : Acc(0);
   const Acc loss = (on_target + on_all) + z_term(row.lse(), problem.z_loss);
-  return zero_if(!target.counts, loss);
+  return zero_if(!target.counts, target.weight * loss);
 }
 
 // --- Gradient ---
@@ -198,17 +226,36 @@ struct RowGradient {
   Acc factor;     // of the softmax: divided by the sum of the exponentials, of exp(x - max)
   Acc on_target;  // the target class's mass times grad_loss
   Acc on_all;     // what the masses that all classes have are multiplied by
+  Acc on_gap;     // what an entry's gap adds to the factor; divided by the sum too
+
+  // Of logits that all have this slope.
+  FUSEDLOSS_FN RowGradient through(Acc slope) const {
+    return {factor * slope, on_target * slope, on_all * slope, on_gap * slope};
+  }
 };
 
-// grad_loss and grad_lse: what flows into the row's loss and into its lse. mass is that of probabilities; lse is needed
-// by a z loss alone.
+// grad_loss and grad_lse: what flows into the row's loss, times the row's weight, and into its lse. mass is that of
+// probabilities; lse is needed by a z loss alone.
 template <class Acc>
 FUSEDLOSS_FN RowGradient<Acc> row_gradient(const RowProblem<Acc>& problem, const RowTarget<Acc>& target, Acc mass,
                                            Acc lse, Acc grad_loss, Acc grad_lse) {
   const Acc g = zero_if(!target.counts, grad_loss);
   const Acc on_classes = problem.probabilities ? mass : target.mass + problem.spread_mass;
   const Acc factor = normaliser_grad(g, grad_lse, zero_if(!target.counts, on_classes), lse, problem.z_loss);
-  return {factor, g * target.mass, problem.probabilities ? g : g * problem.spread};
+  return {factor, g * target.mass, problem.probabilities ? g : g * problem.spread, Acc(0)};
+}
+
+// Adds what flows into the row's entropy. gap: D.
+template <class Acc>
+FUSEDLOSS_FN void add_entropy_grad(RowGradient<Acc>& row, Acc grad_entropy, Acc gap) {
+  row.factor -= grad_entropy * gap;
+  row.on_gap += grad_entropy;
+}
+
+// An entry's exponential times its factor, where the entropy gives a gradient.
+template <class Acc>
+FUSEDLOSS_FN Acc times_factor(Acc e, Acc factor, Acc on_gap, Acc shifted) {
+  return e * factor + on_gap * times_gap(e, shifted);
 }
 
 // x divided by the row's sum, from the logarithm that forward has saved. It is 0 or more, since the largest entry adds
@@ -224,16 +271,27 @@ FUSEDLOSS_FN Acc probability_grad(Acc shifted, Acc log_sum, Acc grad_loss, Acc k
   return grad_loss * keep * weight * (log_sum - shifted);
 }
 
+// A logit as the softmax sees it.
 template <class Acc>
-struct SoftCap {
+struct SeenLogit {
   Acc value;
   Acc slope;  // d value / dx
 };
 
 template <class Acc>
-FUSEDLOSS_FN SoftCap<Acc> soft_cap(Acc x, Acc cap) {
+FUSEDLOSS_FN SeenLogit<Acc> soft_cap(Acc x, Acc cap) {
   const Acc t = tanh(x / cap);
-  return {cap * t, (Acc(1) - t) * (Acc(1) + t)};
+  return {product(cap, t), (Acc(1) - t) * (Acc(1) + t)};
+}
+
+// The value is rounded before anything is subtracted from it: from a maximum that is rounded, a product that is not
+// would differ where both are the same logit's.
+template <class Acc>
+FUSEDLOSS_FN SeenLogit<Acc> seen_logit(Acc x, Acc scale, Acc cap) {
+  const Acc scaled = product(scale, x);
+  if (cap == Acc(0)) return {scaled, scale};
+  const SeenLogit<Acc> capped = soft_cap(scaled, cap);
+  return {capped.value, scale * capped.slope};
 }
 
 }  // namespace fusedloss::math

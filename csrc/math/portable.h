@@ -126,6 +126,17 @@ FUSEDLOSS_FN Acc zero_if(bool condition, Acc value) {
 #endif
 }
 
+// a * b, rounded once. nvcc takes an operator's product, unrounded, into the addition that follows; on the CPU what is
+// stored in between is rounded.
+template <class Acc>
+FUSEDLOSS_FN Acc product(Acc a, Acc b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Acc, float>) return __fmul_rn(a, b);
+  if constexpr (std::is_same_v<Acc, double>) return ::fma(a, b, 0.0);
+#endif
+  return a * b;
+}
+
 // a / b for a b that is neither denormal nor close to overflow.
 template <class Acc>
 FUSEDLOSS_FN Acc fast_divide(Acc a, Acc b) {

@@ -8,6 +8,9 @@ namespace fusedloss::math {
 
 FUSEDLOSS_FN double reduced(bool is_mean, double sum, double divisor) { return is_mean ? sum / divisor : sum; }
 
+// The mean over a denominator that the caller brings. Where nothing counts it is 0, whatever the denominator.
+FUSEDLOSS_FN double reduced_over(double sum, double denominator) { return sum == 0 ? sum : sum / denominator; }
+
 // The factor of a gradient. Null where nothing is divided.
 FUSEDLOSS_FN double mean_scale(const double* divisor) { return divisor ? 1 / *divisor : 1; }
 

@@ -45,8 +45,9 @@ Tensor position_view(const Tensor& tensor, PositionTensor& view);
 
 // Where a forward kernel writes: the loss, for each position or reduced, and the divisor if it is defined.
 template <class Args>
-void set_results(Args& args, const Tensor& loss, const Tensor& divisor, Reduction reduction) {
-  args.total = total_of(loss, divisor, reduction);
+void set_results(Args& args, const Tensor& loss, const Tensor& divisor, Reduction reduction,
+                 const Tensor& denominator = {}) {
+  args.total = total_of(loss, divisor, reduction, denominator);
   if (!args.total.loss) args.loss = {loss.data_ptr(), dtype_of(loss.scalar_type()), 1};
 }
 

@@ -28,10 +28,33 @@ bool has_probabilities(const Tensor& logits, const Tensor& target) {
   return target.dim() == logits.dim() && target.sym_sizes() == logits.sym_sizes();
 }
 
-void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, const CrossEntropyOptions& options,
-           bool upcast) {
+void check_sample_weight(const Tensor& logits, OptionalTensor sample_weight) {
+  if (!is_present(sample_weight)) return;
+  check_floating(kName, "sample_weight", *sample_weight);
+  const auto positions = position_sizes(logits);
+  TORCH_CHECK_VALUE(sample_weight->sym_sizes() == c10::SymIntArrayRef(positions), kName,
+                    ": sample_weight must have the shape ", c10::SymIntArrayRef(positions), " (input's shape ",
+                    logits.sym_sizes(), " without the classes), got ", sample_weight->sym_sizes());
+}
+
+void check_denominator(OptionalTensor denominator, Reduction reduction) {
+  if (!is_present(denominator)) return;
+  TORCH_CHECK_VALUE(reduction == Reduction::mean, kName, ": denominator needs reduction 'mean', got ",
+                    static_cast<int64_t>(reduction), reduction == Reduction::sum ? " (sum)" : " (none)");
+  const auto type = denominator->scalar_type();
+  TORCH_CHECK(denominator->sym_numel() == 1 && (is_supported_floating(type) || at::isIntegralType(type, false)), kName,
+              ": denominator must be one real number, got ", type_and_shape(*denominator));
+}
+
+void check(const Tensor& logits, const Tensor& target, const CrossEntropyWeights& weights,
+           const CrossEntropyOptions& options, bool upcast) {
+  const auto& weight = weights.weight;
   check_reduction(kName, options.reduction);
-  check_devices(kName, {{"input", logits}, {"target", target}, {"weight", weight}});
+  check_devices(kName, {{"input", logits},
+                        {"target", target},
+                        {"weight", weight},
+                        {"sample_weight", weights.sample_weight},
+                        {"denominator", weights.denominator}});
   const bool probabilities = has_probabilities(logits, target);
   TORCH_CHECK(!probabilities || is_supported_floating(target.scalar_type()), kName,
               ": target has the input's shape and so must hold probabilities in a floating-point type, got ",
@@ -47,14 +70,23 @@ void check(const Tensor& logits, const Tensor& target, OptionalTensor weight, co
     check_weight(kName, "weight", *weight);
   }
   check_class_weight(kName, logits, weight, !probabilities);
+  check_sample_weight(logits, weights.sample_weight);
+  check_denominator(weights.denominator, options.reduction);
   TORCH_CHECK(!(options.label_smoothing > 1), kName, ": label_smoothing must be between 0 and 1, got ",
               options.label_smoothing);
   TORCH_CHECK_VALUE(std::isfinite(options.z_loss), kName, ": z_loss must be finite, got ", options.z_loss);
+  TORCH_CHECK_VALUE(std::isfinite(options.logit_scale) && options.logit_scale > 0, kName,
+                    ": logit_scale must be positive and finite, got ", options.logit_scale);
   TORCH_CHECK_VALUE(std::isfinite(options.logit_softcap) && options.logit_softcap >= 0, kName,
                     ": logit_softcap must be positive and finite, got ", options.logit_softcap);
   // Class indices are compared as 32-bit integers in the vector loops.
   TORCH_CHECK(logits.sym_size(class_dim(logits)) <= std::numeric_limits<int32_t>::max(), kName,
               ": input has more than 2^31 - 1 classes: ", logits.sym_sizes());
+}
+
+void check_argmax(const Tensor& logits, bool wanted) {
+  TORCH_CHECK_INDEX(!wanted || logits.sym_size(class_dim(logits)) != 0, kName,
+                    ": return_argmax needs classes, got input of shape ", logits.sym_sizes());
 }
 
 at::ScalarType loss_type(const Tensor& logits, const Tensor& target, OptionalTensor weight, bool upcast) {
@@ -64,7 +96,7 @@ at::ScalarType loss_type(const Tensor& logits, const Tensor& target, OptionalTen
   return is_present(weight) ? c10::promoteTypes(type, upcast_type(weight->scalar_type(), upcast)) : type;
 }
 
-// Of row_max and row_log_sum; lse has the type that the logits alone give it.
+// Of row_max, row_log_sum and row_gap; lse and entropy have the type that the logits alone give them.
 at::ScalarType statistics_type(const Tensor& logits, at::ScalarType loss_type) {
   return loss_type == at::kDouble ? at::kDouble : accumulate_type(logits.scalar_type());
 }
@@ -72,11 +104,13 @@ at::ScalarType statistics_type(const Tensor& logits, at::ScalarType loss_type) {
 // Everything that forward and backward tell the kernel alike, and the tensors that must outlive it.
 struct Problem {
   CrossEntropyArgs args;
-  Tensor logits, target, weight;
+  Tensor logits, target, weight, sample_weight, denominator;
 
-  Problem(const Tensor& logits_, const Tensor& target_, OptionalTensor weight_, const CrossEntropyOptions& options,
-          const Tensor& grad_logits = {}, const Tensor& grad_target = {})
-      : logits(addressable(logits_)), weight(weight_view(weight_, logits_.scalar_type(), args.weight)) {
+  Problem(const Tensor& logits_, const Tensor& target_, const CrossEntropyWeights& weights,
+          const CrossEntropyOptions& options, const Tensor& grad_logits = {}, const Tensor& grad_target = {})
+      : logits(addressable(logits_)), weight(weight_view(weights.weight, logits_.scalar_type(), args.weight)) {
+    if (is_present(weights.sample_weight)) sample_weight = position_view(*weights.sample_weight, args.sample_weight);
+    if (is_present(weights.denominator)) denominator = weights.denominator->reshape({}).to(at::kDouble);
     args.has_probabilities = has_probabilities(logits_, target_);
     if (args.has_probabilities) {
       target = addressable(target_);
@@ -94,8 +128,9 @@ struct Problem {
 };
 
 // No entry of the gradient is larger, for a grad_output of 1. There are logits.
-Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTensor weight,
+Tensor largest_gradient(const Tensor& logits, const Tensor& target, const CrossEntropyWeights& given,
                         const CrossEntropyOptions& options) {
+  const auto& weight = given.weight;
   const bool indices = !has_probabilities(logits, target), mean = options.reduction == Reduction::mean;
   const Tensor weights = is_present(weight) ? weight->flatten().to(at::kDouble) : Tensor();
   // An entry is p A - a: masses may have both signs.
@@ -103,90 +138,133 @@ Tensor largest_gradient(const Tensor& logits, const Tensor& target, OptionalTens
   // Smoothing adds the mass of one more distribution, at most.
   if (!indices) largest = largest * (target.to(at::kFloat).abs().sum(class_dim(logits)).amax() + 1);
   constexpr double kLargestLse = 0x1p16;
-  largest = largest + 2 * std::abs(options.z_loss) * kLargestLse;
+  largest = (largest + 2 * std::abs(options.z_loss) * kLargestLse) * options.logit_scale;
+  Tensor sample_weights;
+  if (is_present(given.sample_weight)) {
+    sample_weights = given.sample_weight->flatten().to(at::kDouble);
+    largest = largest * sample_weights.abs().amax();
+  }
   if (!mean) return largest;
+  if (is_present(given.denominator)) return largest / given.denominator->reshape({}).to(at::kDouble).abs();
   const int64_t positions = logits.numel() / logits.size(class_dim(logits));
-  if (!indices) return largest / static_cast<double>(positions);
-  const Tensor counts = target.ne(options.ignore_index.expect_int()).flatten();
-  if (!weights.defined()) return largest / counts.sum();
+  if (!indices)
+    return largest /
+           (sample_weights.defined() ? sample_weights.sum().abs() : at::full({}, positions, largest.options()));
+  Tensor counts = target.ne(options.ignore_index.expect_int()).flatten();
+  if (sample_weights.defined()) counts = at::where(counts, sample_weights, at::zeros_like(sample_weights));
+  if (!weights.defined()) return largest / counts.sum().abs();
   const Tensor classes = target.flatten().to(at::kLong).clamp(0, weights.numel() - 1);
   return largest / weights.index_select(0, classes).mul_(counts).sum().abs();
 }
 
 }  // namespace
 
-CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                                            const CrossEntropyOptions& options, bool return_lse,
+CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& target, const Weights& weights,
+                                            const CrossEntropyOptions& options, const CrossEntropyAnswers& answers,
                                             const TrainingOptions& training) {
-  check(logits, target, weight, options, training.upcast);
+  check(logits, target, weights, options, training.upcast);
+  check_argmax(logits, answers.argmax);
 
   const auto positions = position_sizes(logits);
-  const auto type = loss_type(logits, target, weight, training.upcast);
+  const auto type = loss_type(logits, target, weights.weight, training.upcast);
   const auto statistics = logits.options().dtype(statistics_type(logits, type));
   const auto loss_options = logits.options().dtype(type);
   const bool reduced = options.reduction != Reduction::none;
   Tensor loss = reduced ? at::empty({}, loss_options) : at::empty_symint(positions, loss_options);
-  Tensor lse, row_max, row_log_sum, divisor;
-  if (return_lse) lse = at::empty_symint(positions, statistics);
+  // What is not asked for is undefined, or empty for a compiler.
+  const auto of_each = [&](bool wanted, const at::TensorOptions& type) {
+    if (wanted) return at::empty_symint(positions, type);
+    return training.statistics ? at::empty({0}, type) : Tensor();
+  };
+  Tensor lse = of_each(answers.lse, statistics), entropy = of_each(answers.entropy, statistics);
+  Tensor argmax = of_each(answers.argmax, logits.options().dtype(at::kLong));
+  Tensor row_max, row_log_sum, row_gap, divisor;
   if (training.statistics) {
-    if (!return_lse) lse = at::empty({0}, statistics);
     row_max = at::empty_symint(positions, statistics);
     row_log_sum = at::empty_symint(positions, statistics);
+    row_gap = of_each(answers.entropy, statistics);
     divisor = at::empty({}, logits.options().dtype(at::kDouble));
   }
 
   if (!logits.is_meta()) {
-    Problem problem(widened(logits, type), target, weight, options);
+    Problem problem(widened(logits, type), target, weights, options);
     CrossEntropyArgs& args = problem.args;
-    args.every_lse = return_lse;
+    args.every_row = answers.any();
     if (training.statistics) {
       args.row_max = row_max.data_ptr();
       args.row_log_sum = row_log_sum.data_ptr();
+      args.row_gap = answers.entropy ? row_gap.data_ptr() : nullptr;
     }
-    args.lse = return_lse ? lse.data_ptr() : nullptr;
-    set_results(args, loss, divisor, options.reduction);
+    args.lse = answers.lse ? lse.data_ptr() : nullptr;
+    args.entropy = answers.entropy ? entropy.data_ptr() : nullptr;
+    args.argmax = answers.argmax ? argmax.mutable_data_ptr<int64_t>() : nullptr;
+    set_results(args, loss, divisor, options.reduction, problem.denominator);
     check_in_bounds(kName, logits, target, run(kKernels, Pass::forward, args, logits));
+    if (answers.entropy && args.shape.classes == 0) entropy.zero_();  // the sum of nothing, which no kernel forms
   }
-  if (lse.defined()) lse = lse.to(accumulate_type(logits.scalar_type()));
-  return {loss, lse, row_max, row_log_sum, divisor};
+  const auto returned = accumulate_type(logits.scalar_type());
+  if (lse.defined()) lse = lse.to(returned);
+  if (entropy.defined()) entropy = entropy.to(returned);
+  return {loss, lse, entropy, argmax, row_max, row_log_sum, row_gap, divisor};
 }
 
-Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight,
+Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, const Weights& weights,
                                OptionalTensor grad_scale, const CrossEntropyOptions& options, bool upcast,
-                               Tensor& grad_logits, OptionalTensor scale) {
-  check(logits, target, weight, options, upcast);
+                               Tensor& grad_logits, OptionalTensor scale, OptionalTensor argmax) {
+  check(logits, target, weights, options, upcast);
   check_with_grad(kName, logits, grad_logits, grad_scale, scale, options.reduction);
-  Tensor loss = at::empty({}, logits.options().dtype(loss_type(logits, target, weight, upcast)));
+  check_argmax(logits, is_present(argmax));
+  if (is_present(argmax)) {
+    const auto positions = position_sizes(logits);
+    check_devices(kName, {{"input", logits}, {"argmax", argmax}});
+    TORCH_CHECK(argmax->scalar_type() == at::kLong && argmax->sym_sizes() == c10::SymIntArrayRef(positions) &&
+                    argmax->is_contiguous(),
+                kName, ": argmax must be a contiguous int64 tensor of shape ", c10::SymIntArrayRef(positions), ", got ",
+                type_and_shape(*argmax));
+  }
+  Tensor loss = at::empty({}, logits.options().dtype(loss_type(logits, target, weights.weight, upcast)));
 
   if (!logits.is_meta()) {
     const Tensor wide = widened(logits, loss.scalar_type());
     const bool same_type = wide.scalar_type() == grad_logits.scalar_type();
     Tensor grad = same_type ? addressable(grad_logits) : empty_like_logits(wide);
-    Problem problem(wide, target, weight, options, grad);
+    Problem problem(wide, target, weights, options, grad);
     CrossEntropyArgs& args = problem.args;
+    if (is_present(argmax)) {
+      args.every_row = true;
+      args.argmax = argmax->mutable_data_ptr<int64_t>();
+    }
     if (is_present(scale)) {
       scale->copy_(chosen_scale(grad_scale, grad_logits, loss.scalar_type(),
-                                [&] { return largest_gradient(logits, target, weight, options); }));
+                                [&] { return largest_gradient(logits, target, weights, options); }));
       args.grad_loss = {scale->data_ptr(), Dtype::float64, 0};
     }
-    set_results(args, loss, Tensor(), options.reduction);
+    set_results(args, loss, Tensor(), options.reduction, problem.denominator);
     check_in_bounds(kName, logits, target, run(kKernels, Pass::forward_with_gradient, args, logits));
     if (!grad.is_same(grad_logits)) grad_logits.copy_(grad);
   }
   return loss;
 }
 
-TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits,
-                                const Tensor& target, OptionalTensor weight, const Tensor& row_max,
-                                const Tensor& row_log_sum, const Tensor& divisor, const CrossEntropyOptions& options,
+TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse, OptionalTensor grad_entropy,
+                                const Tensor& logits, const Tensor& target, const Weights& weights,
+                                const Tensor& row_max, const Tensor& row_log_sum, OptionalTensor row_gap,
+                                const Tensor& divisor, const CrossEntropyOptions& options,
                                 std::array<bool, 2> output_mask) {
   const bool upcast = true;  // forward has checked the types, under autocast or not
-  check(logits, target, weight, options, upcast);
+  check(logits, target, weights, options, upcast);
   const auto positions = position_sizes(logits);
-  const auto type = loss_type(logits, target, weight, upcast);
+  const auto type = loss_type(logits, target, weights.weight, upcast);
   const auto statistics = statistics_type(logits, type);
   check_grad_loss(kName, logits, grad_loss, divisor, options.reduction, positions);
-  check_devices(kName, {{"input", logits}, {"grad_lse", grad_lse}, {"row_max", row_max}, {"row_log_sum", row_log_sum}});
+  const bool has_entropy = is_present(grad_entropy);
+  TORCH_CHECK(!has_entropy || is_present(row_gap), kName, ": grad_entropy needs row_gap");
+  check_devices(kName, {{"input", logits},
+                        {"grad_lse", grad_lse},
+                        {"grad_entropy", grad_entropy},
+                        {"row_max", row_max},
+                        {"row_log_sum", row_log_sum},
+                        {"row_gap", row_gap}});
   const auto check_statistic = [&](const NamedTensor& statistic, at::ScalarType expected) {
     const auto& [name, tensor] = statistic;
     TORCH_CHECK(!tensor || (tensor->scalar_type() == expected && tensor->sym_sizes() == c10::SymIntArrayRef(positions)),
@@ -195,7 +273,9 @@ TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse
   };
   check_statistic({"row_max", row_max}, statistics);
   check_statistic({"row_log_sum", row_log_sum}, statistics);
+  check_statistic({"row_gap", row_gap}, statistics);
   check_statistic({"grad_lse", grad_lse}, accumulate_type(logits.scalar_type()));
+  check_statistic({"grad_entropy", grad_entropy}, accumulate_type(logits.scalar_type()));
   TORCH_CHECK(!output_mask[1] || has_probabilities(logits, target), kName,
               ": a target of class indices has no gradient");
 
@@ -204,13 +284,19 @@ TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse
   Tensor grad_target = output_mask[1] ? with_huge_pages(empty_like_logits(target)) : Tensor();
 
   if (!logits.is_meta()) {
-    Problem problem(wide, target, weight, options, grad_logits, grad_target);
+    Problem problem(wide, target, weights, options, grad_logits, grad_target);
     CrossEntropyArgs& args = problem.args;
+    const auto of_each = [&](const auto& tensor) {
+      return is_present(tensor) ? tensor->to(statistics).contiguous() : Tensor();
+    };
     const Tensor max = row_max.contiguous(), sum = row_log_sum.contiguous();
-    const Tensor lse = is_present(grad_lse) ? grad_lse->to(statistics).contiguous() : Tensor();
+    const Tensor lse = of_each(grad_lse), entropy = of_each(grad_entropy);
+    const Tensor mean_gap = has_entropy ? row_gap->contiguous() : Tensor();
     args.row_max = max.data_ptr();
     args.row_log_sum = sum.data_ptr();
+    args.row_gap = has_entropy ? mean_gap.data_ptr() : nullptr;
     args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
+    args.grad_entropy = entropy.defined() ? entropy.const_data_ptr() : nullptr;
     const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
     args.grad_divisor = grad_divisor(divisor, options.reduction);
     run(kKernels, Pass::backward, args, logits);

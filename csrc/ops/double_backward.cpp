@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <unordered_map>
@@ -35,7 +36,7 @@ using torch::autograd::variable_list;
 namespace {
 
 // What a backward operator is given for each output of its loss.
-const std::vector<std::string> kGradOutputs{"grad_loss", "grad_lse"};
+const std::vector<std::string> kGradOutputs{"grad_loss", "grad_lse", "grad_entropy"};
 
 bool is_defined(const c10::IValue& value) { return value.isTensor() && value.toTensor().defined(); }
 
@@ -100,12 +101,13 @@ class Arguments {
 };
 
 // The losses in plain torch, like fusedloss/reference.py: each takes its backward operator's arguments, and returns the
-// differentiable outputs, for which these operators are given grad_loss and grad_lse.
+// differentiable outputs, for which these operators are given kGradOutputs.
 
 // The divisor of the mean is among the arguments: forward has counted.
 Tensor reduced(const Arguments& of, const Tensor& loss) {
   if (of.reduction() == at::Reduction::None) return loss;
-  const Tensor total = loss.sum();
+  // In half precision the sum, or its divisor, may be infinite where the mean is not.
+  const Tensor total = loss.sum(loss.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   return of.reduction() == at::Reduction::Sum ? total : total / of.tensor("divisor").to(total.scalar_type());
 }
 
@@ -114,25 +116,44 @@ Tensor class_indices(const Tensor& target) {
   return at::isFloatingType(target.scalar_type()) ? target : target.to(at::kLong);
 }
 
+// A class of no probability adds nothing, also where its logarithm is infinite.
+Tensor entropy(const Tensor& logits, int64_t classes) {
+  const Tensor log_p = at::log_softmax(logits, classes);
+  const Tensor finite = at::where(log_p.eq(-std::numeric_limits<double>::infinity()), at::zeros_like(log_p), log_p);
+  return -(log_p.exp() * finite).sum(classes);
+}
+
 variable_list cross_entropy(const Arguments& of) {
   Tensor logits = of.operand("logits");
   const Tensor target = class_indices(of.operand("target"));
   const auto options = of.options<CrossEntropyOptions>();
   const double cap = options.logit_softcap;
+  if (options.logit_scale != 1) logits = logits * options.logit_scale;
   if (cap != 0) logits = cap * at::tanh(logits / cap);
-  Tensor loss = at::cross_entropy_loss_symint(logits, target, of.weight(), of.reduction(), options.ignore_index,
-                                              options.label_smoothing);
-  const Tensor lse =
-      at::logsumexp(logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat), logits.dim() == 1 ? 0 : 1);
-  if (options.z_loss != 0) {
-    Tensor added = options.z_loss * lse.square();
-    if (!at::isFloatingType(target.scalar_type())) {
-      const Tensor counts = target.reshape_symint(lse.sym_sizes()).ne(options.ignore_index);
-      added = at::where(counts, added, at::zeros_like(added));
-    }
-    loss = loss + reduced(of, added).to(loss.scalar_type());
+  const int64_t classes = logits.dim() == 1 ? 0 : 1;
+  const Tensor wide = logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat);
+  const Tensor lse = at::logsumexp(wide, classes);
+  const Tensor weights = of.tensor("sample_weight");
+  const bool native_mean = !weights.defined() && !of.tensor("denominator").defined();
+  Tensor loss =
+      at::cross_entropy_loss_symint(logits, target, of.weight(), native_mean ? of.reduction() : at::Reduction::None,
+                                    options.ignore_index, options.label_smoothing);
+  Tensor counts = at::ones_like(lse, lse.options().dtype(at::kBool));
+  if (!at::isFloatingType(target.scalar_type())) {
+    counts = target.reshape_symint(lse.sym_sizes()).ne(options.ignore_index);
   }
-  return {loss, lse};
+  const auto of_counting = [&](const Tensor& value) { return at::where(counts, value, at::zeros_like(value)); };
+  const auto z_loss = [&] { return of_counting(options.z_loss * lse.square()); };
+  if (native_mean) {
+    if (options.z_loss != 0) loss = loss + reduced(of, z_loss()).to(loss.scalar_type());
+  } else {
+    const auto type = loss.scalar_type();
+    loss = loss.reshape_symint(lse.sym_sizes());
+    if (options.z_loss != 0) loss = loss + z_loss();
+    if (weights.defined()) loss = loss * of_counting(weights);
+    loss = reduced(of, loss).to(type);
+  }
+  return {loss, lse, entropy(wide, classes)};
 }
 
 variable_list nll(const Arguments& of) {

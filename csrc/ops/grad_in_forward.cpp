@@ -35,13 +35,13 @@ bool grad_in_forward(const char* loss, const TrainingOptions& training, bool pos
   const bool is_kept = has_hooks() && !training.inplace;
   const bool result = training.grad_in_forward.value_or(possible && suits && !plans_memory_itself && !is_kept);
   TORCH_CHECK_VALUE(!result || possible, loss,
-                    ": grad_in_forward=True needs reduction 'mean' or 'sum', no return_lse, "
+                    ": grad_in_forward=True needs reduction 'mean' or 'sum', no return_lse or return_entropy, "
                     "and a target that does not require grad");
-  TORCH_CHECK_VALUE(
-      !training.inplace || result || plans_memory_itself, loss,
-      ": inplace=True writes the gradient over the input in forward, "
-      "which needs reduction 'mean' or 'sum', no return_lse, a target that does not require grad, and for "
-      "float16 grad_scale or grad_in_forward=True");
+  TORCH_CHECK_VALUE(!training.inplace || result || plans_memory_itself, loss,
+                    ": inplace=True writes the gradient over the input in forward, "
+                    "which needs reduction 'mean' or 'sum', no return_lse or return_entropy, a target that does not "
+                    "require grad, and for "
+                    "float16 grad_scale or grad_in_forward=True");
   return result;
 }
 

@@ -133,12 +133,15 @@ int64_t run(const LossKernels<Args>& loss, Pass pass, const Args& args, const at
 }
 
 // Where a kernel writes the reduced loss, and the divisor if it is defined. An unreduced loss is not a total's.
-inline Total total_of(const at::Tensor& loss, const at::Tensor& divisor, Reduction reduction) {
+// denominator: one float64, if it is defined.
+inline Total total_of(const at::Tensor& loss, const at::Tensor& divisor, Reduction reduction,
+                      const at::Tensor& denominator = {}) {
   const bool reduced = reduction != Reduction::none;
   return {.reduction = reduction,
           .loss = reduced ? loss.data_ptr() : nullptr,
           .dtype = dtype_of(loss.scalar_type()),
-          .divisor = divisor.defined() ? divisor.mutable_data_ptr<double>() : nullptr};
+          .divisor = divisor.defined() ? divisor.mutable_data_ptr<double>() : nullptr,
+          .denominator = denominator.defined() ? denominator.const_data_ptr<double>() : nullptr};
 }
 
 // The gradient of a loss is divided by the mean's divisor.

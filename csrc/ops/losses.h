@@ -26,16 +26,21 @@ using LossAndDivisor = std::tuple<Tensor, Tensor>;
 using TwoGrads = std::tuple<Tensor, Tensor>;  // each empty, of shape (0,), where its place in output_mask is false
 
 struct CrossEntropy {
-  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // loss, lse, row_max, row_log_sum, divisor
+  using Weights = CrossEntropyWeights;
+  // loss; lse, entropy, argmax; row_max, row_log_sum, row_gap, divisor
+  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-  static Outputs forward(const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                         const CrossEntropyOptions& options, bool return_lse, const TrainingOptions& training);
+  static Outputs forward(const Tensor& logits, const Tensor& target, const Weights& weights,
+                         const CrossEntropyOptions& options, const CrossEntropyAnswers& answers,
+                         const TrainingOptions& training);
   static decltype(forward) autograd;
-  static Tensor with_grad(const Tensor& logits, const Tensor& target, OptionalTensor weight, OptionalTensor grad_scale,
-                          const CrossEntropyOptions& options, bool upcast, Tensor& grad_logits, OptionalTensor scale);
-  static TwoGrads backward(const Tensor& grad_loss, OptionalTensor grad_lse, const Tensor& logits, const Tensor& target,
-                           OptionalTensor weight, const Tensor& row_max, const Tensor& row_log_sum,
-                           const Tensor& divisor, const CrossEntropyOptions& options, std::array<bool, 2> output_mask);
+  static Tensor with_grad(const Tensor& logits, const Tensor& target, const Weights& weights, OptionalTensor grad_scale,
+                          const CrossEntropyOptions& options, bool upcast, Tensor& grad_logits, OptionalTensor scale,
+                          OptionalTensor argmax);
+  static TwoGrads backward(const Tensor& grad_loss, OptionalTensor grad_lse, OptionalTensor grad_entropy,
+                           const Tensor& logits, const Tensor& target, const Weights& weights, const Tensor& row_max,
+                           const Tensor& row_log_sum, OptionalTensor row_gap, const Tensor& divisor,
+                           const CrossEntropyOptions& options, std::array<bool, 2> output_mask);
 };
 
 struct Nll {

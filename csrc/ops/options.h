@@ -50,6 +50,31 @@ struct CrossEntropyOptions : math::RowOptions {
       math::RowOptions::named());
 };
 
+// What cross entropy weighs classes and positions with, and divides its mean by.
+struct CrossEntropyWeights {
+  std::optional<Tensor> weight;         // (C)
+  std::optional<Tensor> sample_weight;  // of the positions' shape
+  std::optional<Tensor> denominator;    // one number; absent: what counts
+
+  static constexpr std::tuple kOptions{Option{"Tensor?", "weight", &CrossEntropyWeights::weight},
+                                       Option{"Tensor?", "sample_weight", &CrossEntropyWeights::sample_weight},
+                                       Option{"Tensor?", "denominator", &CrossEntropyWeights::denominator}};
+};
+
+// What is returned of every position, ignored or not, beside the loss.
+struct CrossEntropyAnswers {
+  bool lse = false;
+  bool entropy = false;
+  bool argmax = false;
+
+  bool any() const { return lse || entropy || argmax; }
+  bool differentiable() const { return lse || entropy; }
+
+  static constexpr std::tuple kOptions{Option{"bool", "return_lse", &CrossEntropyAnswers::lse, "=False"},
+                                       Option{"bool", "return_entropy", &CrossEntropyAnswers::entropy, "=False"},
+                                       Option{"bool", "return_argmax", &CrossEntropyAnswers::argmax, "=False"}};
+};
+
 struct ElementwiseOptions {
   Reduction reduction = Reduction::mean;
   OptionalIndex ignore_index;

@@ -20,6 +20,7 @@ class Total(NamedTuple):
     reduction: Reduction
     loss: torch.Tensor | None
     divisor: torch.Tensor | None
+    denominator: torch.Tensor | None = None
 
     @property
     def is_mean(self):
@@ -65,15 +66,20 @@ class CrossEntropyArgs(NamedTuple):
     target: ClassTarget | None
     probabilities: ClassTensor | None
     weight: torch.Tensor | None
-    every_lse: bool
+    sample_weight: PositionTensor | None
+    every_row: bool
     row_max: torch.Tensor | None
     row_log_sum: torch.Tensor | None
+    row_gap: torch.Tensor | None
     loss: PositionTensor | None
     lse: torch.Tensor | None
+    entropy: torch.Tensor | None
+    argmax: torch.Tensor | None
     total: Total
     grad_loss: PositionTensor | None
     grad_divisor: torch.Tensor | None
     grad_lse: torch.Tensor | None
+    grad_entropy: torch.Tensor | None
     grad_logits: ClassTensor | None
     grad_probabilities: ClassTensor | None
 

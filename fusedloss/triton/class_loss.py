@@ -101,13 +101,17 @@ def load_positions(vector, position, mask):
 
 @triton.jit
 def class_of(target, position, live, ignore_index, classes):
-    """(class index, 0 where there is none; whether there is one). Another number that is no class stops the kernel."""
-    index = load_positions(target, position, live).to(tl.int64)
-    is_class = (index >= 0) & (index < classes)
-    counts = live & (index != ignore_index)
-    tl.device_assert(is_class | ~counts, "fusedloss: a target is out of bounds")
-    counts = counts & is_class  # nothing is read out of bounds before the assertion has stopped the others
-    return tl.where(counts, index, 0).to(tl.int32), counts
+    """(class index, 0 where there is none; whether the position counts). Another number that is no class stops the
+    kernel. Without a target, which is probabilities then, every position counts, if there are classes."""
+    if target is None:
+        return tl.zeros(position.shape, tl.int32), live & (classes > 0)
+    else:
+        index = load_positions(target, position, live).to(tl.int64)
+        is_class = (index >= 0) & (index < classes)
+        counts = live & (index != ignore_index)
+        tl.device_assert(is_class | ~counts, "fusedloss: a target is out of bounds")
+        counts = counts & is_class  # nothing is read out of bounds before the assertion has stopped the others
+        return tl.where(counts, index, 0).to(tl.int32), counts
 
 
 @triton.jit
@@ -242,13 +246,16 @@ def store_entries(view, entry, live, values, tile: tl.constexpr):
 
 
 @triton.jit
-def _count(target, weight, begin, step, positions, ignore_index, classes, BLOCK: tl.constexpr):
+def _count(target, weight, sample_weight, begin, step, positions, ignore_index, classes, BLOCK: tl.constexpr):
     """The positions that count, or their weights, in every step'th block from `begin` on."""
     sums = tl.zeros((BLOCK,), tl.float64)
     for block in range(begin, tl.cdiv(positions, BLOCK), step):
         position = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
         index, counts = class_of(target, position, position < positions, ignore_index, classes)
-        sums += weights_of(weight, index, counts, tl.float64).to(tl.float64)
+        shares = weights_of(weight, index, counts, tl.float64).to(tl.float64)
+        if sample_weight is not None:
+            shares *= load_positions(sample_weight, position, counts).to(tl.float64)
+        sums += shares
     return tl.sum(sums, 0)
 
 
@@ -256,6 +263,7 @@ def _count(target, weight, begin, step, positions, ignore_index, classes, BLOCK:
 def _count_kernel(
     target: Vector,
     weight,
+    sample_weight: Vector,
     parts,
     positions: tl.int64,
     classes: tl.int64,
@@ -264,26 +272,28 @@ def _count_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0).to(tl.int64)
-    sum = _count(target, weight, program, step, positions, ignore_index, classes, BLOCK)
+    sum = _count(target, weight, sample_weight, program, step, positions, ignore_index, classes, BLOCK)
     tl.store(parts + program, sum)
 
 
 @triton.jit
-def mean_divisor(counted, target, weight, shape, ignore_index):
+def mean_divisor(counted, target, weight, sample_weight, shape, ignore_index):
     """What a launch before has counted; without one, it is counted here."""
     if counted is None:
-        return _count(target, weight, 0, 1, shape.positions, ignore_index, shape.classes, 256)
+        return _count(target, weight, sample_weight, 0, 1, shape.positions, ignore_index, shape.classes, 256)
     else:
         return sum_of_parts(counted.parts, shown(counted.count), 1024)
 
 
 def count_before(args):
     """Starts the counting of a divisor that is too much for every program. What it leaves: Counted, or None."""
-    target, shape = args.target, args.shape
+    shape, index, weight, ignore_index = args.shape, None, None, 0
+    if args.target is not None:
+        index, weight, ignore_index = vector_of(args.target.index), args.weight, args.target.ignore_index
     if shape.positions <= COUNTED_INLINE:
         return None
     programs = min(_COUNT_PROGRAMS, ceil_div(shape.positions, _COUNT_BLOCK))
     parts = workspace(args.device, programs)
-    numbers = shape.positions, shape.classes, target.ignore_index
-    start(_count_kernel, programs, vector_of(target.index), args.weight, parts, *numbers, BLOCK=_COUNT_BLOCK)
+    tensors = index, weight, vector_of(args.sample_weight), parts
+    start(_count_kernel, programs, *tensors, shape.positions, shape.classes, ignore_index, BLOCK=_COUNT_BLOCK)
     return Counted(parts, hidden(programs))

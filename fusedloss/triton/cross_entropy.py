@@ -47,11 +47,14 @@ from fusedloss.triton.rows import (
     Gradients,
     GradOutputs,
     Inputs,
+    Largest,
     Outputs,
     Saved,
     Slices,
     class_weights,
     masses_of,
+    merge_largest,
+    no_key,
     options_of,
     options_shown,
     problem_with,
@@ -62,6 +65,7 @@ from fusedloss.triton.rows import (
     store_rows,
     sweep,
     target_logits,
+    weighted,
     whole_rows,
 )
 
@@ -81,39 +85,47 @@ def _forward(
     end = rows.logits.classes + tile.shift
     if tile.sweeps:
         some = tl.max(rows.readable.to(tl.int32), 0)
-        statistics = sweep(rows, inputs.weight, 0, end * some, tile, o)
+        statistics, largest = sweep(rows, inputs.weight, 0, end * some, tile, o)
     else:
         whole = read(rows, 0, tile, o)
-        statistics = whole_rows(rows, inputs.weight, whole, tile, o)
+        statistics, largest = whole_rows(rows, inputs.weight, whole, tile, o)
 
     row = math.finished(statistics, o)
     problem = problem_with(rows, statistics.mass, o)
     target = row_target(rows, target_logit - row.max, o)
     losses = math.row_loss(problem, row, target, o)
-    loss_sum, divisor_sum = store_rows(rows, row, losses, out)
+    loss_sum, divisor_sum = store_rows(rows, row, largest, losses, out, o)
     store_sums(out.total, loss_sum, divisor_sum, o.is_mean)
 
     if o.with_gradient:
         g = number(1.0, tl.float64)
         if o.is_mean:
-            if o.probabilities:
-                divisor = tl.where(rows.shape.classes > 0, rows.shape.positions, 0).to(tl.float64)
+            if out.total.denominator is not None:
+                divisor = tl.load(out.total.denominator)
+            elif not o.probabilities:
+                divisor = mean_divisor(
+                    gradient.counted, inputs.target, inputs.weight, inputs.sample_weight, rows.shape, ignore_index
+                )
+            elif o.weighted:
+                divisor = mean_divisor(gradient.counted, None, None, inputs.sample_weight, rows.shape, ignore_index)
             else:
-                divisor = mean_divisor(gradient.counted, inputs.target, inputs.weight, rows.shape, ignore_index)
+                divisor = tl.where(rows.shape.classes > 0, rows.shape.positions, 0).to(tl.float64)
             g = 1.0 / divisor
         if gradient.grad_loss is not None:
             g *= tl.load(gradient.grad_loss).to(tl.float64)
-        shared = math.row_gradient(problem, target, row.mass, math.row_lse(row), g.to(o.acc), 0.0, o)
-        softmax = divide(shared.factor, statistics.sum)
+        g = weighted(g, rows, o).to(o.acc)
+        shared = math.row_gradient(problem, target, row.mass, math.row_lse(row), g, 0.0, o)
+        factor = divide(shared.factor, statistics.sum)
+        shared = math.RowGradient(factor, shared.on_target, shared.on_all, shared.on_gap)
         shift = math.finite_shift(row.max)
         view = tile_view(gradient.logits, rows.position, rows.shape, tile)
         # The targets' logits have been read, by whichever thread, before the gradient may take their place.
         tl.debug_barrier()
         if tile.sweeps:
             for first in range(0, end, tile.chunk * tile.lanes):
-                store_gradient(rows, inputs.weight, read(rows, first, tile, o), shift, softmax, shared, view, tile, o)
+                store_gradient(rows, inputs.weight, read(rows, first, tile, o), shift, shared, view, tile, o)
         else:
-            store_gradient(rows, inputs.weight, whole, shift, softmax, shared, view, tile, o)
+            store_gradient(rows, inputs.weight, whole, shift, shared, view, tile, o)
 
 
 # --- Phases of sliced rows ---------------------------------------------------------------------------------------
@@ -127,7 +139,7 @@ def _statistics(inputs: Inputs, slices: Slices, ignore_index: tl.int64, tile: tl
     rows = rows_of(inputs, tl.program_id(0) // count, ignore_index, tile, o)
     length = shown(slices.chunks).to(tl.int32) * (tile.chunk * tile.lanes)
     begin = slice.to(tl.int32) * length
-    statistics = sweep(
+    statistics, largest = sweep(
         rows, inputs.weight, begin, tl.minimum(begin + length, rows.logits.classes + tile.shift), tile, o
     )
     at = slice * rows.shape.positions + rows.position
@@ -137,6 +149,12 @@ def _statistics(inputs: Inputs, slices: Slices, ignore_index: tl.int64, tile: tl
     if o.dense:
         tl.store(slices.statistics + 2 * step + at, statistics.dense_loss, mask=rows.live)
         tl.store(slices.mass + at, statistics.mass, mask=rows.live)
+    if o.entropy:
+        tl.store(slices.entropy + at, statistics.sum, mask=rows.live)
+        tl.store(slices.entropy + step + at, statistics.gap, mask=rows.live)
+    if o.argmax:
+        tl.store(slices.largest + at, largest.key, mask=rows.live)
+        tl.store(slices.largest + step + at, largest.index, mask=rows.live)
 
 
 @kernel
@@ -159,17 +177,26 @@ def _finish(
     step = count * rows.shape.positions
     max = tl.load(slices.statistics + at, mask=exists, other=-float("inf"))
     sum = tl.load(slices.statistics + step + at, mask=exists, other=0.0)
+    gap = sum
     dense_loss = sum
     mass = sum
+    if o.entropy:
+        sum = tl.load(slices.entropy + at, mask=exists, other=0.0)
+        gap = tl.load(slices.entropy + step + at, mask=exists, other=0.0)
     if o.dense:
         dense_loss = tl.load(slices.statistics + 2 * step + at, mask=exists, other=0.0)
         mass = tl.load(slices.mass + at, mask=exists, other=0.0)
-    statistics = math.merge(math.RowStatistics(max, sum, dense_loss, mass), o)
+    statistics = math.merge(math.RowStatistics(max, sum, gap, dense_loss, mass), o)
+    largest = Largest(max, max)
+    if o.argmax:
+        keys = tl.load(slices.largest + at, mask=exists, other=0)
+        index = tl.load(slices.largest + step + at, mask=exists, other=0)
+        largest = merge_largest(Largest(tl.where(exists, keys, no_key(o)), index.to(tl.int32)))
 
     row = math.finished(statistics, o)
     problem = problem_with(rows, statistics.mass, o)
     losses = math.row_loss(problem, row, row_target(rows, target_logit - row.max, o), o)
-    loss_sum, divisor_sum = store_rows(rows, row, losses, out)
+    loss_sum, divisor_sum = store_rows(rows, row, largest, losses, out, o)
     if out.mass is not None:
         tl.store(out.mass + rows.position, statistics.mass, mask=rows.live)
     store_sums(out.total, loss_sum, divisor_sum, o.is_mean)
@@ -217,6 +244,7 @@ def _gradient(
         g = 1.0 / tl.load(grad_outputs.divisor)
     if grad_outputs.grad_loss is not None:
         g = g * load_positions(grad_outputs.grad_loss, position, rows.live).to(tl.float64)
+    g = weighted(g, rows, o)
     grad_lse = tl.zeros(position.shape, o.acc)
     if grad_outputs.grad_lse is not None:
         grad_lse = tl.load(grad_outputs.grad_lse + position, mask=rows.live, other=0.0)
@@ -228,6 +256,10 @@ def _gradient(
         problem = problem_with(rows, tl.load(saved.mass), o)
     lse = math.log_sum_exp(max, log_sum)
     shared = math.row_gradient(problem, row_target(rows, max, o), mass, lse, g.to(o.acc), grad_lse, o)
+    if o.entropy:
+        gap = tl.load(saved.gap + position, mask=rows.live, other=0.0)
+        grad_entropy = tl.load(grad_outputs.grad_entropy + position, mask=rows.live, other=0.0)
+        shared = math.add_entropy_grad(shared, grad_entropy, gap)
 
     part = read(rows, chunk * (tile.chunk * tile.lanes), tile, o)
     if gradients.probabilities is not None:
@@ -239,7 +271,12 @@ def _gradient(
         store_entries(view, part.at, rows.live, grads, tile)
     if gradients.logits is not None:
         view = tile_view(gradients.logits, position, rows.shape, tile)
-        store_gradient(rows, inputs.weight, part, max, math.over_sum(shared.factor, log_sum), shared, view, tile, o)
+        on_gap = shared.on_gap
+        if o.entropy:
+            on_gap = math.over_sum(on_gap, log_sum)
+        factor = math.over_sum(shared.factor, log_sum)
+        divided = math.RowGradient(factor, shared.on_target, shared.on_all, on_gap)
+        store_gradient(rows, inputs.weight, part, max, divided, view, tile, o)
 
 
 # --- Launches ----------------------------------------------------------------------------------------------------
@@ -250,29 +287,38 @@ def launch(args, which):
     if which is Pass.backward:
         return _start_gradient(args)
     with_gradient = which is Pass.forward_with_gradient and args.grad_logits is not None  # it may be empty
-    tile, options = _plan(args, forward_geometry, args.every_lse, with_gradient)
+    steady = args.loss is not None  # what is said of one row does not depend on the others
+    entropy, argmax = args.entropy is not None, args.argmax is not None
+    tile, options = _plan(args, forward_geometry, steady, args.every_row, entropy, argmax, with_gradient)
     slices = _slice_count(args, tile)
     if slices > 1:
         return _start_slices(args, tile, options, slices)
     return _start_forward(args, tile, options)
 
 
-def _plan(args, geometry, every_lse, with_gradient):
+def _plan(args, geometry, steady, every_row, entropy, argmax, with_gradient):
     """(tile, options)"""
     options = options_of(
         acc=accumulate_type(args.logits.data),
         rough=args.logits.data.dtype.itemsize == 2,
         dense=args.has_probabilities or args.options.label_smoothing != 0,
         probabilities=args.has_probabilities,
+        weighted=args.sample_weight is not None,
+        scaled=args.options.logit_scale != 1,
         capped=args.options.logit_softcap != 0,
         has_z=args.options.z_loss != 0,
-        every_lse=every_lse,
+        every_row=every_row,
+        entropy=entropy,
+        argmax=argmax,
         is_mean=args.total.is_mean,
         with_gradient=with_gradient,
     )
-    share = 2 ** sum([options.acc == tl.float64, options.dense, 2 * options.capped])  # a cap is computed in float64
+    # A cap is computed in float64, and so are an entropy's sums. With less than a 16th of the entries, a tile of
+    # columns would have fewer positions than 16 bytes have elements.
+    wide = [options.acc == tl.float64, options.dense, 2 * options.capped, options.entropy * (1 + options.argmax)]
+    share = min(2 ** sum(wide), 16)
     tensors = [args.logits, args.grad_logits, args.probabilities, args.grad_probabilities]
-    return tile_of(args.shape, tensors, geometry(share)), options
+    return tile_of(args.shape, tensors, geometry(share), steady), options
 
 
 def _inputs(args):
@@ -283,6 +329,7 @@ def _inputs(args):
         target,
         view_of(args.probabilities),
         args.weight,
+        vector_of(args.sample_weight),
         hidden_floats(args.options),
     )
 
@@ -293,13 +340,16 @@ def _ignore_index(args):
 
 def _outputs(args, parts, mass=None):
     loss = None if args.loss is None else args.loss.data
-    return Outputs(loss, args.lse, args.row_max, args.row_log_sum, mass, parts.totals)
+    each = loss, args.lse, args.entropy, args.argmax, args.row_max, args.row_log_sum, args.row_gap
+    return Outputs(*each, mass, parts.totals)
 
 
 def _start_forward(args, tile, options):
     gradient = None
     if options.with_gradient:
-        counted = count_before(args) if options.is_mean and not options.probabilities else None
+        counts = options.is_mean and args.total.denominator is None
+        counts = counts and not (options.probabilities and args.sample_weight is None)
+        counted = count_before(args) if counts else None
         grad_loss = args.grad_loss
         gradient = Gradient(view_of(args.grad_logits), None if grad_loss is None else grad_loss.data, counted)
     programs = max(tile.blocks(args.shape), 1)  # the total of nothing has a program too
@@ -310,10 +360,10 @@ def _start_forward(args, tile, options):
 
 
 def _slice_count(args, tile):
-    """How many programs share a row."""
+    """How many programs share a row. Where its loss is wanted, one: other numbers of rows would cut it elsewhere."""
     blocks = tile.blocks(args.shape)
     fewest = FEWEST_PROGRAMS * multiprocessors(args.device)
-    if not tile.sweeps or tile.order == "columns" or not 0 < blocks < fewest:
+    if args.loss is not None or not tile.sweeps or tile.order == "columns" or not 0 < blocks < fewest:
         return 1
     return min(tile.chunks(args.shape), ceil_div(fewest, blocks))
 
@@ -336,12 +386,16 @@ def _start_slices(args, tile, options, count):
     count = ceil_div(tile.chunks(args.shape), chunks)  # none is empty
     statistics = workspace(device, 3 * count * positions, dtype)
     masses = workspace(device, count * positions) if options.dense else None
-    given = _inputs(args), Slices(statistics, masses, hidden(count), hidden(chunks))
+    entropies = workspace(device, 2 * count * positions) if options.entropy else None
+    # A key has as many bits as the accumulate type; beside it a class has as many.
+    keys = torch.int64 if options.acc == tl.float64 else torch.int32
+    largest = workspace(device, 2 * count * positions, keys) if options.argmax else None
+    given = _inputs(args), Slices(statistics, masses, entropies, largest, hidden(count), hidden(chunks))
     ignore_index, programs = _ignore_index(args), tile.blocks(args.shape) * count
     start(_statistics, programs, *given, ignore_index, tile=tile, o=options, warps=tile.warps)
 
     padded = next_power_of_2(count)
-    rows = replace(tile, positions=max(2048 // padded, 1))
+    rows = replace(tile, positions=max((512 if options.entropy else 2048) // padded, 1))
     parts = Parts(args.total, rows.blocks(args.shape), device)
     start(
         _finish, parts.programs, *given, _outputs(args, parts, mass), ignore_index, tile=rows, o=options, SLICES=padded
@@ -356,7 +410,8 @@ def _start_gradient(args, mass=None):
     shape = args.shape
     if shape.classes == 0:  # there is no gradient
         return
-    tile, options = _plan(args, gradient_geometry, args.grad_lse is not None, False)
+    entropy = args.grad_entropy is not None
+    tile, options = _plan(args, gradient_geometry, False, entropy or args.grad_lse is not None, entropy, False, False)
     inputs = _inputs(args)
     if options.probabilities and mass is None:
         mass = workspace(args.device, shape.positions)
@@ -370,8 +425,8 @@ def _start_gradient(args, mass=None):
         _gradient,
         tile.blocks(shape) * chunks,
         inputs,
-        Saved(args.row_max, args.row_log_sum, mass),
-        GradOutputs(vector_of(args.grad_loss), args.grad_lse, args.grad_divisor),
+        Saved(args.row_max, args.row_log_sum, args.row_gap, mass),
+        GradOutputs(vector_of(args.grad_loss), args.grad_lse, args.grad_entropy, args.grad_divisor),
         Gradients(view_of(args.grad_logits), view_of(args.grad_probabilities)),
         chunks,
         _ignore_index(args),

@@ -59,8 +59,8 @@ def order_of(shape, tensors):
     return "any", shape.inner == 1 or tensors[0].class_stride < tensors[0].inner_stride
 
 
-def alignment(shape, order, tensors):
-    """(align, shift)"""
+def alignment(shape, order, tensors, steady=False):
+    """(align, shift). steady: the same for a row in every batch."""
     if order == "any":
         return 1, 0
     packet = max(16 // tensor.data.element_size() for tensor in tensors)
@@ -68,23 +68,26 @@ def alignment(shape, order, tensors):
     for tensor in tensors:
         counts += [tensor.inner_stride] if order == "rows" and shape.inner > 1 else []
         counts += [tensor.class_stride] if order == "columns" else []
-        counts += [tensor.outer_stride] if shape.outer > 1 else []
+        counts += [tensor.outer_stride] if shape.outer > 1 or steady else []
     heads = {tensor.data.data_ptr() % 16 for tensor in tensors}
     if heads == {0} and all(count % packet == 0 for count in counts):
         return packet, 0
+    if steady:  # how far a row begins behind 16 bytes decides which of its entries are added first
+        return 1, 0
     # Rows of all tensors must begin equally far behind a multiple of 16 bytes.
     alike = {(tensor.data.dtype, tensor.outer_stride, tensor.inner_stride) for tensor in tensors}
     return 1, packet if order == "rows" and len(heads) == len(alike) == 1 and shape.classes >= 8 * packet else 0
 
 
-def tile_of(shape, tensors, geometry):
+def tile_of(shape, tensors, geometry, steady=False):
     """The tile for the tensors that a launch loads from and stores to by tiles; absent ones are passed over.
 
-    geometry(entries, wide): the TileShape for rows of so many entries, and whether it is to be wide in classes.
+    geometry(entries, wide): the TileShape for rows of so many entries, and whether it is to be wide in classes. steady:
+    a row's entries are added in the same order whatever else is in the batch.
     """
     tensors = [tensor for tensor in tensors if tensor is not None]
     order, wide = order_of(shape, tensors)
-    align, shift = alignment(shape, order, tensors)
+    align, shift = alignment(shape, order, tensors, steady)
     return _tile(
         *geometry(shape.classes + max(shift - 1, 0), wide),
         order=order,

@@ -15,10 +15,12 @@ from fusedloss.triton.portable import (
     constant,
     divide,
     exp_nonpositive,
+    exp_normal,
     fast_divide,
     log1p,
     log1p_unit,
     number,
+    product,
     tanh,
     times_exp,
     zero_if,
@@ -35,6 +37,11 @@ def reduced(is_mean: tl.constexpr, sum, divisor):
         return divide(sum, divisor)
     else:
         return sum
+
+
+@triton.jit
+def reduced_over(sum, denominator):
+    return tl.where(sum == 0, sum, divide(sum, denominator))
 
 
 @triton.jit
@@ -72,6 +79,7 @@ class RowOptions(NamedTuple):
 
     label_smoothing: float
     z_loss: float
+    logit_scale: float
     logit_softcap: float
 
 
@@ -114,11 +122,17 @@ def entry_loss_at_max(shifted, mass):
     return zero_if(shifted == 0, -mass * shifted)
 
 
+@triton.jit
+def times_gap(e, shifted):
+    return -(e * zero_if(shifted < exp_normal(shifted), shifted))
+
+
 class RowStatistics(NamedTuple):
-    """The last two stand for nothing where not every class has mass."""
+    """The gap stands for nothing where the entropy is not wanted, the last two where not every class has mass."""
 
     max: tl.tensor
-    sum: tl.tensor
+    sum: tl.tensor  # float64 beside an entropy, and so is the gap
+    gap: tl.tensor
     dense_loss: tl.tensor
     mass: tl.tensor  # float64
 
@@ -127,11 +141,16 @@ class RowStatistics(NamedTuple):
 def relative_to(max, statistics, o: tl.constexpr):
     """Statistics relative to a maximum that is no smaller than their own. Those of one maximum are merged by adding."""
     sum = rescale(statistics.sum, statistics.max, max)
+    gap = statistics.gap
+    if o.entropy:
+        wide = statistics.sum.dtype
+        apart = finite_shift(max).to(wide) - finite_shift(statistics.max).to(wide)
+        gap = rescale(gap + apart * statistics.sum, statistics.max, max)
     dense_loss = statistics.dense_loss
     if o.dense:
         apart = finite_shift(statistics.max) - finite_shift(max)
         dense_loss += entry_loss_at_max(apart, statistics.mass.to(o.acc))
-    return RowStatistics(max, sum, dense_loss, statistics.mass)
+    return RowStatistics(max, sum, gap, dense_loss, statistics.mass)
 
 
 @triton.jit
@@ -140,10 +159,13 @@ def merge(parts, o: tl.constexpr):
     max = tl.max(parts.max, 1)
     parts = relative_to(max[:, None], parts, o)
     sum = tl.sum(parts.sum, 1)
+    gap = sum
+    if o.entropy:
+        gap = tl.sum(parts.gap, 1)
     if o.dense:
-        return RowStatistics(max, sum, tl.sum(parts.dense_loss, 1), tl.sum(parts.mass, 1))
+        return RowStatistics(max, sum, gap, tl.sum(parts.dense_loss, 1), tl.sum(parts.mass, 1))
     else:
-        return RowStatistics(max, sum, sum, sum)
+        return RowStatistics(max, sum, gap, sum, sum)
 
 
 class FinishedRow(NamedTuple):
@@ -151,12 +173,17 @@ class FinishedRow(NamedTuple):
     log_sum: tl.tensor
     dense_loss: tl.tensor
     mass: tl.tensor
+    gap: tl.tensor
 
 
 @triton.jit
 def finished(statistics, o: tl.constexpr):
-    """From here on the mass is wanted in the accumulate type."""
-    return FinishedRow(statistics.max, tl.log(statistics.sum), statistics.dense_loss, statistics.mass.to(o.acc))
+    """From here on all is wanted in the accumulate type."""
+    log_sum = tl.log(statistics.sum).to(o.acc)
+    gap = log_sum
+    if o.entropy:
+        gap = divide(statistics.gap, statistics.sum).to(o.acc)
+    return FinishedRow(statistics.max, log_sum, statistics.dense_loss, statistics.mass.to(o.acc), gap)
 
 
 @triton.jit
@@ -165,10 +192,17 @@ def row_lse(row):
     return log_sum_exp(row.max, row.log_sum)
 
 
+@triton.jit
+def row_entropy(row):
+    """FinishedRow::entropy."""
+    return row.log_sum + row.gap
+
+
 class RowTarget(NamedTuple):
     counts: tl.tensor
     mass: tl.tensor
     shifted: tl.tensor
+    weight: tl.tensor  # stands for nothing where rows have none of their own
 
 
 @triton.jit
@@ -185,6 +219,8 @@ def row_loss(problem, row, target, o: tl.constexpr):
         loss += problem.spread * row.dense_loss + problem.spread_mass * row.log_sum
     if o.has_z:
         loss += z_term(row_lse(row), problem.z_loss)
+    if o.weighted:
+        loss = target.weight * loss
     return tl.where(target.counts, loss, 0.0)
 
 
@@ -202,9 +238,19 @@ def logit_grad(e, softmax_grad, target_grad):
 
 
 class RowGradient(NamedTuple):
+    """on_gap stands for nothing where the entropy gives no gradient."""
+
     factor: tl.tensor
     on_target: tl.tensor
     on_all: tl.tensor
+    on_gap: tl.tensor
+
+
+@triton.jit
+def gradient_through(gradient, slope):
+    """RowGradient::through."""
+    on_target = gradient.on_target * slope
+    return RowGradient(gradient.factor * slope, on_target, gradient.on_all * slope, gradient.on_gap * slope)
 
 
 @triton.jit
@@ -219,7 +265,18 @@ def row_gradient(problem, target, mass, lse, grad_loss, grad_lse, o: tl.constexp
         on_classes += problem.spread_mass
     on_classes = tl.where(target.counts, on_classes, 0.0)
     factor = normaliser_grad(g, grad_lse, on_classes, lse, problem.z_loss, o.has_z)
-    return RowGradient(factor, g * target.mass, on_all)
+    return RowGradient(factor, g * target.mass, on_all, number(0.0, o.acc))
+
+
+@triton.jit
+def add_entropy_grad(row, grad_entropy, gap):
+    """The sum; C++ adds in place."""
+    return RowGradient(row.factor - grad_entropy * gap, row.on_target, row.on_all, row.on_gap + grad_entropy)
+
+
+@triton.jit
+def times_factor(e, factor, on_gap, shifted):
+    return e * factor + on_gap * times_gap(e, shifted)
 
 
 @triton.jit
@@ -236,7 +293,21 @@ def probability_grad(shifted, log_sum, grad_loss, keep, weight):
 def soft_cap(x, cap):
     """(value, slope)"""
     t = tanh(divide(x, cap))
-    return cap * t, (1.0 - t) * (1.0 + t)
+    return product(cap, t), (1.0 - t) * (1.0 + t)
+
+
+@triton.jit
+def seen_logit(x, scale, cap, o: tl.constexpr):
+    """(value, slope). The value is rounded before anything is subtracted from it: from a maximum that is rounded, a
+    product that is not would differ where both are the same logit's."""
+    slope = constant(1.0, x)
+    if o.scaled:
+        x = product(x, scale)
+        slope = scale
+    if o.capped:
+        x, cap_slope = soft_cap(x, cap)
+        slope *= cap_slope
+    return x, slope
 
 
 # --- nll.h -----------------------------------------------------------------------------------------------------

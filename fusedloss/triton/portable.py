@@ -50,6 +50,12 @@ def zero_if(condition, value):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded once. A compiler is free to take an operator's, unrounded, into the addition that follows."""
+    return tl.fma(a, b, constant(0.0, a))
+
+
+@triton.jit
 def fast_divide(a, b):
     """a / b, for a b that is neither denormal nor close to overflow."""
     return a / b
@@ -169,6 +175,15 @@ def exp_scale(biased_n):
 
 
 @triton.jit
+def exp_normal(x):
+    """Below this number exp is denormal, in the type of x."""
+    if x.dtype == tl.float64:
+        return constant(-708.396418532264, x)
+    else:
+        return constant(-87.33654, x)
+
+
+@triton.jit
 def exp_nonpositive(x):
     """exp(x) for x <= 0. Results below the smallest normal number are 0.
 
@@ -176,11 +191,11 @@ def exp_nonpositive(x):
     last place; the rest r of the reduction is small enough for it.
     """
     if x.dtype == tl.float64:
-        return zero_if(x < constant(-708.396418532264, x), tl.exp(x))
+        return zero_if(x < exp_normal(x), tl.exp(x))
     else:
         biased_n, r = reduce_exp(x)
         result = tl.exp2(r * constant(_LOG2_E, x)) * exp_scale(biased_n)
-        return zero_if(x < -87.33654, result)
+        return zero_if(x < exp_normal(x), result)
 
 
 @triton.jit

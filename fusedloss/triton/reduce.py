@@ -28,6 +28,7 @@ class Totals(NamedTuple):
     parts: tl.tensor
     loss: tl.tensor
     divisor: tl.tensor
+    denominator: tl.tensor  # the divisor, where it need not be counted
 
 
 @triton.jit
@@ -35,12 +36,19 @@ def store_sums(total, loss_sum, divisor_sum, IS_MEAN: tl.constexpr):
     if total.parts is not None:
         program = tl.program_id(0)
         tl.store(total.parts + program, loss_sum)
-        tl.store(total.parts + tl.num_programs(0) + program, divisor_sum)
+        if total.denominator is None:
+            tl.store(total.parts + tl.num_programs(0) + program, divisor_sum)
     else:
+        if total.denominator is not None:
+            divisor_sum = tl.load(total.denominator)
         if total.divisor is not None:
             tl.store(total.divisor, divisor_sum)
         if total.loss is not None:
-            tl.store(total.loss, converted(math.reduced(IS_MEAN, loss_sum, divisor_sum), total.loss))
+            if total.denominator is not None:
+                loss = math.reduced_over(loss_sum, divisor_sum)
+            else:
+                loss = math.reduced(IS_MEAN, loss_sum, divisor_sum)
+            tl.store(total.loss, converted(loss, total.loss))
 
 
 @triton.jit
@@ -65,7 +73,7 @@ def _sum_runs(
     in_run = tl.minimum(count - begin, RUN)
     loss_sum = sum_of_parts(parts + begin, in_run, BLOCK)
     divisor_sum = number(0.0, tl.float64)
-    if IS_MEAN or total.divisor is not None:
+    if total.denominator is None and (IS_MEAN or total.divisor is not None):
         divisor_sum = sum_of_parts(parts + count + begin, in_run, BLOCK)
     store_sums(total, loss_sum, divisor_sum, IS_MEAN)
 
@@ -88,7 +96,7 @@ class Parts:
     def __init__(self, total, programs, device):
         wanted = total.loss is not None or total.divisor is not None
         parts = workspace(device, 2 * programs) if wanted and programs != 1 else None
-        self.totals = Totals(parts, total.loss, total.divisor)
+        self.totals = Totals(parts, total.loss, total.divisor, total.denominator)
         self.total, self.programs, self.device = total, programs, device
 
     def add_up(self):

@@ -12,6 +12,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/rsub.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/arg.h>
 #include <torch/enum.h>
@@ -33,12 +34,12 @@ using Reduction = std::variant<torch::enumtype::kNone, torch::enumtype::kMean, t
 // package.
 enum class Backend { compiled, triton };
 
-// The grad_output that backward will be called with: a number, or a tensor of one element on the device of the input.
-class GradScale {
+// A number, or a tensor of one element on the device of the input, where it stays; or neither.
+class Number {
  public:
-  GradScale() = default;
-  GradScale(double value) : value_(value) {}
-  GradScale(at::Tensor tensor) : tensor_(std::move(tensor)) {}
+  Number() = default;
+  Number(double value) : value_(value) {}
+  Number(at::Tensor tensor) : tensor_(std::move(tensor)) {}
 
   std::optional<at::Tensor> on(const at::Device& device) const {
     return value_ ? at::scalar_tensor(*value_, at::TensorOptions(at::kDouble).device(device)) : tensor_;
@@ -48,6 +49,9 @@ class GradScale {
   std::optional<double> value_;
   std::optional<at::Tensor> tensor_;
 };
+
+// The grad_output that backward will be called with.
+using GradScale = Number;
 
 struct CrossEntropyOptions {
   // A weight for each class, of shape (C); with class indices in the type of the logits.
@@ -60,11 +64,19 @@ struct CrossEntropyOptions {
   TORCH_ARG(double, label_smoothing) = 0;
   // Adds z_loss * lse^2 to the loss of each position that counts (arXiv:2204.02311, section 5).
   TORCH_ARG(double, z_loss) = 0;
-  // Replaces the logits by cap * tanh(logits / cap) first (arXiv:2408.00118, section 2); 0: does not.
+  // Multiplies the logits first; positive: an inverse temperature.
+  TORCH_ARG(double, logit_scale) = 1;
+  // Replaces the (scaled) logits by cap * tanh(logits / cap) (arXiv:2408.00118, section 2); 0: does not.
   TORCH_ARG(double, logit_softcap) = 0;
+  // With torch::kMean, what the sum of the losses is divided by instead of by what counts; any real type. Where nothing
+  // counts the loss is 0, in its place in the graph, and the gradient 0.
+  TORCH_ARG(Number, denominator);
+  // Of the shape of the unreduced loss; multiplies the whole loss of a position, and its share of what a mean is
+  // divided by.
+  TORCH_ARG(at::Tensor, sample_weight);
   // Whether forward also writes the gradient, so that the logits are read once. Absent: where the loss is reduced,
-  // nothing but the logits requires grad, lse is not returned, no hooks take what is saved, and, for float16,
-  // grad_scale is given. Another grad_output than grad_scale costs backward a pass over the gradient.
+  // nothing but the logits requires grad, neither lse nor entropy is returned, no hooks take what is saved, and, for
+  // float16, grad_scale is given. Another grad_output than grad_scale costs backward a pass over the gradient.
   TORCH_ARG(std::optional<bool>, grad_in_forward);
   // A hint, such as 1 / accumulation steps: then backward needs no pass. Absent: 1.
   TORCH_ARG(GradScale, grad_scale);
@@ -121,7 +133,9 @@ inline constexpr char kNLL[] = "nll";
 inline constexpr char kBCEWithLogits[] = "bce_with_logits";
 inline constexpr char kBCE[] = "bce";
 
-using CrossEntropyOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// loss; lse, entropy, argmax; and what backward needs
+using CrossEntropyOutputs =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LossAndDivisor = std::tuple<at::Tensor, at::Tensor>;
 
 // The dispatcher takes tensors by reference, and all else by value.
@@ -162,12 +176,18 @@ inline std::optional<c10::SymInt> symbolic(std::optional<std::int64_t> number) {
 
 inline std::int64_t code(const Reduction& reduction) { return torch::enumtype::reduction_get_enum(reduction); }
 
+// Which answers are wanted beside the loss.
+struct Wanted {
+  bool lse = false, entropy = false, argmax = false, upcast = false;
+};
+
 inline CrossEntropyOutputs cross_entropy(const at::Tensor& logits, const at::Tensor& target,
-                                         const CrossEntropyOptions& options, bool return_lse) {
+                                         const CrossEntropyOptions& options, const Wanted& wanted) {
   return call<kCrossEntropy, CrossEntropyOutputs>(
-      options.backend(), logits, target, optional(options.weight()), code(options.reduction()),
-      c10::SymInt(options.ignore_index()), options.label_smoothing(), options.z_loss(), options.logit_softcap(),
-      return_lse, /*upcast=*/false, options.grad_in_forward(), options.grad_scale().on(logits.device()),
+      options.backend(), logits, target, optional(options.weight()), optional(options.sample_weight()),
+      options.denominator().on(logits.device()), code(options.reduction()), c10::SymInt(options.ignore_index()),
+      options.label_smoothing(), options.z_loss(), options.logit_scale(), options.logit_softcap(), wanted.lse,
+      wanted.entropy, wanted.argmax, wanted.upcast, options.grad_in_forward(), options.grad_scale().on(logits.device()),
       options.inplace(), /*statistics=*/false);
 }
 
@@ -182,15 +202,43 @@ inline CrossEntropyOutputs cross_entropy(const at::Tensor& logits, const at::Ten
 //   scalar or, unreduced, of the shape of the logits without C.
 inline at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target,
                                 const CrossEntropyOptions& options = {}) {
-  return std::get<0>(detail::cross_entropy(logits, target, options, /*return_lse=*/false));
+  return std::get<0>(detail::cross_entropy(logits, target, options, {}));
 }
 
 // The loss, and the log-sum-exp of each position's logits, ignored or not: differentiable, float32, or float64 for
 // float64 logits.
 inline std::pair<at::Tensor, at::Tensor> cross_entropy_with_lse(const at::Tensor& logits, const at::Tensor& target,
                                                                 const CrossEntropyOptions& options = {}) {
-  const auto outputs = detail::cross_entropy(logits, target, options, /*return_lse=*/true);
+  const auto outputs = detail::cross_entropy(logits, target, options, {.lse = true});
   return {std::get<0>(outputs), std::get<1>(outputs)};
+}
+
+// All that one read of the logits tells, of each position, ignored or not.
+struct CrossEntropyAnswers {
+  at::Tensor loss;
+  at::Tensor lse, entropy;  // differentiable, float32, or float64 for float64 logits
+  at::Tensor argmax;        // int64: the first of several, NaN before any number
+};
+
+inline CrossEntropyAnswers cross_entropy_with_answers(const at::Tensor& logits, const at::Tensor& target,
+                                                      const CrossEntropyOptions& options = {}) {
+  const auto outputs = detail::cross_entropy(logits, target, options, {.lse = true, .entropy = true, .argmax = true});
+  return {std::get<0>(outputs), std::get<1>(outputs), std::get<2>(outputs), std::get<3>(outputs)};
+}
+
+// The log-probabilities of the target classes, 0 where the target is ignored, and the entropies of the softmax:
+// differentiable, float32, or float64 for float64 logits. Of the options, ignore_index, logit_scale, logit_softcap and
+// backend.
+inline std::pair<at::Tensor, at::Tensor> token_log_probs(const at::Tensor& logits, const at::Tensor& target,
+                                                         const CrossEntropyOptions& options = {}) {
+  const auto unreduced = CrossEntropyOptions()
+                             .reduction(torch::kNone)
+                             .ignore_index(options.ignore_index())
+                             .logit_scale(options.logit_scale())
+                             .logit_softcap(options.logit_softcap())
+                             .backend(options.backend());
+  const auto outputs = detail::cross_entropy(logits, target, unreduced, {.entropy = true, .upcast = true});
+  return {at::rsub(std::get<0>(outputs), 0), std::get<2>(outputs)};
 }
 
 // Negative log likelihood of log-probabilities; torch::nn::functional::nll_loss.

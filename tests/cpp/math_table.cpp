@@ -38,20 +38,21 @@ void problem_of(const Acc* x, Acc* y) {
   store(y, {p.keep, p.spread, p.spread_mass, p.z_loss});
 }
 
-template <class Acc, bool kDense>
+template <class Acc, bool kRich>
 void merged(const Acc* x, Acc* y) {
-  RowStatistics<Acc, kDense> parts[2];
+  RowStatistics<Acc, kRich> parts[2];
   for (auto& part : parts) {
     part.max = *x++;
     part.sum = *x++;
-    if constexpr (kDense) {
+    if constexpr (kRich) {
+      part.gap = *x++;
       part.dense_loss = *x++;
       part.mass = *x++;
     }
   }
   parts[0].merge(parts[1]);
-  if constexpr (kDense) {
-    store(y, {parts[0].max, parts[0].sum, parts[0].dense_loss, Acc(parts[0].mass)});
+  if constexpr (kRich) {
+    store(y, {parts[0].max, parts[0].sum, parts[0].gap, parts[0].dense_loss, Acc(parts[0].mass)});
   } else {
     store(y, {parts[0].max, parts[0].sum});
   }
@@ -65,8 +66,8 @@ RowProblem<Acc> problem_from(const Acc* x) {
 
 template <class Acc, Target kTarget>
 void loss_of(const Acc* x, Acc* y) {
-  const FinishedRow<Acc> row{x[3], x[4], x[5], x[6]};
-  const RowTarget<Acc> target{x[7] > Acc(0.5), x[8], x[9]};
+  const FinishedRow<Acc> row{x[3], x[4], x[5], x[6], Acc(0)};
+  const RowTarget<Acc> target{x[7] > Acc(0.5), x[8], x[9], x[10]};
   y[0] = row_loss(problem_from<Acc, kTarget>(x), row, target);
 }
 
@@ -74,13 +75,20 @@ template <class Acc, Target kTarget>
 void gradient_of(const Acc* x, Acc* y) {
   const RowTarget<Acc> target{x[3] > Acc(0.5), x[4], Acc(0)};
   const RowGradient<Acc> gradient = row_gradient(problem_from<Acc, kTarget>(x), target, x[5], x[6], x[7], x[8]);
-  store(y, {gradient.factor, gradient.on_target, gradient.on_all});
+  store(y, {gradient.factor, gradient.on_target, gradient.on_all, gradient.on_gap});
+}
+
+template <class Acc, bool kScaled, bool kCapped>
+void seen(const Acc* x, Acc* y) {
+  const SeenLogit<Acc> logit = seen_logit(x[0], kScaled ? x[1] : Acc(1), kCapped ? x[2] : Acc(0));
+  store(y, {logit.value, logit.slope});
 }
 
 template <class Acc>
 constexpr std::array kTable{
     Row<Acc>{"max_ignoring_nan", [](const Acc* x, Acc* y) { y[0] = max_ignoring_nan(x[0], x[1]); }},
     Row<Acc>{"clamp", [](const Acc* x, Acc* y) { y[0] = clamp(x[0], x[1], x[2]); }},
+    Row<Acc>{"product", [](const Acc* x, Acc* y) { y[0] = product(x[0], x[1]); }},
     Row<Acc>{"fast_divide", [](const Acc* x, Acc* y) { y[0] = fast_divide(x[0], x[1]); }},
     Row<Acc>{"exp_nonpositive", [](const Acc* x, Acc* y) { y[0] = exp_nonpositive(x[0]); }},
     Row<Acc>{"fast_exp", [](const Acc* x, Acc* y) { y[0] = fast_exp(x[0]); }},
@@ -88,6 +96,7 @@ constexpr std::array kTable{
     Row<Acc>{"tanh", [](const Acc* x, Acc* y) { y[0] = fusedloss::math::tanh(x[0]); }},
     Row<Acc>{"log1p_unit", [](const Acc* x, Acc* y) { y[0] = log1p_unit(x[0]); }},
     Row<Acc>{"log1p", [](const Acc* x, Acc* y) { y[0] = fusedloss::math::log1p(x[0]); }},
+    Row<Acc>{"reduced_over", [](const Acc* x, Acc* y) { y[0] = Acc(reduced_over(x[0], x[1])); }},
     Row<Acc>{"rescaled", [](const Acc* x, Acc* y) { y[0] = rescaled(x[0], x[1], true); }},
     Row<Acc>{"finite_shift", [](const Acc* x, Acc* y) { y[0] = finite_shift(x[0]); }},
     Row<Acc>{"rescale", [](const Acc* x, Acc* y) { y[0] = rescale(x[0], x[1], x[2]); }},
@@ -102,15 +111,31 @@ constexpr std::array kTable{
              }},
     Row<Acc>{"entry_loss", [](const Acc* x, Acc* y) { y[0] = entry_loss(x[0], x[1], x[2]); }},
     Row<Acc>{"entry_loss_at_max", [](const Acc* x, Acc* y) { y[0] = entry_loss_at_max(x[0], x[1]); }},
+    Row<Acc>{"times_gap", [](const Acc* x, Acc* y) { y[0] = times_gap(x[0], x[1]); }},
     Row<Acc>{"merge of index", merged<Acc, false>},
     Row<Acc>{"merge of smoothed", merged<Acc, true>},
-    Row<Acc>{"row_lse", [](const Acc* x, Acc* y) { y[0] = FinishedRow<Acc>{x[0], x[1], Acc(0), Acc(0)}.lse(); }},
+    Row<Acc>{"row_lse", [](const Acc* x, Acc* y) { y[0] = FinishedRow<Acc>{.max = x[0], .log_sum = x[1]}.lse(); }},
+    Row<Acc>{
+        "row_entropy",
+        [](const Acc* x, Acc* y) { y[0] = FinishedRow<Acc>{.max = Acc(0), .log_sum = x[0], .gap = x[1]}.entropy(); }},
     Row<Acc>{"row_loss of index", loss_of<Acc, Target::index>},
     Row<Acc>{"row_loss of smoothed", loss_of<Acc, Target::smoothed>},
     Row<Acc>{"row_loss of probabilities", loss_of<Acc, Target::probabilities>},
     Row<Acc>{"row_gradient of index", gradient_of<Acc, Target::index>},
     Row<Acc>{"row_gradient of smoothed", gradient_of<Acc, Target::smoothed>},
     Row<Acc>{"row_gradient of probabilities", gradient_of<Acc, Target::probabilities>},
+    Row<Acc>{"gradient_through",
+             [](const Acc* x, Acc* y) {
+               const RowGradient<Acc> gradient = RowGradient<Acc>{x[0], x[1], x[2], x[3]}.through(x[4]);
+               store(y, {gradient.factor, gradient.on_target, gradient.on_all, gradient.on_gap});
+             }},
+    Row<Acc>{"add_entropy_grad",
+             [](const Acc* x, Acc* y) {
+               RowGradient<Acc> gradient{x[0], x[1], x[2], x[3]};
+               add_entropy_grad(gradient, x[4], x[5]);
+               store(y, {gradient.factor, gradient.on_target, gradient.on_all, gradient.on_gap});
+             }},
+    Row<Acc>{"times_factor", [](const Acc* x, Acc* y) { y[0] = times_factor(x[0], x[1], x[2], x[3]); }},
     Row<Acc>{"over_sum", [](const Acc* x, Acc* y) { y[0] = over_sum(x[0], x[1]); }},
     Row<Acc>{"z_term", [](const Acc* x, Acc* y) { y[0] = z_term(x[0], x[1]); }},
     Row<Acc>{"normaliser_grad", [](const Acc* x, Acc* y) { y[0] = normaliser_grad(x[0], x[1], x[2], x[3], x[4]); }},
@@ -118,10 +143,13 @@ constexpr std::array kTable{
     Row<Acc>{"probability_grad", [](const Acc* x, Acc* y) { y[0] = probability_grad(x[0], x[1], x[2], x[3], x[4]); }},
     Row<Acc>{"soft_cap",
              [](const Acc* x, Acc* y) {
-               const SoftCap<Acc> capped = soft_cap(x[0], x[1]);
+               const SeenLogit<Acc> capped = soft_cap(x[0], x[1]);
                y[0] = capped.value;
                y[1] = capped.slope;
              }},
+    Row<Acc>{"seen_logit of scaled", seen<Acc, true, false>},
+    Row<Acc>{"seen_logit of capped", seen<Acc, false, true>},
+    Row<Acc>{"seen_logit of scaled and capped", seen<Acc, true, true>},
     Row<Acc>{"nll_loss", [](const Acc* x, Acc* y) { y[0] = nll_loss(x[0], x[1]); }},
     Row<Acc>{"nll_grad", [](const Acc* x, Acc* y) { y[0] = nll_grad(x[0], x[1]); }},
     Row<Acc>{"bce_with_logits_evaluate",

@@ -74,6 +74,44 @@ void test_cross_entropy() {
       [&](const Tensor& x) { return fusedloss::cross_entropy(x, target, Options().logit_softcap(2)); },
       [&](const Tensor& x) { return F::cross_entropy(2 * torch::tanh(x / 2), target); });
   expect_same(
+      "logit_scale", logits,
+      [&](const Tensor& x) { return fusedloss::cross_entropy(x, target, Options().logit_scale(0.5)); },
+      [&](const Tensor& x) { return F::cross_entropy(x * 0.5, target); });
+  const Tensor samples = torch::rand({33});
+  const auto each = [&](const Tensor& x) { return F::cross_entropy(x, target, Native().reduction(torch::kNone)); };
+  expect_same(
+      "sample_weight", logits,
+      [&](const Tensor& x) { return fusedloss::cross_entropy(x, target, Options().sample_weight(samples)); },
+      [&](const Tensor& x) { return (each(x) * samples).sum() / samples.sum(); });
+  expect_same(
+      "denominator", logits,
+      [&](const Tensor& x) { return fusedloss::cross_entropy(x, target, Options().denominator(7)); },
+      [&](const Tensor& x) { return each(x).sum() / 7; });
+  expect_same(
+      "a tensor as denominator", logits,
+      [&](const Tensor& x) {
+        return fusedloss::cross_entropy(x, target, Options().denominator(torch::tensor({7})).sample_weight(samples));
+      },
+      [&](const Tensor& x) { return (each(x) * samples).sum() / 7; });
+  const auto entropy = [](const Tensor& x) { return -(x.softmax(1) * x.log_softmax(1)).sum(1); };
+  expect_same(
+      "answers", logits,
+      [&](const Tensor& x) {
+        const auto answers = fusedloss::cross_entropy_with_answers(x, target);
+        EXPECT(torch::equal(answers.argmax, x.argmax(1)), "the predictions");
+        return answers.loss * answers.lse * answers.entropy;
+      },
+      [&](const Tensor& x) { return F::cross_entropy(x, target) * lse(x) * entropy(x); });
+  expect_same(
+      "token_log_probs", logits,
+      [&](const Tensor& x) {
+        const auto [log_probs, entropies] = fusedloss::token_log_probs(x, target, Options().logit_scale(2));
+        return log_probs + 0.1 * entropies;
+      },
+      [&](const Tensor& x) {
+        return (x * 2).log_softmax(1).gather(1, target.unsqueeze(1)).squeeze(1) + 0.1 * entropy(x * 2);
+      });
+  expect_same(
       "lse", logits,
       [&](const Tensor& x) {
         const auto [loss, lse] = fusedloss::cross_entropy_with_lse(x, target);

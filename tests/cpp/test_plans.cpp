@@ -46,6 +46,10 @@ struct Problem {
   bool columns = false;  // positions lie side by side
   double label_smoothing = 0;
   int offset = 0;  // bytes from where packets start
+  bool unreduced = false;
+  bool entropy = false;
+  bool sample_weight = false;
+  bool denominator = false;
 };
 
 CrossEntropyArgs arguments_of(const Problem& problem, Pass pass) {
@@ -58,6 +62,14 @@ CrossEntropyArgs arguments_of(const Problem& problem, Pass pass) {
   args.target = {{somewhere(), Dtype::int64}, -100};
   args.label_smoothing = problem.label_smoothing;
   if (pass != Pass::backward) args.total = {Reduction::mean, somewhere(), problem.dtype, nullptr};
+  if (problem.unreduced) {
+    args.total = {};
+    args.loss = {somewhere(), problem.dtype};
+  }
+  if (problem.entropy && pass == Pass::forward) args.entropy = args.row_gap = somewhere();
+  if (problem.entropy && pass == Pass::backward) args.grad_entropy = somewhere();
+  if (problem.sample_weight) args.sample_weight = {somewhere(), Dtype::float32};
+  if (problem.denominator) args.total.denominator = static_cast<const double*>(somewhere());
   if (pass != Pass::forward) args.grad_logits = args.logits;
   if (pass != Pass::forward_with_gradient) args.row_max = args.row_log_sum = somewhere();
   return args;
@@ -80,6 +92,7 @@ std::string shown(const Step& step) {
   if (const auto* rows = std::get_if<RowPlan>(&step.plan); rows && rows->slices > 1) {
     text += ", " + std::to_string(rows->slices) + " slices" + (step.shape.cluster > 1 ? " in a cluster" : "");
   }
+  if (step.answers) text += ", with answers";
   if (std::holds_alternative<ColumnPlan>(step.plan) && step.variant > 1) {
     text += ", " + std::to_string(step.variant) + " positions";
   }
@@ -113,7 +126,7 @@ const Planned kTable[] = {
      "rows 264 x 512; workspace 0"},
     {"1 x 128256",
      {Dtype::bfloat16, {1, 128256, 1}},
-     "rows 31 x 256, 31 slices; workspace 760",
+     "rows 31 x 256, 31 slices; workspace 264",
      "rows 8 x 256, 32064 bytes, 8 slices in a cluster; workspace 0",
      "rows 31 x 256, 31 slices; workspace 0"},
     {"4096 x 50257",
@@ -123,8 +136,8 @@ const Planned kTable[] = {
      "rows 264 x 512; workspace 0"},
     {"2 x 1000003, float32",
      {Dtype::float32, {1, 1000003, 2}},
-     "rows 264 x 256, 132 slices; workspace 6400",
-     "rows 264 x 256, 132 slices; rows 264 x 256, 132 slices; workspace 6448",
+     "rows 264 x 256, 132 slices; workspace 2176",
+     "rows 264 x 256, 132 slices; rows 264 x 256, 132 slices; workspace 2224",
      "rows 264 x 256, 132 slices; workspace 0"},
     {"24 x 10, float32",
      {Dtype::float32, {1, 10, 24}},
@@ -186,6 +199,42 @@ const Planned kTable[] = {
      "columns 13 x 32; workspace 224",
      "divisor 1 x 1024; columns 13 x 32; workspace 232",
      "columns 13 x 32; workspace 0"},
+    // Unreduced, a row's results are the same in any batch: the number of rows decides nothing, nor where they lie.
+    {"1 x 128256, unreduced",
+     {.dtype = Dtype::bfloat16, .shape = {1, 128256, 1}, .unreduced = true},
+     "rows 1 x 512; workspace 0",
+     "rows 8 x 256, 32064 bytes, 8 slices in a cluster; workspace 0",
+     "rows 31 x 256, 31 slices; workspace 0"},
+    {"8 x 150 x 128 x 128, unreduced",
+     {.dtype = Dtype::bfloat16, .shape = {8, 150, 128 * 128}, .columns = true, .unreduced = true},
+     "columns 512 x 128, 2 positions; workspace 0",
+     "columns 660 x 64, 38400 bytes, 2 positions; workspace 0",
+     "columns 660 x 64, 38400 bytes, 2 positions; workspace 0"},
+    {"8192 x 32000, entropy",
+     {.dtype = Dtype::bfloat16, .shape = {1, 32000, 8192}, .entropy = true},
+     "rows 264 x 512, with answers; workspace 4240",
+     "divisor 1 x 1024; rows 264 x 512, 64000 bytes; workspace 4248",
+     "rows 264 x 512; workspace 0"},
+    {"64 x 32000, entropy",
+     {.dtype = Dtype::bfloat16, .shape = {1, 32000, 64}, .entropy = true},
+     "rows 320 x 256, 5 slices, with answers; workspace 16656",
+     "rows 256 x 256, 16000 bytes, 4 slices in a cluster; workspace 1040",
+     "rows 320 x 256, 5 slices; workspace 0"},
+    {"24 x 10, float32, weights of positions",
+     {.dtype = Dtype::float32, .shape = {1, 10, 24}, .sample_weight = true},
+     "tiles 1 x 256, 20736 bytes, 256 rows, 1 lanes; workspace 0",
+     "divisor 1 x 1024; tiles 1 x 256, 20736 bytes, 256 rows, 1 lanes; workspace 8",
+     "tiles 1 x 256, 20736 bytes, 256 rows, 1 lanes; workspace 0"},
+    {"8192 x 32000, weights of positions",
+     {.dtype = Dtype::bfloat16, .shape = {1, 32000, 8192}, .sample_weight = true},
+     "rows 264 x 512; workspace 4240",
+     "divisor 8 x 1024; rows 264 x 512, 64000 bytes; workspace 4400",
+     "rows 264 x 512; workspace 0"},
+    {"8192 x 32000, a denominator",
+     {.dtype = Dtype::bfloat16, .shape = {1, 32000, 8192}, .denominator = true},
+     "rows 264 x 512; workspace 4240",
+     "rows 264 x 512, 64000 bytes; workspace 4240",
+     "rows 264 x 512; workspace 0"},
     {"0 x 10, float32",
      {Dtype::float32, {1, 10, 0}},
      "columns 1 x 32, 1280 bytes; workspace 0",

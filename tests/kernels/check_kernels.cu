@@ -71,6 +71,68 @@ const ClassOptions kGeneral[] = {
      .only_grad_probabilities = true},
 };
 
+// What any kernel does, the plain ones included.
+const ClassOptions kWeighted[] = {
+    {.name = "weights of positions, some ignored", .ignored = 3, .sample_weight = true},
+    {.name = "float64 weights of positions and classes, in place",
+     .ignored = 4,
+     .weight = true,
+     .in_place = true,
+     .sample_weight = true,
+     .sample_weight_dtype = Dtype::float64},
+    {.name = "bfloat16 weights of positions, none, z loss",
+     .reduction = Reduction::none,
+     .ignored = 5,
+     .z_loss = 1e-2,
+     .sample_weight = true,
+     .sample_weight_dtype = Dtype::bfloat16},
+    {.name = "a denominator, some ignored", .ignored = 3, .denominator = 37.5},
+    {.name = "a denominator, weights of positions, smoothing",
+     .smoothing = 0.1,
+     .sample_weight = true,
+     .sample_weight_dtype = Dtype::float16,
+     .denominator = 1e3},
+    {.name = "probabilities, weights of positions",
+     .probabilities = true,
+     .grad_probabilities = true,
+     .sample_weight = true},
+};
+
+// What is wanted beside the loss.
+const ClassOptions kAnswers[] = {
+    {.name = "entropy, some ignored", .ignored = 3, .entropy = true},
+    {.name = "entropy, peaked rows", .entropy = true, .peaked = true},
+    {.name = "argmax, in place, some ignored", .ignored = 3, .in_place = true, .argmax = true},
+    {.name = "entropy and argmax, none, lse, scale",
+     .reduction = Reduction::none,
+     .ignored = 4,
+     .lse = true,
+     .scale = 0.7,
+     .entropy = true,
+     .argmax = true},
+    {.name = "scale, some ignored", .ignored = 3, .scale = 1.3},
+    {.name = "scale, softcap, entropy, smoothing, weights",
+     .weight = true,
+     .smoothing = 0.1,
+     .softcap = 20,
+     .scale = 1.5,
+     .entropy = true},
+    {.name = "entropy, infinities and NaN, argmax", .ignored = 6, .specials = true, .entropy = true, .argmax = true},
+    {.name = "argmax of infinities and NaN, sum, in place",
+     .reduction = Reduction::sum,
+     .ignored = 2,
+     .in_place = true,
+     .specials = true,
+     .argmax = true},
+    {.name = "entropy of probabilities, weights of positions, none, softcap",
+     .reduction = Reduction::none,
+     .softcap = 15,
+     .probabilities = true,
+     .grad_probabilities = true,
+     .sample_weight = true,
+     .entropy = true},
+};
+
 const ClassOptions kRare[] = {
     {.name = "all ignored", .ignored = 1},
     {.name = "all ignored, none", .reduction = Reduction::none, .ignored = 1, .weight = true, .smoothing = 0.1},
@@ -114,6 +176,31 @@ void check_some(const CpuReference& cpu, const ClassCase& c, int& turn) {
   check_cross_entropy(cpu, c, kPlain[turn % std::size(kPlain)]);
   check_cross_entropy(cpu, c, kGeneral[turn % std::size(kGeneral)]);
   ++turn;
+}
+
+// The newest options, where all of them would take long: two of each kind in turns.
+void check_answers(const CpuReference& cpu, const ClassCase& c, int& turn) {
+  for (int i = 0; i < 2; ++i, ++turn) {
+    check_cross_entropy(cpu, c, kWeighted[turn % std::size(kWeighted)]);
+    check_cross_entropy(cpu, c, kAnswers[turn % std::size(kAnswers)]);
+  }
+}
+
+// Each traversal, and rows that begin anywhere in a packet.
+void check_invariance(Dtype dtype, bool full) {
+  const ClassOptions options[] = {{.name = "plain"},
+                                  {.name = "smoothing, weights", .weight = true, .smoothing = 0.1},
+                                  {.name = "entropy, cap", .softcap = 20, .entropy = true}};
+  const std::vector<std::int64_t> classes =
+      full ? std::vector<std::int64_t>{7, 16, 33, 127, 130, 257, 1001, 1999, 2051, 8195}
+           : std::vector<std::int64_t>{7, 33, 257, 1999};
+  for (const ClassOptions& option : options) {
+    for (const std::int64_t count : classes) InvarianceCheck(Layout::rows, dtype, count, option).run(1);
+    for (const std::int64_t count : {3, 19}) {
+      for (const std::int64_t inner : {9, 24}) InvarianceCheck(Layout::columns, dtype, count, option).run(inner);
+    }
+    if (full) InvarianceCheck(Layout::columns, dtype, 19, option).run(8448);
+  }
 }
 
 // Tiles of several rounds of rows, of which the last is not full; warps that finish more rows than they have lanes.
@@ -164,17 +251,24 @@ void small_cross_entropy(const CpuReference& cpu, Dtype dtype) {
   check_all(cpu, tiles[1], kRare);
   check_all(cpu, tiles[5], kRare);
   check_turns(cpu, dtype, false);
-  int turn = 0;
+  int turn = 0, answers = 0;
   for (const ClassCase& c : rows) {
     check_some(cpu, c, turn);
     check_some(cpu, c, turn);
   }
+  for (const ClassCase& c : {tiles[1], tiles[3], tiles[5], rows[0], columns[0], columns[1]}) {
+    check_all(cpu, c, kWeighted);
+    check_all(cpu, c, kAnswers);
+  }
+  for (const ClassCase& c : {tiles[0], tiles[2], tiles[4], tiles[6], rows[1]}) check_answers(cpu, c, answers);
   for (const ClassCase& c : {columns[0], columns[1]}) {
     check_all(cpu, c, kPlain);
     check_all(cpu, c, kGeneral);
     check_all(cpu, c, kRare);
   }
   check_cross_entropy(cpu, columns[2], kPlain[3]);
+  check_cross_entropy(cpu, columns[2], kWeighted[1]);
+  check_invariance(dtype, false);
 }
 
 void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
@@ -195,9 +289,15 @@ void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
     const ClassCase c{.shape = {1, classes, 67}, .dtype = dtype, .lead = 1};
     check_all(cpu, c, kPlain);
     check_all(cpu, c, kGeneral);
+    check_all(cpu, c, kWeighted);
+    check_all(cpu, c, kAnswers);
   }
+  for (const std::int64_t classes : {1, 2, 16, 33, 128, 129, 257, 2048}) {
+    check_all(cpu, {.shape = {2, classes, 9}, .dtype = dtype, .lead = 1}, kAnswers);
+  }
+  check_invariance(dtype, true);
   // Many positions: the divisor has a launch of its own.
-  for (const ClassOptions& options : {kPlain[0], kPlain[3], kGeneral[0]}) {
+  for (const ClassOptions& options : {kPlain[0], kPlain[3], kGeneral[0], kWeighted[1], kWeighted[3], kWeighted[5]}) {
     check_cross_entropy(cpu, {.shape = {1, 7, 9001}, .dtype = dtype, .lead = 1}, options);
     check_cross_entropy(cpu, {.shape = {3, 5, 2999}, .layout = Layout::columns, .dtype = dtype}, options);
   }
@@ -218,9 +318,18 @@ void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
     check_all(cpu, c, kPlain);
     check_all(cpu, c, kGeneral);
     check_all(cpu, {.shape = {2, classes, 7}, .dtype = dtype, .pad = 1}, kRare);
+    check_all(cpu, c, kWeighted);
+    check_all(cpu, {.shape = {2, classes, 4}, .dtype = dtype, .pad = 1}, kAnswers);
   }
   check_cross_entropy(cpu, {.shape = {1, 1000003, 2}, .dtype = dtype, .lead = 1}, kPlain[turn % 5]);
   check_cross_entropy(cpu, {.shape = {1, 1000003, 2}, .dtype = dtype}, kGeneral[0]);
+  // Clusters, slices that meet through memory, rows that are read twice.
+  for (const std::int64_t classes : {60001, 1000003}) {
+    for (const ClassOptions& options : {kWeighted[0], kAnswers[0], kAnswers[1], kAnswers[2], kAnswers[7]}) {
+      check_cross_entropy(cpu, {.shape = {1, classes, 2}, .dtype = dtype}, options);
+    }
+  }
+  check_cross_entropy(cpu, {.shape = {1, 1000003, 2}, .dtype = dtype}, kWeighted[3]);
 
   // Columns: packets or not, kept or read twice.
   for (const std::int64_t classes : {1, 7, 19, 33, 150, 1000}) {
@@ -232,8 +341,10 @@ void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
       if (shape.positions() < 1000) check_some(cpu, {.shape = shape, .layout = Layout::strided, .dtype = dtype}, turn);
     }
     check_all(cpu, {.shape = {2, classes, 7}, .layout = Layout::columns, .dtype = dtype}, kRare);
+    check_all(cpu, {.shape = {2, classes, 7}, .layout = Layout::columns, .dtype = dtype}, kAnswers);
   }
   for (const ClassShape& shape : {ClassShape{1, 19, 20}, ClassShape{1, 7, 8400}}) {
+    check_all(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype}, kWeighted);
     check_all(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype}, kPlain);
     check_all(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype}, kGeneral);
   }

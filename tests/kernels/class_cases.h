@@ -35,6 +35,13 @@ struct ClassOptions {
   bool only_grad_probabilities = false;
   bool in_place = false;
   bool specials = false;  // rows with infinities and NaN
+  double scale = 1;
+  bool sample_weight = false;  // some of them zero; NaN where a position is ignored
+  Dtype sample_weight_dtype = Dtype::float32;
+  double denominator = 0;  // of the mean; 0: what is counted
+  bool entropy = false;    // wanted of every position, with a gradient of its own in backward
+  bool argmax = false;     // of logits that are whole numbers, most rows' largest more than once
+  bool peaked = false;     // every second row has an entropy of a millionth or a few
   Dtype index = Dtype::int64;
   int index_lead = 0;  // elements before the first
 };
@@ -120,7 +127,10 @@ struct Truth {
   bool finite = true;  // the largest logit is a number, and none is NaN
   double max = 0, log_sum = 0, lse = 0, loss = 0, mass = 0;
   double spread = 0;  // the sum of |mass (log_sum - shifted)|: what the loss is added up from
-  double weight = 0;
+  double weight = 0;  // in the divisor
+  double sample_weight = 1;
+  double gap = 0, entropy = 0;
+  std::int64_t argmax = 0;
 };
 
 class CrossEntropyCheck {
@@ -146,9 +156,12 @@ class CrossEntropyCheck {
 
  private:
   double logit(std::int64_t position, std::int64_t c) const { return logits_.at(strides_.at(shape_, position, c)); }
-  double capped(double x) const {
+  double seen(double x) const {
+    x *= options_.scale;
     return options_.softcap == 0 ? x : options_.softcap * std::tanh(x / options_.softcap);
   }
+  // Something is wanted of ignored positions too.
+  bool every_row() const { return options_.lse || options_.entropy || options_.argmax; }
 
   void fill() {
     Random random(shape_.classes * 31 + shape_.positions() * 7 + case_.lead + int(case_.dtype) * 1000003);
@@ -159,6 +172,8 @@ class CrossEntropyCheck {
       const double common = i % 3 == 2 ? 40 : 0;
       for (std::int64_t c = 0; c < classes; ++c) {
         double x = 3 * random.normal() + common;
+        if (options_.argmax) x = std::round(x);
+        if (options_.peaked && i % 2 == 0) x = c == i % classes ? 20 : 3 - std::log(double(classes)) + x / 64;
         if (options_.specials) {
           const std::int64_t kind = i % 7;
           if (kind == 1 && c % 2 == 0) x = -INFINITY;  // some entries
@@ -198,6 +213,27 @@ class CrossEntropyCheck {
       for (std::int64_t c = 0; c < classes; ++c) weight_.set(c, 0.25 + random.uniform());
       weight_.upload();
     }
+    if (options_.sample_weight) {
+      sample_weight_ = Buffer(options_.sample_weight_dtype, positions);
+      for (std::int64_t i = 0; i < positions; ++i) {
+        const bool ignored = !options_.probabilities && std::int64_t(index_.at(i)) == ignore_index();
+        sample_weight_.set(i, ignored ? NAN : i % 5 == 4 ? 0 : 0.5 + random.uniform());
+      }
+      sample_weight_.upload();
+    }
+    if (options_.denominator != 0) {
+      denominator_ = Buffer(Dtype::float64, 1);
+      denominator_.set(0, options_.denominator);
+      denominator_.upload();
+    }
+    if (options_.entropy) {
+      entropy_ = Buffer(acc_, positions);
+      gap_ = Buffer(acc_, positions);
+      grad_entropy_ = Buffer(acc_, positions);
+      for (std::int64_t i = 0; i < positions; ++i) grad_entropy_.set(i, random.normal());
+      grad_entropy_.upload();
+    }
+    if (options_.argmax) argmax_ = Buffer(Dtype::int64, positions);
     max_ = Buffer(acc_, positions);
     log_sum_ = Buffer(acc_, positions);
     if (options_.lse) {
@@ -239,21 +275,35 @@ class CrossEntropyCheck {
       Truth& row = truth_[i];
       row.counts = options_.probabilities || std::int64_t(index_.at(i)) != ignore_index();
       row.weight = !row.counts || shape_.classes == 0 ? 0 : options_.probabilities ? 1 : weight(index_.at(i));
+      if (sample_weight_ && row.counts) {
+        // Rounded to the accumulate type first.
+        row.sample_weight = acc_ == Dtype::float64 ? sample_weight_.at(i) : float(sample_weight_.at(i));
+        row.weight *= row.sample_weight;
+      }
       row.max = -INFINITY;
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
         const double x = logit(i, c);
         row.finite = row.finite && !std::isnan(x);
-        row.max = std::max(row.max, capped(x));
+        row.max = std::max(row.max, seen(x));
+        const double largest = logit(i, row.argmax);
+        if (x > largest || (std::isnan(x) && !std::isnan(largest))) row.argmax = c;
       }
       row.finite = row.finite && (std::isfinite(row.max) || shape_.classes == 0);
       long double sum = 0;  // as all long sums of the truth: in float64 their own rounding would show
-      for (std::int64_t c = 0; c < shape_.classes; ++c) sum += std::exp(capped(logit(i, c)) - row.max);
+      long double gap = 0;
+      for (std::int64_t c = 0; c < shape_.classes; ++c) {
+        const long double shifted = seen(logit(i, c)) - row.max, e = std::exp(shifted);
+        sum += e;
+        if (e > 0) gap -= e * shifted;
+      }
       row.log_sum = static_cast<double>(std::log(sum));
       row.lse = row.max + row.log_sum;
+      row.gap = static_cast<double>(gap / sum);
+      row.entropy = static_cast<double>(std::log(sum) + gap / sum);
       if (!row.counts) continue;
       long double mass_sum = 0, loss = 0;
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
-        const double a = mass(i, c), entry = a == 0 ? 0 : a * (row.log_sum - (capped(logit(i, c)) - row.max));
+        const double a = mass(i, c), entry = a == 0 ? 0 : a * (row.log_sum - (seen(logit(i, c)) - row.max));
         mass_sum += a;
         loss += entry;
         row.spread += std::fabs(entry) + a * row.log_sum;
@@ -261,19 +311,22 @@ class CrossEntropyCheck {
       row.mass = static_cast<double>(mass_sum);
       row.loss = static_cast<double>(loss) + options_.z_loss * row.lse * row.lse;
       row.spread += options_.z_loss * row.lse * row.lse;
+      row.loss *= row.sample_weight;
+      row.spread *= row.sample_weight;
       if (shape_.classes == 0) row.loss = 0;
     }
     long double counted = 0;
     for (const Truth& row : truth_) counted += row.weight;
-    counted_ = static_cast<double>(counted);
+    counted_ = denominator_ ? options_.denominator : static_cast<double>(counted);
   }
 
   // Half units in the last place that a sum over classes is off by: every thread adds up one part and then the parts
   // are added; errors of either sign grow with the square root of their number. Beside it a constant for the elementary
-  // functions, and what the soft cap rounds off (of the size of the cap), which is an error of the exponent.
-  // Where the kernel's type is that of the truth, both are off by as much.
+  // functions, and what the scale and the soft cap round off (of the size of the logits or the cap), which is an error
+  // of the exponent. Where the kernel's type is that of the truth, both are off by as much.
   double units() const {
-    return (acc_ == Dtype::float64 ? 32 : 16) + std::sqrt(double(shape_.classes)) + 6 * options_.softcap;
+    return (acc_ == Dtype::float64 ? 32 : 16) + std::sqrt(double(shape_.classes)) + 6 * options_.softcap +
+           (options_.scale != 1 ? 120 * options_.scale : 0);
   }
   double loss_tolerance(const Truth& row) const { return rounding(acc_) * units() * (1 + row.spread); }
 
@@ -288,13 +341,16 @@ class CrossEntropyCheck {
       args.target = {{index_.data(on_device), options_.index, 1}, ignore_index()};
     }
     args.weight = weight_.data(on_device);
+    args.sample_weight = {sample_weight_.data(on_device), options_.sample_weight_dtype, 1};
     args.label_smoothing = options_.smoothing;
     args.z_loss = options_.z_loss;
+    args.logit_scale = options_.scale;
     args.logit_softcap = options_.softcap;
     args.total = {.reduction = options_.reduction,
                   .loss = total_.data(on_device),
                   .dtype = case_.dtype,
-                  .divisor = static_cast<double*>(divisor_.data(on_device))};
+                  .divisor = static_cast<double*>(divisor_.data(on_device)),
+                  .denominator = static_cast<const double*>(denominator_.data(on_device))};
     return args;
   }
 
@@ -327,11 +383,14 @@ class CrossEntropyCheck {
       with.row_max = max_.data(on_device);
       with.row_log_sum = log_sum_.data(on_device);
       with.lse = lse_.data(on_device);
-      with.every_lse = options_.lse;
+      with.every_row = every_row();
+      with.entropy = entropy_.data(on_device);
+      with.row_gap = gap_.data(on_device);
+      with.argmax = static_cast<std::int64_t*>(argmax_.data(on_device));
       with.loss = {loss_.data(on_device), case_.dtype, 1};
       return with;
     };
-    const auto outputs = {&max_, &log_sum_, &lse_, &loss_, &total_, &divisor_};
+    const auto outputs = {&max_, &log_sum_, &lse_, &entropy_, &gap_, &argmax_, &loss_, &total_, &divisor_};
     const auto poison = [&] {
       for (Buffer* output : outputs) {
         if (*output) output->poison();
@@ -351,32 +410,45 @@ class CrossEntropyCheck {
         compare("loss", i, 0, loss_, i, row.counts ? row.loss : 0, row.counts ? tolerance : 0,
                 row.finite || !row.counts);
       }
-      if (!row.counts && !options_.lse) continue;  // of no use to anyone, and left to the kernels
+      if (!row.counts && !every_row()) continue;  // of no use to anyone, and left to the kernels
       if (shape_.classes == 0) continue;
-      const double cap = 4 * u * options_.softcap;
+      if (argmax_) compare("argmax", i, 0, argmax_, i, double(row.argmax), 0);
+      const double cap = 4 * u * options_.softcap + (options_.scale != 1 ? 3 * u * std::fabs(row.max) : 0);
       compare("max", i, 0, max_, i, row.max, cap, row.finite);
       const double tolerance = u * (units() + std::fabs(row.log_sum)) + cap;
       compare("log_sum", i, 0, log_sum_, i, row.log_sum, tolerance, row.finite);
       if (lse_) compare("lse", i, 0, lse_, i, row.lse, tolerance + u * std::fabs(row.lse), row.finite);
+      if (entropy_) {
+        // Relative: each exponential that it is added up from is off by units of its exponent's size.
+        // Absolute: the sums, of which 1 is a part, are float64.
+        const double tolerance = u * (units() + 64) * row.entropy + 8 * rounding(Dtype::float64);
+        compare("entropy", i, 0, entropy_, i, row.entropy, tolerance, row.finite);
+        compare("gap", i, 0, gap_, i, row.gap, tolerance, row.finite);
+      }
     }
     check_totals(what);
   }
 
   // scale: of grad_loss.
-  void check_gradient(const std::string& what, const Buffer& grad, double scale, bool with_lse) {
+  void check_gradient(const std::string& what, const Buffer& grad, double scale, bool with_lse, bool with_entropy) {
     Comparison compare(what);
     const double u = rounding(acc_), out = rounding(case_.dtype);
     for (std::int64_t i = 0; i < shape_.positions(); ++i) {
       const Truth& row = truth_[i];
-      const double g = row.counts ? grad_loss_of(i) * scale : 0, from_lse = with_lse ? grad_lse_.at(i) : 0;
+      const double g = row.counts ? grad_loss_of(i) * scale * row.sample_weight : 0;
+      const double from_lse = with_lse ? grad_lse_.at(i) : 0, from_entropy = with_entropy ? grad_entropy_.at(i) : 0;
       const double factor = g * (row.mass + 2 * options_.z_loss * row.lse) + from_lse;
-      const double size = std::fabs(g) * (row.mass + 2 * options_.z_loss * std::fabs(row.lse)) + std::fabs(from_lse);
-      const bool skipped = !row.counts && !with_lse;
+      const double loss_size =
+          std::fabs(g) * (row.mass + 2 * options_.z_loss * std::fabs(row.lse)) + std::fabs(from_lse);
+      const bool skipped = !row.counts && !with_lse && !with_entropy;
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
         const double x = logit(i, c), a = row.counts ? mass(i, c) : 0;
-        const double shifted = capped(x) - row.max, p = std::exp(shifted - row.log_sum);
-        const double t = options_.softcap == 0 ? 0 : std::tanh(x / options_.softcap);
-        const double truth = skipped ? 0 : (p * factor - g * a) * (1 - t) * (1 + t);
+        const double shifted = seen(x) - row.max, p = std::exp(shifted - row.log_sum);
+        const double t = options_.softcap == 0 ? 0 : std::tanh(options_.scale * x / options_.softcap);
+        const double gap = p == 0 ? 0 : std::fabs(shifted), slope = options_.scale * (1 - t) * (1 + t);
+        const double own_factor = factor + from_entropy * (gap - row.gap);
+        const double size = loss_size + std::fabs(from_entropy) * (gap + row.gap);
+        const double truth = skipped ? 0 : (p * own_factor - g * a) * slope;
         // The exponent is off by half units of its own size, and the sum by those of the loss; then two products, a
         // difference, and the rounding of the result. Zero is exact.
         const double exponent = p == 0 ? 0 : (units() + std::fabs(shifted) + row.log_sum) * p;
@@ -384,6 +456,8 @@ class CrossEntropyCheck {
         tolerance += out * std::fabs(truth) + smallest(case_.dtype);
         // The mean's divisor is a sum in float64, in another order here and there.
         tolerance += 4 * std::sqrt(double(shape_.positions())) * 0x1p-53 * (p * size + std::fabs(g) * a);
+        // The truth is float64 as well.
+        tolerance += 0x1p-50 * (1 + options_.softcap) * std::fabs(from_entropy) * p * slope;
         if (skipped) tolerance = 0;
         compare("gradient", i, c, grad, strides_.at(shape_, i, c), truth, tolerance, row.finite || skipped);
       }
@@ -406,20 +480,27 @@ class CrossEntropyCheck {
       with.grad_loss = {grad_loss_.data(on_device), case_.dtype, 0};
       if (options_.in_place) with.logits.data = place.data(on_device);
       with.grad_logits = strides_.tensor(grad, on_device);
+      with.argmax = static_cast<std::int64_t*>(argmax_.data(on_device));
+      with.every_row = options_.argmax;
       return with;
     };
     const auto poison = [&] {
       grad.poison();
       if (place) place.copy_from(logits_);
+      if (argmax_) argmax_.poison();
       total_.poison();
       divisor_.poison();
     };
     launch_twice(what.c_str(), fusedloss::cuda::kKernels.cross_entropy, with_outputs(true), Pass::forward_with_gradient,
-                 {&grad, &total_, &divisor_}, poison);
+                 {&grad, &argmax_, &total_, &divisor_}, poison);
     cpu_.cross_entropy(with_outputs(false), Pass::forward_with_gradient);
     check_totals(what);
     const bool is_mean = options_.reduction == Reduction::mean;
-    check_gradient(what, grad, is_mean ? 1 / counted_ : 1, false);
+    check_gradient(what, grad, is_mean ? 1 / counted_ : 1, false, false);
+    for (std::int64_t i = 0; argmax_ && i < shape_.positions() && shape_.classes > 0; ++i) {
+      Comparison compare(what);
+      compare("argmax", i, 0, argmax_, i, double(truth_[i].argmax), 0);
+    }
     check_gaps(what, grad, strides_, shape_);
   }
 
@@ -439,6 +520,8 @@ class CrossEntropyCheck {
       with.grad_loss = {grad_loss_.data(on_device), case_.dtype, options_.reduction == Reduction::none};
       if (is_mean) with.grad_divisor = static_cast<const double*>(divisor_.data(on_device));
       with.grad_lse = grad_lse_.data(on_device);
+      with.row_gap = gap_.data(on_device);
+      with.grad_entropy = grad_entropy_.data(on_device);
       if (options_.in_place) with.logits.data = place.data(on_device);
       if (grad) with.grad_logits = strides_.tensor(grad, on_device);
       if (grad_probabilities_) with.grad_probabilities = probability_strides_.tensor(grad_probabilities_, on_device);
@@ -454,7 +537,7 @@ class CrossEntropyCheck {
     cpu_.cross_entropy(with_outputs(false), Pass::backward);
     const double scale = is_mean ? 1 / counted_ : 1;
     if (grad) {
-      check_gradient(what, grad, scale, options_.lse);
+      check_gradient(what, grad, scale, options_.lse, options_.entropy);
       check_gaps(what, grad, strides_, shape_);
     }
     if (!grad_probabilities_) return;
@@ -463,8 +546,8 @@ class CrossEntropyCheck {
     for (std::int64_t i = 0; i < shape_.positions(); ++i) {
       const Truth& row = truth_[i];
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
-        const double factor = grad_loss_of(i) * scale * (1 - options_.smoothing) * weight(c);
-        const double entry = row.log_sum - (capped(logit(i, c)) - row.max), truth = factor * entry;
+        const double factor = grad_loss_of(i) * scale * row.sample_weight * (1 - options_.smoothing) * weight(c);
+        const double entry = row.log_sum - (seen(logit(i, c)) - row.max), truth = factor * entry;
         const double tolerance =
             rounding(acc_) * std::fabs(factor) * (units() + 4 * row.log_sum + 4 * std::fabs(entry)) +
             rounding(dtype) * std::fabs(truth) + smallest(dtype);
@@ -483,10 +566,108 @@ class CrossEntropyCheck {
   const Dtype acc_;
   Strides probability_strides_{};
   Buffer logits_, probabilities_, index_, weight_;
-  Buffer max_, log_sum_, lse_, loss_, total_, divisor_;
-  Buffer grad_loss_, grad_lse_, grad_, grad_probabilities_;
+  Buffer sample_weight_, denominator_;
+  Buffer max_, log_sum_, lse_, entropy_, gap_, argmax_, loss_, total_, divisor_;
+  Buffer grad_loss_, grad_lse_, grad_entropy_, grad_, grad_probabilities_;
   std::vector<Truth> truth_;
   double counted_ = 0;
+};
+
+// Unreduced, a row's results are the same to the bit in any batch, at any place of it, and wherever it lies in memory.
+class InvarianceCheck {
+ public:
+  InvarianceCheck(Layout layout, Dtype dtype, std::int64_t classes, const ClassOptions& options)
+      : layout_(layout), dtype_(dtype), classes_(classes), options_(options) {}
+
+  // Columns are batches of images of `inner` positions.
+  void run(std::int64_t inner) {
+    ++cases();
+    const bool rows = layout_ == Layout::rows;
+    inner_ = inner;
+    const Results all = results(rows ? 200 : ceil_200(), 0, 0, 0);
+    const std::int64_t batch = all.images, width = 16 / bytes_of(dtype_);
+    for (const std::int64_t first : {std::int64_t(0), std::int64_t(1), batch - 3, batch - 1}) {
+      for (const std::int64_t count : {1, 3}) {
+        if (first + count > batch) continue;
+        for (int lead = 0; lead < width; lead += lead < 3 ? 1 : 2) {
+          expect_same(all, results(count, first, lead, 0), first, lead, 0);
+        }
+        expect_same(all, results(count, first, 0, 1), first, 0, 1);
+        expect_same(all, results(count, first, 1, 8), first, 1, 8);
+      }
+    }
+    expect_same(all, results(batch - 1, 1, 1, 3), 1, 1, 3);
+  }
+
+ private:
+  struct Results {
+    std::int64_t images = 0;
+    std::vector<Buffer> buffers;
+  };
+
+  std::int64_t ceil_200() const { return fusedloss::ceil_div(200, inner_) + 3; }
+
+  double logit(std::int64_t position, std::int64_t c) const {
+    Random random(position * 1000003 + c);
+    random.uniform();
+    return 3 * random.normal();
+  }
+
+  Results results(std::int64_t images, std::int64_t first, int lead, int pad) const {
+    const ClassShape shape{images, classes_, inner_};
+    const Strides strides = Strides::of(shape, layout_, pad);
+    const std::int64_t positions = shape.positions();
+    Buffer logits(dtype_, strides.extent(shape), lead), index(Dtype::int64, positions),
+        weight(accumulate_type(dtype_), classes_);
+    for (std::int64_t i = 0; i < positions; ++i) {
+      const std::int64_t position = first * inner_ + i;
+      for (std::int64_t c = 0; c < classes_; ++c) logits.set(strides.at(shape, i, c), logit(position, c));
+      index.set(i, double(position * 7 % classes_));
+    }
+    for (std::int64_t c = 0; c < classes_; ++c) weight.set(c, 0.3 + double(c % 13) / 7);
+    logits.upload();
+    index.upload();
+    weight.upload();
+    Results results{images, {}};
+    const Dtype acc = accumulate_type(dtype_);
+    results.buffers.emplace_back(dtype_, positions);
+    for (int i = 0; i < 4; ++i) results.buffers.emplace_back(acc, positions);
+    CrossEntropyArgs args;
+    args.shape = shape;
+    args.logits = strides.tensor(logits, true);
+    args.target = {{index.data(true), Dtype::int64, 1}, -100};
+    if (options_.weight) args.weight = weight.data(true);
+    args.label_smoothing = options_.smoothing;
+    args.logit_softcap = options_.softcap;
+    args.loss = {results.buffers[0].data(true), dtype_, 1};
+    args.row_max = results.buffers[1].data(true);
+    args.row_log_sum = results.buffers[2].data(true);
+    args.lse = results.buffers[3].data(true);
+    if (options_.entropy) args.entropy = results.buffers[4].data(true);
+    args.every_row = true;
+    launch(fusedloss::cuda::kKernels.cross_entropy, args, Pass::forward);
+    for (Buffer& buffer : results.buffers) buffer.download();
+    return results;
+  }
+
+  void expect_same(const Results& all, const Results& some, std::int64_t first, int lead, int pad) const {
+    constexpr const char* kNames[] = {"loss", "max", "log_sum", "lse", "entropy"};
+    for (std::size_t b = 0; b < all.buffers.size(); ++b) {
+      const std::int64_t size = bytes_of(all.buffers[b].dtype());
+      const auto& want = all.buffers[b].got_bytes();
+      const auto& got = some.buffers[b].got_bytes();
+      const bool same = std::equal(got.begin(), got.end(), want.begin() + first * inner_ * size);
+      EXPECT(same, "%s of %ld classes, %s, %s, %ld of %ld from %ld on, lead %d, pad %d: not the same as in a batch",
+             kNames[b], long(classes_), name_of(dtype_), options_.name, long(some.images), long(all.images),
+             long(first), lead, pad);
+    }
+  }
+
+  const Layout layout_;
+  const Dtype dtype_;
+  const std::int64_t classes_;
+  const ClassOptions options_;
+  std::int64_t inner_ = 1;
 };
 
 class NllCheck {

@@ -80,9 +80,11 @@ std::optional<double> known_divisor(const ElementwiseArgs& args) {
 }
 
 void write(const Total& total, const Partial& sum) {
-  if (total.divisor) *total.divisor = sum.divisor;
+  const double* denominator = total.denominator;
+  if (total.divisor) *total.divisor = denominator ? *denominator : sum.divisor;
   if (!total.loss) return;
-  const double loss = math::reduced(total.reduction == Reduction::mean, sum.loss, sum.divisor);
+  const double loss = denominator ? math::reduced_over(sum.loss, *denominator)
+                                  : math::reduced(total.reduction == Reduction::mean, sum.loss, sum.divisor);
   store(total.loss, total.dtype, 0, 1, 1, &loss);
 }
 
@@ -100,7 +102,7 @@ std::int64_t launch(const Loss<Args>& loss, const Args& args, Pass pass, Paralle
     const auto known = known_divisor(args);
     const Partial counted = known ? Partial{.divisor = *known} : sum(loss.count, args, parallel_for);
     if (counted.invalid >= 0) return counted.invalid;
-    divisor = counted.divisor;
+    divisor = args.total.denominator ? *args.total.denominator : counted.divisor;
     if (args.total.reduction == Reduction::mean) with_divisor.grad_divisor = &divisor;
   }
   const Partial total = sum(loss.forward, with_divisor, parallel_for);

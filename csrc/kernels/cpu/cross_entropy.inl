@@ -30,11 +30,14 @@ struct Group {
   Class target[kLanes];      // a class index, or kNoClass: ignored, invalid, or the target is probabilities
   Class counts[kLanes];      // contributes to the loss
   Class skip[kLanes];        // contributes to nothing that is asked for
+  Class no_grad[kLanes];     // has a gradient of zeros, whatever its logits are
   Acc target_mass[kLanes];   // on the target class alone
   Acc target_logit[kLanes];  // the maximum where there is no target class
+  Acc weight[kLanes];        // of the position
   // The statistics, and what becomes of them.
   Acc max[kLanes];
   double sum[kLanes];         // of exp(x - max)
+  double gap[kLanes];         // of exp(x - max) (max - x), where the entropy is wanted
   double dense_loss[kLanes];  // where every class has mass
   double mass[kLanes];        // of probabilities
   double log_sum[kLanes];
@@ -42,9 +45,9 @@ struct Group {
   Acc grad_loss[kLanes];
   const Acc* grad_lse;
 
-  math::FinishedRow<double> row(int i) const { return {double(max[i]), log_sum[i], dense_loss[i], mass[i]}; }
+  math::FinishedRow<double> row(int i) const { return {double(max[i]), log_sum[i], dense_loss[i], mass[i], 0}; }
   math::RowTarget<double> target_of(int i) const {
-    return {counts[i] != 0, double(target_mass[i]), double(target_logit[i]) - double(max[i])};
+    return {counts[i] != 0, double(target_mass[i]), double(target_logit[i]) - double(max[i]), double(weight[i])};
   }
 };
 
@@ -57,8 +60,10 @@ struct CrossEntropy {
       : args(args),
         classes(args.shape.classes),
         weights(static_cast<const Acc*>(args.weight)),
+        scale(args.logit_scale),
         cap(args.logit_softcap),
-        gradient(args.grad_logits.data != nullptr) {
+        gradient(args.grad_logits.data != nullptr),
+        entropy(args.entropy != nullptr) {
     const bool spreads = args.label_smoothing != 0 && !args.has_probabilities;
     double weight_sum = weights ? 0 : double(classes);
     for (std::int64_t c = 0; weights && spreads && c < classes; ++c) weight_sum += double(weights[c]);
@@ -73,32 +78,41 @@ struct CrossEntropy {
     return position / inner * tensor.outer_stride + position % inner * tensor.inner_stride + c * tensor.class_stride;
   }
 
-  // Replaces x by the capped logits, and writes the cap's slopes. In float64: what the cap rounds off, exp magnifies.
-  void apply_cap(Acc* x, Acc* slopes, std::int64_t count) const {
+  // Writes logits as the softmax sees them, perhaps over x, and under a cap, their slopes; else the slope is the scale.
+  // A cap is taken in float64: what it rounds off, exp magnifies.
+  void transform(const Acc* x, Acc* seen, Acc* slopes, std::int64_t count) const {
+    if (cap == 0) {
+      const Acc factor = Acc(scale);
+#pragma omp simd
+      for (std::int64_t i = 0; i < count; ++i) seen[i] = x[i] * factor;
+      return;
+    }
 #pragma omp simd
     for (std::int64_t i = 0; i < count; ++i) {
-      const auto capped = math::soft_cap(double(x[i]), cap);
-      x[i] = static_cast<Acc>(capped.value);
-      slopes[i] = static_cast<Acc>(capped.slope);
+      const auto logit = math::seen_logit(double(x[i]), scale, cap);
+      seen[i] = static_cast<Acc>(logit.value);
+      slopes[i] = static_cast<Acc>(logit.slope);
     }
   }
 
   Acc weight(std::int64_t c) const { return weights ? weights[c] : Acc(1); }
 
   void load_targets(Group<Acc>& group, Partial& partial) const {
+    const Acc* sample_weights = load_positions(args.sample_weight, group.begin, group.count, group.weight);
+    if (sample_weights != group.weight) std::copy_n(sample_weights, group.count, group.weight);
     if (problem.probabilities) {
       for (int i = 0; i < group.count; ++i) {
         group.target[i] = Group<Acc>::kNoClass;
         group.counts[i] = classes > 0;
-        group.skip[i] = false;
+        group.skip[i] = group.no_grad[i] = false;
         group.target_mass[i] = Acc(0);
+        if (classes > 0) partial.divisor += double(group.weight[i]);  // native divides by the positions
       }
-      if (classes > 0) partial.divisor += group.count;  // native divides the logits' number by that of the classes
       return;
     }
     using Class = typename Group<Acc>::Class;
     const std::int64_t ignore_index = args.target.ignore_index, classes = this->classes;
-    const Class lse_wanted = args.every_lse || args.grad_lse;
+    const Class wanted = args.every_row, has_grad = args.grad_lse || args.grad_entropy;
     const int count = group.count;
     std::int64_t buffer[kLanes], valid[kLanes], target[kLanes];
     const std::int64_t* targets = load_positions(args.target.index, group.begin, count, buffer);
@@ -117,33 +131,49 @@ struct CrossEntropy {
       group.counts[i] = static_cast<Class>(valid[i]);
     }
 #pragma omp simd
-    for (int i = 0; i < count; ++i) group.skip[i] = !group.counts[i] & !lse_wanted;
+    for (int i = 0; i < count; ++i) {
+      group.no_grad[i] = !group.counts[i] & !has_grad;
+      group.skip[i] = group.no_grad[i] & !wanted;
+    }
     for (int i = 0; invalid > 0 && partial.invalid < 0 && i < count; ++i) {
       if (!valid[i] && targets[i] != ignore_index) partial.invalid = group.begin + i;
     }
-    if (!weights) {
+    if (!weights && !args.sample_weight.data) {
       partial.divisor += double(counted);
       std::fill_n(group.target_mass, count, math::index_mass(problem, Acc(1)));
       return;
     }
     for (int i = 0; i < count; ++i) {
-      const Acc target_weight = valid[i] ? weights[target[i]] : Acc(0);
-      partial.divisor += double(target_weight);
+      const Acc target_weight = valid[i] ? weight(target[i]) : Acc(0);
+      if (valid[i]) partial.divisor += double(target_weight) * double(group.weight[i]);
       group.target_mass[i] = math::index_mass(problem, target_weight);
     }
+  }
+
+  // Rows that do not exist up to a multiple of any vector's lanes; returns their number. A row must not be what is left
+  // of a vector loop: the scalar code for that may round otherwise, and how many rows there are would decide its loss.
+  static int pad(Group<Acc>& group) {
+    const int padded = static_cast<int>(ceil_div(group.count, kWidest)) * kWidest;
+    for (int i = group.count; i < padded; ++i) {
+      group.counts[i] = 0;
+      group.sum[i] = 1;
+      group.target_mass[i] = group.target_logit[i] = group.weight[i] = group.max[i] = 0;
+      group.dense_loss[i] = group.mass[i] = 0;
+    }
+    return padded;
   }
 
   // Finishes the rows of a group, all at once: one logarithm after the other would take a good part of the time that
   // short rows have. Inlined into the traversal, these loops are slower: forward of 24 rows takes a fifth longer.
   [[gnu::noinline]] void finish(Group<Acc>& group, Partial& partial) const {
-    const int count = group.count;
+    const int count = group.count, padded = pad(group);
     Acc loss[kLanes];
     double sum = 0;
 #pragma omp simd
-    for (int i = 0; i < count; ++i) group.log_sum[i] = math::log(group.sum[i]);
+    for (int i = 0; i < padded; ++i) group.log_sum[i] = math::log(group.sum[i]);
     with_problem([&](const math::RowProblem<double>& problem) __attribute__((always_inline)) {
 #pragma omp simd
-      for (int i = 0; i < count; ++i) loss[i] = Acc(math::row_loss(problem, group.row(i), group.target_of(i)));
+      for (int i = 0; i < padded; ++i) loss[i] = Acc(math::row_loss(problem, group.row(i), group.target_of(i)));
     });
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < count; ++i) sum += double(loss[i]);
@@ -153,9 +183,20 @@ struct CrossEntropy {
       std::copy_n(group.max, count, static_cast<Acc*>(args.row_max) + group.begin);
       std::copy_n(group.log_sum, count, static_cast<Acc*>(args.row_log_sum) + group.begin);
     }
-    if (!args.lse) return;
-    Acc* lse = static_cast<Acc*>(args.lse) + group.begin;
-    for (int i = 0; i < count; ++i) lse[i] = Acc(group.row(i).lse());
+    if (args.lse) {
+      Acc* lse = static_cast<Acc*>(args.lse) + group.begin;
+      for (int i = 0; i < count; ++i) lse[i] = Acc(group.row(i).lse());
+    }
+    if (entropy) store_entropies(group);
+  }
+
+  void store_entropies(const Group<Acc>& group) const {
+    for (int i = 0; i < group.count; ++i) {
+      auto row = group.row(i);
+      row.gap = group.gap[i] / group.sum[i];
+      static_cast<Acc*>(args.entropy)[group.begin + i] = Acc(row.entropy());
+      if (args.row_gap) static_cast<Acc*>(args.row_gap)[group.begin + i] = Acc(row.gap);
+    }
   }
 
   // For backward: forward's statistics.
@@ -165,16 +206,17 @@ struct CrossEntropy {
   }
 
   void load_grads(Group<Acc>& group) const {
-    const double scale = math::mean_scale(args.grad_divisor);
+    const double mean = math::mean_scale(args.grad_divisor);
     Acc buffer[kLanes];
     const Acc* g = load_positions(args.grad_loss, group.begin, group.count, buffer);
 #pragma omp simd
-    for (int i = 0; i < group.count; ++i) group.grad_loss[i] = Acc(double(g[i]) * scale);
+    for (int i = 0; i < group.count; ++i) group.grad_loss[i] = Acc(double(g[i]) * mean * double(group.weight[i]));
     static constexpr Acc kNone[kLanes] = {};
     group.grad_lse = args.grad_lse ? static_cast<const Acc*>(args.grad_lse) + group.begin : kNone;
   }
 
-  // What the entries of row i share in their gradients; the factor is divided by the sum.
+  // What the entries of row i share in their gradients, as the softmax sees them; what multiplies the exponentials is
+  // divided by their sum.
   template <Sum kSum>
   [[gnu::always_inline]] static math::RowGradient<double> row_gradient(const math::RowProblem<double>& problem,
                                                                        const Group<Acc>& group, int i) {
@@ -184,11 +226,25 @@ struct CrossEntropy {
     return row;
   }
 
+  // The entropy's share of it, in backward.
+  void add_entropy_grad(math::RowGradient<double>& row, const Group<Acc>& group, int i) const {
+    const std::int64_t position = group.begin + i;
+    math::RowGradient<double> added{};
+    math::add_entropy_grad(added, double(static_cast<const Acc*>(args.grad_entropy)[position]),
+                           double(static_cast<const Acc*>(args.row_gap)[position]));
+    row.factor += math::over_sum(added.factor, group.log_sum[i]);
+    row.on_gap = math::over_sum(added.on_gap, group.log_sum[i]);
+  }
+
+  // Whether all logits have one slope, the scale.
+  bool only_scaled() const { return scale != 1 && cap == 0; }
+
   const CrossEntropyArgs& args;
   const std::int64_t classes;
   const Acc* const weights;
-  const double cap;
-  const bool gradient;  // is asked for
+  const double scale, cap;  // of the logits
+  const bool gradient;      // is asked for
+  const bool entropy;       // likewise
   math::RowProblem<Acc> problem;
   math::RowProblem<double> wide;  // a row's loss, and what its entries share, are formed in float64
 

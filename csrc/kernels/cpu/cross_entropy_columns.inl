@@ -56,11 +56,62 @@ template <class Acc>
   }
 }
 
+// Replaces the tile by its exponentials, and adds them, each in float64, and their products with the gaps: an entropy
+// is little more than what the smallest add up to.
+template <class Acc>
+[[gnu::noinline]] void take_exponentials_and_gaps(const Tile<Acc>& tile, const Acc* shift, double* sum, double* gap) {
+  std::fill_n(sum, tile.lanes, 0.0);
+  std::fill_n(gap, tile.lanes, 0.0);
+  for (std::int64_t c = 0; c < tile.lines; ++c) {
+    Acc* x = tile.line(c);
+#pragma omp simd
+    for (int i = 0; i < tile.lanes; ++i) {
+      const Acc shifted = x[i] - shift[i], e = math::exp_nonpositive(shifted);
+      x[i] = e;
+      sum[i] += double(e);
+      gap[i] += double(math::times_gap(e, shifted));
+    }
+  }
+}
+
 // What the entries of each lane share in their gradients, as they need it.
 template <class Acc>
 struct Shared {
-  Acc factor[kLanes], on_target[kLanes], on_all[kLanes];
+  Acc factor[kLanes], on_target[kLanes], on_all[kLanes], on_gap[kLanes];
 };
+
+// Replaces the tile by its exponentials times the factors that entries of their own gaps have.
+template <class Acc>
+[[gnu::noinline]] void take_weighted_exponentials(const Tile<Acc>& tile, const Acc* max, const Shared<Acc>& rows) {
+  for (std::int64_t c = 0; c < tile.lines; ++c) {
+    Acc* x = tile.line(c);
+#pragma omp simd
+    for (int i = 0; i < tile.lanes; ++i) {
+      const Acc shifted = x[i] - max[i];
+      x[i] = math::times_factor(math::exp_nonpositive(shifted), rows.factor[i], rows.on_gap[i], shifted);
+    }
+  }
+}
+
+// The classes of the largest logits, the first of several, where NaN is larger than any number.
+template <class Acc>
+[[gnu::noinline]] void find_argmax(const Tile<Acc>& tile, std::int64_t* argmax) {
+  using Class = typename Group<Acc>::Class;
+  Acc largest[kLanes];
+  Class found[kLanes] = {};
+  std::fill_n(largest, tile.lanes, -math::kInfinity<Acc>);
+  for (std::int64_t c = 0; c < tile.lines; ++c) {
+    const Acc* x = tile.line(c);
+    const Class this_class = static_cast<Class>(c);
+#pragma omp simd
+    for (int i = 0; i < tile.lanes; ++i) {
+      const bool is_larger = (x[i] > largest[i]) | ((x[i] != x[i]) & (largest[i] == largest[i]));
+      found[i] = is_larger ? this_class : found[i];
+      largest[i] = is_larger ? x[i] : largest[i];
+    }
+  }
+  std::copy_n(found, tile.lanes, argmax);
+}
 
 // From exponentials to gradients, for class indices. kDense: every class has mass.
 template <bool kDense, class Acc>
@@ -75,7 +126,7 @@ template <bool kDense, class Acc>
     for (int i = 0; i < tile.lanes; ++i) {
       const Acc on_target = math::zero_if(group.target[i] != this_class, rows.on_target[i]);
       const Acc on_class = kDense ? rows.on_all[i] * weight + on_target : on_target;
-      e[i] = math::zero_if(group.skip[i], math::logit_grad(e[i], rows.factor[i], on_class));
+      e[i] = math::zero_if(group.no_grad[i], math::logit_grad(e[i], rows.factor[i], on_class));
     }
   }
 }
@@ -112,9 +163,7 @@ class Columns {
       load_tile(group);
       if (p_.problem.probabilities) load_masses(group);
       if (p_.args.grad_probabilities.data) probability_gradient(group);
-      if (!p_.gradient) continue;
-      take_exponentials(tile(group), group.max);
-      gradient<Sum::saved>(group);
+      if (p_.gradient) gradient<Sum::saved>(group);
     }
   }
 
@@ -134,8 +183,9 @@ class Columns {
     const ClassTensor& logits = p_.args.logits;
     load_lines(logits.data, logits.dtype, p_.offset(logits, group.begin), logits.class_stride, logits.inner_stride,
                p_.classes, group.count, tile_, lanes_);
-    if (p_.cap == 0) return;
-    for (std::int64_t c = 0; c < p_.classes; ++c) p_.apply_cap(line(c), slopes_ + c * lanes_, group.count);
+    if (p_.args.argmax) find_argmax(tile(group), p_.args.argmax + group.begin);
+    if (!p_.args.transforms()) return;
+    for (std::int64_t c = 0; c < p_.classes; ++c) p_.transform(line(c), line(c), slopes_ + c * lanes_, group.count);
   }
 
   // Probabilities become their masses once, in a tile of their own.
@@ -166,8 +216,12 @@ class Columns {
 #pragma omp simd
     for (int i = 0; i < lanes; ++i) shift[i] = math::finite_shift(group.max[i]);
     if (p_.problem.dense()) add_masses(group, shift);
-    take_exponentials(tile(group), shift);
-    add_lines(tile(group), group.sum);
+    if (p_.entropy) {
+      take_exponentials_and_gaps(tile(group), shift, group.sum, group.gap);
+    } else {
+      take_exponentials(tile(group), shift);
+      add_lines(tile(group), group.sum);
+    }
   }
 
   // What the masses that all classes have add to the statistics.
@@ -189,7 +243,8 @@ class Columns {
     }
   }
 
-  // Replaces the tile of exponentials by the gradient, and stores it.
+  // Replaces the tile by the gradient, and stores it. The tile holds the exponentials if their sum is fresh, else the
+  // logits.
   template <Sum kSum>
   void gradient(Group<Acc>& group) const {
     const int lanes = group.count;
@@ -204,6 +259,12 @@ class Columns {
         rows.on_all[i] = Acc(row.on_all);
       }
     });
+    if (p_.args.grad_entropy) {
+      add_entropy_grads(group, rows);
+    } else if (kSum == Sum::saved) {
+      take_exponentials(tile(group), group.max);
+    }
+    if (p_.only_scaled()) scale(rows, lanes);
     if (!p_.problem.dense()) target_gradients<false>(tile(group), group, rows, p_.weights);
     if (p_.problem.dense() && !p_.problem.probabilities) target_gradients<true>(tile(group), group, rows, p_.weights);
     for (std::int64_t c = 0; c < p_.classes && p_.problem.probabilities; ++c) {
@@ -216,11 +277,33 @@ class Columns {
       Acc* grad = line(c);
       const Acc* slopes = slopes_ + c * lanes_;
 #pragma omp simd
-      for (int i = 0; i < lanes; ++i) grad[i] = math::zero_if(group.skip[i], grad[i] * slopes[i]);
+      for (int i = 0; i < lanes; ++i) grad[i] = math::zero_if(group.no_grad[i], grad[i] * slopes[i]);
     }
     const ClassTensor& grad = p_.args.grad_logits;
     store_lines(grad.data, grad.dtype, p_.offset(grad, group.begin), grad.class_stride, grad.inner_stride, p_.classes,
                 lanes, tile_, lanes_);
+  }
+
+  // Replaces the tile by exponentials that have their factors.
+  void add_entropy_grads(const Group<Acc>& group, Shared<Acc>& rows) const {
+    for (int i = 0; i < group.count; ++i) {
+      math::RowGradient<double> row{double(rows.factor[i])};
+      p_.add_entropy_grad(row, group, i);
+      rows.factor[i] = Acc(row.factor);
+      rows.on_gap[i] = Acc(row.on_gap);
+    }
+    take_weighted_exponentials(tile(group), group.max, rows);
+    std::fill_n(rows.factor, group.count, Acc(1));
+  }
+
+  void scale(Shared<Acc>& rows, int lanes) const {
+    const Acc slope = Acc(p_.scale);
+#pragma omp simd
+    for (int i = 0; i < lanes; ++i) {
+      rows.factor[i] *= slope;
+      rows.on_target[i] *= slope;
+      rows.on_all[i] *= slope;
+    }
   }
 
   void probability_gradient(Group<Acc>& group) const {

@@ -41,6 +41,30 @@ template <class Value, int kWidth, class Combine>
   }
 }
 
+// Writes exponentials where the entropy is wanted; returns the sum of e times its gap.
+template <class Acc>
+[[gnu::noinline]] double exponentials_and_gap(const Acc* x, Acc shift, Acc* e, std::int64_t count, Ahead next) {
+  constexpr int kWidth = kPadding / 4;
+  double gaps[kWidth] = {};
+  for (std::int64_t first = 0; first < count; first += kPadding) {
+    Acc four[kWidth] = {};  // added before they become float64
+    for (int part = 0; part < 4; ++part) {
+      const std::int64_t k = first + part * kWidth;
+      const char* line = next.data + k * next.size;
+      for (std::int64_t i = 0; i < kWidth * std::int64_t(sizeof(Acc)); i += kLine) __builtin_prefetch(line + i);
+#pragma omp simd
+      for (int i = 0; i < kWidth; ++i) {
+        const Acc shifted = x[k + i] - shift;
+        e[k + i] = math::exp_nonpositive(shifted);
+        four[i] += math::times_gap(e[k + i], shifted);
+      }
+    }
+#pragma omp simd
+    for (int i = 0; i < kWidth; ++i) gaps[i] += double(four[i]);
+  }
+  return by_halves(gaps, [](double a, double b) { return a + b; });
+}
+
 // The largest of a multiple of kPadding elements, found lane by lane: clang has no vector form of a reduction that
 // passes over NaN.
 template <class Acc>
@@ -69,6 +93,52 @@ template <class Acc>
   return by_halves(sums, [](double a, double b) { return a + b; });
 }
 
+// The sum of exponentials of which the largest alone is 1, to all digits of the others: an entropy is little more than
+// what they add up to.
+template <class Acc>
+[[gnu::noinline]] double sum_beside_one(const Acc* e, std::int64_t count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t k = 0; k < count; ++k) sum += e[k] < Acc(1) ? double(e[k]) : 0.0;
+  return 1 + sum;
+}
+
+// The place of the first that fulfils a condition, or else count, which is a multiple of kPadding.
+template <class Acc, class Condition>
+[[gnu::noinline]] std::int64_t find_first(const Acc* x, std::int64_t count, Condition condition) {
+  for (std::int64_t k = 0; k < count; k += kPadding) {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int i = 0; i < kPadding; ++i) found |= condition(x[k + i]);
+    if (!found) continue;
+    while (!condition(x[k])) ++k;
+    return k;
+  }
+  return count;
+}
+
+// The class of the largest logit so far, the first of several, where NaN is larger than any number.
+template <class Acc>
+struct Largest {
+  Acc value = -math::kInfinity<Acc>;
+  std::int64_t c = 0;
+
+  // At a multiple of kPadding logits from class `first` on, of which max is the largest but for NaN.
+  void look(const Acc* x, std::int64_t first, std::int64_t count, Acc max) {
+    if (value != value) return;
+    std::int64_t found = find_first(x, count, [](Acc x) { return x != x; });
+    if (found < count) {
+      max = x[found];
+    } else if (max > value) {
+      found = find_first(x, count, [max](Acc x) { return x == max; });
+    } else {
+      return;
+    }
+    value = max;
+    c = first + found;
+  }
+};
+
 // What is treated at once: a short row, or a chunk of a long one.
 template <class Acc>
 struct Part {
@@ -89,7 +159,8 @@ class Rows {
       : p_(args),
         rows_at_once_(p_.classes <= kChunk && p_.cap == 0 ? kRowsAtOnce : 1),
         in_place_(p_.gradient && args.grad_logits.dtype == kDtypeOf<Acc> && args.grad_logits.class_stride == 1) {
-    // Beside a gradient of another type, the exponentials; behind them the slopes of the cap, and each chunk's maximum.
+    // Beside a gradient of another type, the exponentials; behind them the slopes under a cap, and each chunk's
+    // maximum.
     const std::int64_t whole_chunks = p_.classes / kChunk;
     const std::int64_t kept = p_.gradient && !in_place_ ? whole_chunks * kChunk : 0;
     const std::int64_t slopes = p_.cap != 0 ? p_.classes : 0;
@@ -111,13 +182,14 @@ class Rows {
         const int last = std::min(first + rows_at_once_, group.count);
         statistics(group, first, last, kept);
         for (int i = first; i < last && p_.gradient; ++i) {
-          if (group.skip[i]) {
+          if (group.no_grad[i]) {
             zero_gradient(group, i);
             continue;
           }
           // The other logarithms are taken all at once.
           if (p_.problem.z_loss != 0) group.log_sum[i] = math::log(group.sum[i]);
-          const auto row = p_.template row_gradient<Sum::fresh>(p_.wide, group, i);
+          auto row = p_.template row_gradient<Sum::fresh>(p_.wide, group, i);
+          if (p_.only_scaled()) row = row.through(p_.scale);
           for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
             const Acc max = rows_at_once_ > 1 ? group.max[i] : chunk_max_[c / kChunk];
             const double factor = max == group.max[i] ? row.factor : math::rescale(row.factor, max, group.max[i]);
@@ -136,13 +208,15 @@ class Rows {
       p_.load_statistics(group);
       p_.load_grads(group);
       for (int i = 0; i < group.count; ++i) {
-        if (group.skip[i]) {
+        if (group.no_grad[i]) {
           zero_gradient(group, i);
           continue;
         }
         if (p_.problem.probabilities) group.mass[i] = mass_of(group.begin + i);
         if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
-        const auto row = p_.template row_gradient<Sum::saved>(p_.wide, group, i);
+        auto row = p_.template row_gradient<Sum::saved>(p_.wide, group, i);
+        if (p_.args.grad_entropy) p_.add_entropy_grad(row, group, i);
+        if (p_.only_scaled()) row = row.through(p_.scale);
         for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
           Acc x_buffer[kChunk], e[kChunk];
           std::int64_t count = chunk_size(c);
@@ -150,7 +224,12 @@ class Rows {
           if (p_.args.grad_probabilities.data) probability_gradient(group, i, c, x);
           if (!p_.gradient) continue;
           exponentials(x, group.max[i], e, count, ahead(group.begin + i, c));
-          gradient(group, i, c, e, Acc(row.factor), row);
+          Acc factor = Acc(row.factor);
+          if (p_.args.grad_entropy) {
+            multiply_by_factors(x, group.max[i], e, count, row);
+            factor = Acc(1);
+          }
+          gradient(group, i, c, e, factor, row);
         }
       }
     }
@@ -165,21 +244,27 @@ class Rows {
 
   std::int64_t chunk_size(std::int64_t c) const { return std::min<std::int64_t>(kChunk, p_.classes - c); }
 
-  // The logits of a chunk, capped if asked for. A ragged chunk is padded, and its count raised, with logits that change
-  // nothing in a sum of exponentials, so that no exponential of a short row is computed alone.
+  // The logits of a chunk, as the softmax sees them. A ragged chunk is padded, and its count raised, with logits that
+  // change nothing in a sum of exponentials, so that no exponential of a short row is computed alone.
   const Acc* logits(std::int64_t position, std::int64_t c, std::int64_t& count, Acc* buffer) const {
+    const std::int64_t exist = count;
+    const Acc* x = given_logits(position, c, count, buffer);
+    if (!p_.args.transforms()) return x;
+    p_.transform(x, buffer, slopes_ + c, exist);
+    std::fill_n(buffer + exist, count - exist, -math::kInfinity<Acc>);
+    return buffer;
+  }
+
+  // As they are.
+  const Acc* given_logits(std::int64_t position, std::int64_t c, std::int64_t& count, Acc* buffer) const {
     const ClassTensor& tensor = p_.args.logits;
-    const std::int64_t at = p_.offset(tensor, position, c);
-    const Acc* x = load(tensor.data, tensor.dtype, at, 1, count, buffer);
-    const bool ragged = count % kPadding != 0;
-    if (x != buffer && (ragged || p_.cap != 0)) std::copy_n(x, count, buffer), x = buffer;
-    if (p_.cap != 0) p_.apply_cap(buffer, slopes_ + c, count);
-    if (ragged) {
-      const std::int64_t padded = ceil_div(count, kPadding) * kPadding;
-      std::fill_n(buffer + count, padded - count, -math::kInfinity<Acc>);
-      count = padded;
-    }
-    return x;
+    const Acc* x = load(tensor.data, tensor.dtype, p_.offset(tensor, position, c), 1, count, buffer);
+    if (count % kPadding == 0) return x;
+    if (x != buffer) std::copy_n(x, count, buffer);
+    const std::int64_t padded = ceil_div(count, kPadding) * kPadding;
+    std::fill_n(buffer + count, padded - count, -math::kInfinity<Acc>);
+    count = padded;
+    return buffer;
   }
 
   // What follows a chunk: the next of its row, or a row behind those that are treated together.
@@ -195,7 +280,7 @@ class Rows {
     const ClassTensor& tensor = p_.args.logits;
     Acc x, slope;
     x = *load(tensor.data, tensor.dtype, p_.offset(tensor, position, c), 1, 1, &x);
-    if (p_.cap != 0) p_.apply_cap(&x, &slope, 1);
+    if (p_.args.transforms()) p_.transform(&x, &x, &slope, 1);
     return x;
   }
 
@@ -238,9 +323,10 @@ class Rows {
   void statistics(Group<Acc>& group, int first, int last, Acc (*kept)[kChunk]) const {
     Acc buffers[kRowsAtOnce][kChunk];
     Statistics row;
+    Largest<Acc> largest_logits[kRowsAtOnce];
     for (int i = first; i < last; ++i) {
       group.max[i] = group.target_logit[i] = -math::kInfinity<Acc>;
-      group.sum[i] = group.log_sum[i] = 0;
+      group.sum[i] = group.gap[i] = group.log_sum[i] = 0;
       // Before the exponentials may take its place.
       if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
     }
@@ -262,20 +348,36 @@ class Rows {
         part.x = logits(group.begin + i, c, part.count, buffers[count]);
         part.e = place_of(group, first, i, c, kept);
         part.statistics.max = largest(part.x, part.count);
+        if (p_.args.argmax) look(largest_logits[i - first], group.begin + i, part);
         c += kChunk;
         ++count;
       }
       for (int k = 0; k < count; ++k) {
         Part<Acc>& part = parts[k];
         if (p_.problem.dense()) add_masses(group, part);
-        exponentials(part.x, math::finite_shift(part.statistics.max), part.e, part.count,
-                     ahead(group.begin + part.row, part.c));
+        const Acc shift = math::finite_shift(part.statistics.max);
+        const Ahead next = ahead(group.begin + part.row, part.c);
+        if (p_.entropy) {
+          part.statistics.gap = exponentials_and_gap(part.x, shift, part.e, part.count, next);
+        } else {
+          exponentials(part.x, shift, part.e, part.count, next);
+        }
       }
       for (int k = 0; k < count; ++k) merge(group, parts[k], row);
     }
     for (int k = first; k < last; ++k) {
       if (group.target[k] == Group<Acc>::kNoClass) group.target_logit[k] = group.max[k];
+      if (p_.args.argmax) p_.args.argmax[group.begin + k] = largest_logits[k - first].c;
     }
+  }
+
+  // Where the softmax sees other logits, those that are given are read once more.
+  void look(Largest<Acc>& largest_logit, std::int64_t position, const Part<Acc>& part) const {
+    if (!p_.args.transforms()) return largest_logit.look(part.x, part.c, part.count, part.statistics.max);
+    Acc buffer[kChunk];
+    std::int64_t count = chunk_size(part.c);
+    const Acc* x = given_logits(position, part.c, count, buffer);
+    largest_logit.look(x, part.c, count, largest(x, count));
   }
 
   // What the masses that all classes have add to the loss, relative to the part's maximum, and their sum. Without
@@ -300,11 +402,17 @@ class Rows {
   void merge(Group<Acc>& group, Part<Acc>& part, Statistics& row) const {
     const int i = part.row;
     part.statistics.sum = sum_of(part.e, part.count);
+    if (p_.entropy) {
+      // Such a sum has one exponential of 1, and near it float32 loses what is added.
+      const double sum = part.statistics.sum;
+      if (sum >= 1 && sum < 2) part.statistics.sum = sum_beside_one(part.e, part.count);
+    }
     if (rows_at_once_ == 1) chunk_max_[part.c / kChunk] = part.statistics.max;
     if (part.c == 0) row = part.statistics;
     if (part.c > 0) row.merge(part.statistics);
     group.max[i] = row.max;
     group.sum[i] = row.sum;
+    group.gap[i] = row.gap;
     group.dense_loss[i] = row.dense_loss;
     group.mass[i] = row.mass;
   }
@@ -313,6 +421,14 @@ class Rows {
     const ClassTensor& tensor = p_.args.grad_logits;
     if (!p_.gradient) return;
     store_zeros(tensor.data, tensor.dtype, p_.offset(tensor, group.begin + i), tensor.class_stride, p_.classes);
+  }
+
+  // Where the entropy gives a gradient, each entry has a factor of its own.
+  static void multiply_by_factors(const Acc* x, Acc max, Acc* e, std::int64_t count,
+                                  const math::RowGradient<double>& row) {
+    const Acc factor = Acc(row.factor), on_gap = Acc(row.on_gap);
+#pragma omp simd
+    for (std::int64_t k = 0; k < count; ++k) e[k] = math::times_factor(e[k], factor, on_gap, x[k] - max);
   }
 
   // A chunk's gradient from its exponentials, of which e may be the place.
@@ -335,9 +451,10 @@ class Rows {
     const std::int64_t t = std::int64_t(group.target[i]) - c;
     if (t >= 0 && t < count) {
       // In float64: p - 1 of a confident row keeps the digits that both numbers share.
-      const double exponential = math::exp_nonpositive(group.target_of(i).shifted);
+      const double shifted = group.target_of(i).shifted, exponential = math::exp_nonpositive(shifted);
       const double on_all = p_.problem.dense() ? row.on_all * double(p_.weight(c + t)) : 0;
-      grad[t] = Acc(math::logit_grad(exponential, row.factor, on_all + row.on_target));
+      const double softmax_grad = math::times_factor(exponential, row.factor, row.on_gap, shifted);
+      grad[t] = Acc(softmax_grad - (on_all + row.on_target));
     }
     if (p_.cap != 0) {
       const Acc* slopes = slopes_ + c;

@@ -54,6 +54,12 @@ __device__ __forceinline__ int class_of(const ClassTarget& target, std::int64_t 
   return static_cast<int>(index);
 }
 
+// The weight of a position; 1 where there are no weights.
+template <class Acc>
+__device__ __forceinline__ Acc weight_at(const PositionTensor& tensor, std::int64_t position) {
+  return tensor.data ? load_floating<Acc>(tensor.data, tensor.dtype, position * tensor.stride) : Acc(1);
+}
+
 // The divisor of a mean over class indices: the positions that count, or their weights. By a whole block, each thread
 // of which waits once for several indices.
 template <class Acc>
@@ -77,6 +83,24 @@ __device__ __forceinline__ double count(const ClassTarget& target, const ClassSh
       const int index = class_of(target, indices[i], shape.classes);
       if (index >= 0) sum += weight ? static_cast<double>(weight[index]) : 1;
     }
+  }
+  return sum;
+}
+
+// The same where positions have weights, with probabilities too.
+template <class Acc>
+__device__ __forceinline__ double count_weights(const CrossEntropyArgs& args, std::int64_t begin, std::int64_t step) {
+  const Acc* const weight = static_cast<const Acc*>(args.weight);
+  const std::int64_t positions = args.shape.positions();
+  double sum = 0;
+  for (; begin < positions; begin += step) {
+    const double of_position = static_cast<double>(weight_at<Acc>(args.sample_weight, begin));
+    if (args.has_probabilities) {
+      sum += of_position;
+      continue;
+    }
+    const int index = class_of(args.target, index_at(args.target.index, begin), args.shape.classes);
+    if (index >= 0) sum += (weight ? static_cast<double>(weight[index]) : 1) * of_position;
   }
   return sum;
 }

@@ -24,24 +24,59 @@ struct Target {
   Acc mass;     // on the target class alone
 };
 
-// Merges the statistics of groups of `width` lanes, a power of two; every lane of the warp takes part, and gets the
-// result of its group. The maximum first: then each lane rescales its sum once.
-template <class Acc, bool kDense>
-__device__ __forceinline__ void merge_lanes(math::RowStatistics<Acc, kDense>& row, int width = kWarp) {
-  row.raise(group_max(row.max, width));
-  row.sum = group_sum(row.sum, width);
-  if constexpr (kDense) {
-    row.dense_loss = group_sum(row.dense_loss, width);
-    row.mass = group_sum(row.mass, width);
-  }
-}
+// The largest logit so far, and its class: of several the first; NaN is larger than any number. Of no logits, and of
+// -inf only, it is class 0.
+template <class Acc>
+struct Largest {
+  Acc value = -math::kInfinity<Acc>;
+  int c = 0;
 
-// kGeneral: entries need more than their logit: smoothing, probabilities or a soft cap.
-template <class T, bool kGeneral, Pass kPass>
+  __device__ __forceinline__ void look(Acc x, int at) {
+    const bool is_before = at < c;
+    if (x > value || (x == value && is_before) || (x != x && (value == value || is_before))) {
+      value = x;
+      c = at;
+    }
+  }
+};
+
+// What is known of a part of a row. Where its entropy may be wanted the sums are float64: an entropy is hardly more
+// than what they have beside 1. kDense: every class may have mass.
+template <class Acc, bool kDense, bool kEntropy>
+struct PartStatistics : math::RowStatistics<Acc, true, std::conditional_t<kEntropy, double, Acc>> {
+  using Base = math::RowStatistics<Acc, true, std::conditional_t<kEntropy, double, Acc>>;
+
+  Largest<Acc> largest;  // where its class is wanted
+
+  __device__ __forceinline__ void raise(Acc larger_max) {
+    Base::raise(larger_max);
+    forget();
+  }
+  __device__ __forceinline__ void merge(const PartStatistics& other) {
+    Base::merge(other);
+    forget();
+    largest.look(other.largest.value, other.largest.c);
+  }
+
+ private:
+  // What nobody adds to, the compiler need not carry along.
+  __device__ __forceinline__ void forget() {
+    if constexpr (!kEntropy) this->gap = 0;
+    if constexpr (!kDense) this->dense_loss = this->mass = 0;
+  }
+};
+
+template <class Acc>
+struct PartStatistics<Acc, false, false> : math::RowStatistics<Acc, false> {};
+
+// kGeneral: entries need more than their logit, or are wanted for more than their exponentials' sum: Problem::general
+// in plan.cpp has the list.
+// kAnswers: the entropy may be wanted, or the class of the largest logit.
+template <class T, bool kGeneral, Pass kPass, bool kAnswers = kGeneral>
 class CrossEntropy {
  public:
   using Acc = Accumulate<T>;
-  using Statistics = math::RowStatistics<Acc, kGeneral>;
+  using Statistics = PartStatistics<Acc, kGeneral, kAnswers && kPass == Pass::forward>;
 
   // What the entries of a row share in their gradients; the factor is divided by the sum of exp(x - shift).
   struct Gradient : math::RowGradient<Acc> {
@@ -55,7 +90,7 @@ class CrossEntropy {
         classes_(static_cast<int>(args.shape.classes)),
         weight_(static_cast<const Acc*>(args.weight)),
         problem_(math::index_problem<Acc>(args)),
-        stores_rows_(args.loss.data || args.row_max || args.lse) {
+        stores_rows_(args.loss.data || args.row_max || args.lse || (kAnswers && args.entropy)) {
     if constexpr (kGeneral) {
       double weight_sum = classes_;
       if (weight_ && args.label_smoothing != 0 && !args.has_probabilities) {
@@ -69,7 +104,8 @@ class CrossEntropy {
       scale_ = math::mean_scale(args.grad_divisor);
     } else if constexpr (kPass == Pass::forward_with_gradient) {
       if (args.total.reduction == Reduction::mean) {
-        const double divisor = run.divisor ? *run.divisor : counted_divisor();
+        const double* const known = args.total.denominator ? args.total.denominator : run.divisor;
+        const double divisor = known ? *known : counted_divisor();
         scale_ = math::mean_scale(&divisor);
       }
     }
@@ -87,12 +123,17 @@ class CrossEntropy {
     const int index = class_of(args_.target, class_index, classes_);
     const bool counts = index >= 0;
     const Acc weight = counts && weight_ ? weight_[index] : Acc(1);
-    const bool lse_is_wanted = kPass == Pass::backward ? args_.grad_lse != nullptr : args_.every_lse;
-    return {index, counts, !counts && !lse_is_wanted, math::index_mass(problem_, weight)};
+    const bool is_wanted = kPass == Pass::backward ? args_.grad_lse || args_.grad_entropy : args_.every_row;
+    return {index, counts, !counts && !is_wanted, math::index_mass(problem_, weight)};
   }
 
   // Of a lane that has no row.
   __device__ __forceinline__ static Target<Acc> no_target() { return {-1, false, true, Acc(0)}; }
+
+  // The gradient is zeros, whatever the logits are. A row that does not count may be looked at all the same.
+  __device__ __forceinline__ static bool has_no_gradient(const Target<Acc>& target) {
+    return kPass == Pass::forward_with_gradient ? !target.counts : target.skip;
+  }
 
   // --- Entries ---
 
@@ -102,10 +143,17 @@ class CrossEntropy {
     return sizeof(T) == 2 ? math::fast_exp(difference) : math::exp_nonpositive(difference);
   }
 
-  __device__ __forceinline__ bool capped() const { return kGeneral && args_.logit_softcap != 0; }
+  // A logit as the softmax sees it.
+  __device__ __forceinline__ math::SeenLogit<Acc> seen(Acc x) const {
+    if (!kGeneral || !args_.transforms()) return {x, Acc(1)};
+    return math::seen_logit(x, static_cast<Acc>(args_.logit_scale), static_cast<Acc>(args_.logit_softcap));
+  }
+  __device__ __forceinline__ Acc value(Acc x) const { return seen(x).value; }
 
-  __device__ __forceinline__ Acc value(Acc x) const {
-    return capped() ? math::soft_cap(x, static_cast<Acc>(args_.logit_softcap)).value : x;
+  __device__ __forceinline__ bool has_entropy() const { return kAnswers && kPass == Pass::forward && args_.entropy; }
+  __device__ __forceinline__ bool has_argmax() const { return kAnswers && kPass != Pass::backward && args_.argmax; }
+  __device__ __forceinline__ bool has_entropy_grad() const {
+    return kGeneral && kPass == Pass::backward && args_.grad_entropy;
   }
 
   __device__ __forceinline__ Acc class_weight(int c) const { return weight_ ? weight_[c] : Acc(1); }
@@ -118,36 +166,24 @@ class CrossEntropy {
     return math::probability_mass(problem_, load_floating<Acc>(q.data, q.dtype, at), class_weight(c));
   }
 
-  // Adds kCount entries to a row's statistics, with one rescaling for all of them. class_of(i): the class of an entry;
+  // Adds kCount logits to a row's statistics, with one rescaling for all of them. class_of(i): the class of a logit;
   // negative where it does not exist, and is -inf.
   template <int kCount, class ClassOf>
-  __device__ __forceinline__ void add(Statistics& row, std::int64_t position, const Acc (&x)[kCount],
+  __device__ __forceinline__ void add(Statistics& row, std::int64_t position, const Acc (&logits)[kCount],
                                       ClassOf class_of) const {
-    Acc max = row.max;
+    if constexpr (kAnswers) {
+      add_general(row, position, logits, class_of);
+    } else {
+      Acc max = row.max;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) max = math::max_ignoring_nan(x[i], max);
-    const Acc shift = math::finite_shift(max);
-    Acc sum = Acc(0);
+      for (int i = 0; i < kCount; ++i) max = math::max_ignoring_nan(logits[i], max);
+      const Acc shift = math::finite_shift(max);
+      Acc sum = Acc(0);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += exp(x[i] - shift);
-    if constexpr (kGeneral) {
-      if (problem_.dense()) {
-        Statistics part;
-        part.max = max;
-        part.sum = sum;
-        for (int i = 0; i < kCount; ++i) {
-          const int c = class_of(i);
-          if (c < 0) continue;  // 0 * inf, of no mass and an infinite distance, would be NaN
-          const Acc mass = this->mass(position, c);
-          part.dense_loss += math::entry_loss_at_max(x[i] - shift, mass);
-          part.mass += static_cast<double>(mass);
-        }
-        row.merge(part);
-        return;
-      }
+      for (int i = 0; i < kCount; ++i) sum += exp(logits[i] - shift);
+      row.sum = math::rescale(row.sum, row.max, max) + sum;
+      row.max = max;
     }
-    row.sum = math::rescale(row.sum, row.max, max) + sum;
-    row.max = max;
   }
 
   // Adds packets of entries that need no more than their logit.
@@ -166,13 +202,36 @@ class CrossEntropy {
     row.sum += sum;
   }
 
+  // Merges the statistics of groups of `width` lanes, a power of two; every lane of the warp takes part, and gets the
+  // result of its group. The maximum first: then each lane rescales its sum once.
+  __device__ __forceinline__ void merge_lanes(Statistics& row, int width = kWarp) const {
+    row.raise(group_max(row.max, width));
+    row.sum = group_sum(row.sum, width);
+    if constexpr (kGeneral) {
+      row.dense_loss = group_sum(row.dense_loss, width);
+      row.mass = group_sum(row.mass, width);
+    }
+    if constexpr (kAnswers) {
+      if (has_entropy()) row.gap = group_sum(row.gap, width);
+      if (has_argmax()) {
+        for (int lane = width / 2; lane > 0; lane /= 2) {
+          const Acc value = __shfl_xor_sync(kAllLanes, row.largest.value, lane);
+          row.largest.look(value, __shfl_xor_sync(kAllLanes, row.largest.c, lane));
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ Acc entry_gradient(const Gradient& row, std::int64_t position, Acc x, int c) const {
     if constexpr (kGeneral) {
-      math::SoftCap<Acc> entry{x, Acc(1)};
-      if (capped()) entry = math::soft_cap(x, static_cast<Acc>(args_.logit_softcap));
+      const math::SeenLogit<Acc> entry = seen(x);
+      const Acc shifted = entry.value - row.shift;
       const Acc all = problem_.dense() ? row.on_all * mass(position, c) : Acc(0);
       const Acc on_class = c == row.target ? all + row.on_target : all;
-      return math::logit_grad(exp(entry.value - row.shift), row.factor, on_class) * entry.slope;
+      const Acc e = exp(shifted);
+      const Acc grad = has_entropy_grad() ? math::times_factor(e, row.factor, row.on_gap, shifted) - on_class
+                                          : math::logit_grad(e, row.factor, on_class);
+      return grad * entry.slope;
     } else {
       const Acc on_class = c == row.target ? row.on_target : Acc(0);
       return math::logit_grad(exp(x - row.shift), row.factor, on_class);
@@ -186,14 +245,30 @@ class CrossEntropy {
 
   // --- Rows ---
 
-  // Finishes a row, whose target class has the (capped) logit target_logit, and writes what is wanted of it. One thread
-  // does so, of those that share the row.
+  // Writes the class of a row's largest logit, where it is wanted. One thread does so, before its gradient may take the
+  // logits' place, or after: the class is known.
+  __device__ __forceinline__ void store_argmax(std::int64_t position, const Statistics& statistics) const {
+    if constexpr (kAnswers) {
+      if (has_argmax()) args_.argmax[position] = statistics.largest.c;
+    }
+  }
+
+  // Finishes a row, whose target class has target_logit, as the softmax sees it, and writes what is wanted of it. One
+  // thread does so, of those that share the row.
   __device__ __forceinline__ void finish_row(std::int64_t position, const Target<Acc>& target,
                                              const Statistics& statistics, Acc target_logit, Sums& sums) const {
-    math::FinishedRow<Acc> row{statistics.max, math::log(statistics.sum), Acc(0), mass_of(statistics)};
-    if constexpr (kGeneral) row.dense_loss = statistics.dense_loss;
+    math::FinishedRow<Acc> row{statistics.max, Acc(0), Acc(0), mass_of(statistics), Acc(0)};
+    if constexpr (kGeneral) row.dense_loss = static_cast<Acc>(statistics.dense_loss);
+    if (has_entropy()) {
+      // In float64: the sum may be 1 and a millionth.
+      row.log_sum = static_cast<Acc>(math::log(statistics.sum));
+      if constexpr (kAnswers) row.gap = static_cast<Acc>(statistics.gap / statistics.sum);
+    } else {
+      row.log_sum = math::log(static_cast<Acc>(statistics.sum));
+    }
     const Acc shifted = target.index < 0 ? Acc(0) : target_logit - row.max;
-    const Acc loss = math::row_loss(problem_, row, {target.counts, target.mass, shifted});
+    const Acc weight = position_weight(position);
+    const Acc loss = math::row_loss(problem_, row, {target.counts, target.mass, shifted, weight});
     if (stores_rows_) {
       if (args_.loss.data) store(args_.loss.data, args_.loss.dtype, position, loss);
       if (args_.row_max) {
@@ -201,11 +276,15 @@ class CrossEntropy {
         static_cast<Acc*>(args_.row_log_sum)[position] = row.log_sum;
       }
       if (args_.lse) static_cast<Acc*>(args_.lse)[position] = row.lse();
+      if (has_entropy()) {
+        static_cast<Acc*>(args_.entropy)[position] = row.entropy();
+        if (args_.row_gap) static_cast<Acc*>(args_.row_gap)[position] = row.gap;
+      }
     }
     sums.loss += static_cast<double>(loss);
     if (target.counts) {
       const bool weighted = weight_ && !problem_.probabilities;
-      sums.divisor += weighted ? static_cast<double>(weight_[target.index]) : 1;
+      sums.divisor += (weighted ? static_cast<double>(weight_[target.index]) : 1) * static_cast<double>(weight);
     }
   }
 
@@ -227,9 +306,10 @@ class CrossEntropy {
 
   __device__ __forceinline__ Gradient gradient(std::int64_t position, const Target<Acc>& target,
                                                const Statistics& statistics) const {
-    const auto lse = [&] { return math::log_sum_exp(statistics.max, math::log(statistics.sum)); };
+    const Acc sum = static_cast<Acc>(statistics.sum);
+    const auto lse = [&] { return math::log_sum_exp(statistics.max, math::log(sum)); };
     Gradient result = gradient(position, target, mass_of(statistics), statistics.max, lse, Acc(0));
-    result.factor /= statistics.sum;
+    result.factor /= sum;
     return result;
   }
 
@@ -240,6 +320,11 @@ class CrossEntropy {
     const Acc grad_lse = args_.grad_lse ? static_cast<const Acc*>(args_.grad_lse)[position] : Acc(0);
     const auto lse = [&] { return math::log_sum_exp(max, log_sum); };
     Gradient result = gradient(position, target, mass, max, lse, grad_lse);
+    if (has_entropy_grad()) {
+      math::add_entropy_grad<Acc>(result, static_cast<const Acc*>(args_.grad_entropy)[position],
+                                  static_cast<const Acc*>(args_.row_gap)[position]);
+      result.on_gap = math::over_sum(result.on_gap, log_sum);
+    }
     result.factor = math::over_sum(result.factor, log_sum);
     return result;
   }
@@ -249,7 +334,7 @@ class CrossEntropy {
     return Acc(0);
   }
 
-  // To a probability q_c, whose (capped) logit is x.
+  // To a probability q_c, whose logit is x, as the softmax sees it.
   __device__ __forceinline__ void store_probability_gradient(const Gradient& row, std::int64_t position, Acc x,
                                                              int c) const {
     const ClassTensor& tensor = args_.grad_probabilities;
@@ -266,11 +351,57 @@ class CrossEntropy {
   math::RowProblem<Acc> problem_;
 
  private:
+  __device__ __forceinline__ Acc position_weight(std::int64_t position) const {
+    return weight_at<Acc>(args_.sample_weight, position);
+  }
+
   __device__ __forceinline__ double counted_divisor() const {
     if (args_.has_probabilities) return classes_ > 0 ? static_cast<double>(args_.shape.positions()) : 0;
     Sums sums;
     sums.divisor = count(args_.target, args_.shape, weight_, threadIdx.x, blockDim.x);
     return block_sum_for_all(sums).divisor;
+  }
+
+  template <int kCount, class ClassOf>
+  __device__ __forceinline__ void add_general(Statistics& row, std::int64_t position, const Acc (&logits)[kCount],
+                                              ClassOf class_of) const {
+    if (has_argmax()) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (class_of(i) >= 0) row.largest.look(logits[i], class_of(i));
+      }
+    }
+    Acc x[kCount], max = row.max;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = class_of(i) < 0 ? -math::kInfinity<Acc> : value(logits[i]);  // a cap would make a number of -inf
+      max = math::max_ignoring_nan(x[i], max);
+    }
+    if (max > row.max) row.raise(max);
+    const Acc shift = math::finite_shift(max);
+    if (has_entropy()) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const Acc shifted = x[i] - shift, e = exp(shifted);
+        row.sum += static_cast<double>(e);
+        row.gap += static_cast<double>(math::times_gap(e, shifted));
+      }
+    } else {
+      Acc sum = Acc(0);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum += exp(x[i] - shift);
+      row.sum += sum;
+    }
+    if (!problem_.dense()) return;
+    Acc loss = Acc(0);
+    for (int i = 0; i < kCount; ++i) {
+      const int c = class_of(i);
+      if (c < 0) continue;  // 0 * inf, of no mass and an infinite distance, would be NaN
+      const Acc mass = this->mass(position, c);
+      loss += math::entry_loss_at_max(x[i] - shift, mass);
+      row.mass += static_cast<double>(mass);
+    }
+    row.dense_loss += loss;
   }
 
   // Its factor is not divided yet. lse(): only where it is needed, since a logarithm is dear.
@@ -281,7 +412,8 @@ class CrossEntropy {
     double g = scale_;
     if (grad_loss.data) g *= load_floating<double>(grad_loss.data, grad_loss.dtype, position * grad_loss.stride);
     return {math::row_gradient(problem_, {target.counts, target.mass, Acc(0)}, mass,
-                               problem_.z_loss == Acc(0) ? Acc(0) : lse(), static_cast<Acc>(g), grad_lse),
+                               problem_.z_loss == Acc(0) ? Acc(0) : lse(),
+                               static_cast<Acc>(g) * position_weight(position), grad_lse),
             math::finite_shift(max), target.index};
   }
 

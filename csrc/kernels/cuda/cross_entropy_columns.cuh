@@ -65,7 +65,10 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
     for (int i = 0; i < kWidth; ++i) {
       const Target<Acc>& target = targets[i];
       const Acc logit = target.index < 0 ? Acc(0) : convert<Acc>(element(logits, target.index, i));
-      if constexpr (kPass != Pass::backward) this->finish_row(first + i, target, rows[i], this->value(logit), sums);
+      if constexpr (kPass != Pass::backward) {
+        this->store_argmax(first + i, rows[i]);
+        this->finish_row(first + i, target, rows[i], this->value(logit), sums);
+      }
       if constexpr (kPass != Pass::forward) {
         gradients[i] = {};
         if (!target.skip) {
@@ -215,7 +218,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
         packets[u].unpack(logits_of_class);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          x[i][u] = c + u < classes ? this->value(logits_of_class[i]) : -math::kInfinity<Acc>;
+          x[i][u] = c + u < classes ? logits_of_class[i] : -math::kInfinity<Acc>;
         }
       }
 #pragma unroll
@@ -238,7 +241,7 @@ class Columns : CrossEntropy<T, kGeneral, kPass> {
             this->store_probability_gradient(gradients[i], first + i, this->value(x[i]), c);
           }
         }
-        x[i] = targets[i].skip ? Acc(0) : this->entry_gradient(gradients[i], first + i, x[i], c);
+        x[i] = Base::has_no_gradient(targets[i]) ? Acc(0) : this->entry_gradient(gradients[i], first + i, x[i], c);
       }
       return Packet::pack(x);
     });

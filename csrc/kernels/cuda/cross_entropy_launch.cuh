@@ -18,7 +18,9 @@ __global__ void __launch_bounds__(kDivisorThreads)
   const std::int64_t begin = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const std::int64_t step = std::int64_t(gridDim.x) * blockDim.x;
   Sums sums;
-  sums.divisor = count(args.target, args.shape, static_cast<const Acc*>(args.weight), begin, step);
+  sums.divisor = args.sample_weight.data
+                     ? count_weights<Acc>(args, begin, step)
+                     : count(args.target, args.shape, static_cast<const Acc*>(args.weight), begin, step);
   add_up(grid, total, blockIdx.x, sums);
 }
 
@@ -39,6 +41,9 @@ auto kernel_of(const Step& step, const Plan&) {
                                                 : cross_entropy_warps<T, kPass, kFewWarpLogits, false>;
       }
     } else if constexpr (std::is_same_v<Plan, RowPlan>) {
+      if constexpr (kPass == Pass::forward && !kGeneral) {
+        if (step.answers) return cross_entropy_answers<T>;
+      }
       constexpr bool kCluster = kPass == Pass::forward_with_gradient;  // no other pass has such a kernel
       return step.variant ? cross_entropy_rows<T, kGeneral, kPass, kCluster>
                           : cross_entropy_rows<T, kGeneral, kPass, false>;
@@ -91,7 +96,9 @@ void launch_cross_entropy(const CrossEntropyArgs& given, Pass pass, const Alloca
     const auto start = [&]<class Plan>(Plan traversal) {
       const auto kernel = kernel_of<T>(step, traversal);
       if constexpr (std::is_same_v<Plan, RowPlan>) {
-        traversal.parts = memory.at<math::RowStatistics<Acc, true>>(step.row_parts);
+        static_assert(sizeof(PartStatistics<Acc, true, true>) == statistics_bytes(sizeof(T), true));
+        static_assert(sizeof(PartStatistics<float, false, false>) == statistics_bytes(sizeof(float), false));
+        traversal.parts = memory.at<char>(step.row_parts);
         traversal.tickets = memory.tickets(step.row_tickets);
       }
       if constexpr (std::is_same_v<Plan, DivisorPlan>) {

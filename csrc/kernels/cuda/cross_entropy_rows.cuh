@@ -15,11 +15,13 @@
 
 namespace fusedloss::cuda {
 
-inline constexpr int kMaxWarps = kRowThreads / kWarp;
-
-template <class T, bool kGeneral, Pass kPass, bool kCluster>
-class Rows : CrossEntropy<T, kGeneral, kPass> {
-  using Base = CrossEntropy<T, kGeneral, kPass>;
+// kAnswers: see CrossEntropy. Where entries need no more than their logit, such rows are read as quickly as others:
+// what a thread adds up of a turn is float32, and the class of the largest logit is not looked for. In the end the
+// threads that have met the row's largest logit look at their turn again: for its class, and for the digits that the
+// sum of a peaked row has lost beside 1.
+template <class T, bool kGeneral, Pass kPass, bool kCluster, bool kAnswers = kGeneral>
+class Rows : CrossEntropy<T, kGeneral, kPass, kAnswers> {
+  using Base = CrossEntropy<T, kGeneral, kPass, kAnswers>;
   using Base::args_;
   using typename Base::Acc;
   using typename Base::Gradient;
@@ -28,6 +30,8 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   static constexpr bool kKeeps = kPass == Pass::forward_with_gradient;
   // Packets of a thread that 64 registers hold beside the rest. The general code is large: it takes one at a time.
   static constexpr int kInFlight = kGeneral ? 1 : 4;
+  static constexpr bool kLooksAgain = kAnswers && !kGeneral;
+  static constexpr int kMaxWarps = row_threads(sizeof(T)) / kWarp;
 
  public:
   __device__ __forceinline__ Rows(const CrossEntropyArgs& args, const RowPlan& plan, const Run& run, Packet<T>* kept)
@@ -66,15 +70,17 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   struct Row : Span<const T, int> {
     std::int64_t position;
     int slice, begin, end;
-    int single;  // its class; -1: none
+    int single;     // its class; -1: none
+    bool gathered;  // packets start with the row, which is not aligned
   };
 
   __device__ __forceinline__ Row row_of(std::int64_t position, int slice) const {
     const T* data = static_cast<const T*>(args_.logits.data) + offset_of(args_.shape, args_.logits, position);
-    const Span<const T, int> span(data, this->classes());
+    const bool from_start = kPass == Pass::forward && plan_.from_start;
+    const Span<const T, int> span(data, this->classes(), from_start);
     const int begin = slice * plan_.slice_packets, end = min(begin + plan_.slice_packets, span.packets);
     const bool has_single = slice == 0 && thread_ < span.singles;
-    return {span, position, slice, begin, end, has_single ? span.single(thread_) : -1};
+    return {span, position, slice, begin, end, has_single ? span.single(thread_) : -1, from_start && !is_aligned(data)};
   }
 
   // Calls body<kWhole>(p) for kInFlight packets at a time, of which p is this thread's first. They all exist but for
@@ -92,17 +98,40 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 
   // --- Statistics ---
 
-  __device__ __forceinline__ Statistics statistics_of(const Row& row) const {
+  // The turn in which a thread has met its largest logit.
+  struct Turn {
+    int p = -1;   // the thread's first packet of it; -1: it was the single element
+    Acc sum = 0;  // of the turn's exponentials
+  };
+
+  // The packets from p on, as far as they exist; the others are -inf.
+  template <bool kWhole>
+  __device__ __forceinline__ void load_turn(const Row& row, int p, Packet<T> (&packets)[kInFlight]) const {
+    const auto load = [&](auto from) {
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        packets[u] = Packet<T>::filled(nothing());
+        if (kWhole || p + u * threads_ < row.end) packets[u] = from(p + u * threads_);
+      }
+    };
+    if (row.gathered) {
+      load([&](int p) { return row.gather(p); });
+    } else {
+      load([&](int p) { return row.load(p); });
+    }
+  }
+
+  __device__ __forceinline__ Statistics statistics_of(const Row& row, Turn& largest) const {
     Statistics statistics;
     const T single = row.single < 0 ? nothing() : row.data[row.single];
     for_each_turn(row, [&]<bool kWhole>(int p) {
       Packet<T> packets[kInFlight];
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        packets[u] = Packet<T>::filled(nothing());
-        if (kWhole || p + u * threads_ < row.end) packets[u] = row.load(p + u * threads_);
+      load_turn<kWhole>(row, p, packets);
+      if constexpr (kLooksAgain) {
+        add_turn<kWhole>(statistics, largest, row, p, packets);
+      } else {
+        add(statistics, row, p, packets);
       }
-      add(statistics, row, p, packets);
       if constexpr (kKeeps) {
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
@@ -111,10 +140,104 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
       }
     });
     if (row.singles > 0) {
-      const Acc x[] = {row.single < 0 ? convert<Acc>(single) : this->value(convert<Acc>(single))};
+      const Acc x[] = {convert<Acc>(single)};
+      const Acc before = statistics.max;
       Base::add(statistics, row.position, x, [&](int) { return row.single; });
+      if (statistics.max > before) largest.p = -1;
     }
     return statistics;
+  }
+
+  // With the entropy's share, which takes an instruction for each logit.
+  template <bool kWhole>
+  __device__ __forceinline__ void add_turn(Statistics& statistics, Turn& largest, const Row& row, int p,
+                                           const Packet<T> (&packets)[kInFlight]) const {
+    const Acc max = max_of(packets);
+    const bool is_larger = max > statistics.max;
+    if (is_larger) statistics.raise(max);
+    const Acc shift = math::finite_shift(statistics.max);
+    Acc sum, gap;
+    const auto add_up = [&](const Packet<T>(&packets)[kInFlight], auto times_gap) {
+      sum = gap = Acc(0);
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        Acc x[kWidth];
+        packets[u].unpack(x);
+#pragma unroll
+        for (const Acc entry : x) {
+          const Acc shifted = entry - shift, e = Base::exp(shifted);
+          sum += e;
+          gap += times_gap(e, shifted);
+        }
+      }
+    };
+    const auto times_finite_gap = [](Acc e, Acc shifted) { return math::times_gap(e, shifted); };
+    if constexpr (kWhole) {
+      add_up(packets, [](Acc e, Acc shifted) { return e * -shifted; });
+      if (gap != gap) {  // a logit of -inf
+        // Loaded once more: there are no registers to keep exponentials for what is rare.
+        Packet<T> again[kInFlight];
+        load_turn<kWhole>(row, p, again);
+        add_up(again, times_finite_gap);
+      }
+    } else {
+      add_up(packets, times_finite_gap);
+    }
+    statistics.sum += static_cast<double>(sum);
+    statistics.gap += static_cast<double>(gap);
+    if (is_larger) largest = {p, sum};
+  }
+
+  // own: this thread's statistics; all: those of the block. All threads call this.
+  __device__ __forceinline__ Statistics look_again(const Row& row, const Statistics& own, const Turn& turn,
+                                                   Statistics all) {
+    constexpr double kPeaked = 1.0625;  // beside a larger sum the lost digits are none of the entropy's
+    struct Found {
+      double missing;  // in the sum
+      int first;       // class
+    };
+    __shared__ Found found;
+    const bool is_peaked = this->has_entropy() && all.sum < kPeaked;
+    if (all.max == -math::kInfinity<Acc> || !(is_peaked || this->has_argmax())) return all;
+    if (all.sum != all.sum) return look_everywhere(row, all);
+    if (thread_ == 0) found = {0, this->classes()};
+    __syncthreads();
+    if (own.max == all.max) {
+      int first = this->classes();
+      if (row.single >= 0 && convert<Acc>(row.data[row.single]) == all.max) first = row.single;
+      double sum = 0;
+#pragma unroll 1
+      for (int u = 0; u < kInFlight && turn.p >= 0; ++u) {
+        const int p = turn.p + u * threads_;
+        if (p >= row.end) break;
+#pragma unroll 1
+        for (int c = row.first(p); c < row.first(p) + kWidth; ++c) {
+          const Acc x = convert<Acc>(row.data[c]);
+          sum += static_cast<double>(Base::exp(x - all.max));
+          if (x == all.max) first = min(first, c);
+        }
+      }
+      atomicMin(&found.first, first);
+      // By one thread alone: the sum of two would not be peaked.
+      if (is_peaked && turn.p >= 0) found.missing = sum - static_cast<double>(turn.sum);
+    }
+    __syncthreads();
+    all.sum += found.missing;
+    if (this->has_argmax()) all.largest = {all.max, found.first};
+    return all;
+  }
+
+  // Where there is a NaN among the logits, or an infinity.
+  __device__ __forceinline__ Statistics look_everywhere(const Row& row, Statistics all) {
+    Statistics looked;
+#pragma unroll 1
+    for (int p = row.begin + thread_; p < row.end; p += threads_) {
+#pragma unroll 1
+      for (int c = row.first(p); c < row.first(p) + kWidth; ++c) looked.largest.look(convert<Acc>(row.data[c]), c);
+    }
+    if (row.single >= 0) looked.largest.look(convert<Acc>(row.data[row.single]), row.single);
+    all.largest = merge(looked).largest;
+    return all;
   }
 
   __device__ __forceinline__ void add(Statistics& statistics, const Row& row, int p,
@@ -122,7 +245,6 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     if constexpr (kGeneral) {
       Acc x[kWidth];
       packets[0].unpack(x);
-      for (Acc& entry : x) entry = this->value(entry);
       Base::add(statistics, row.position, x, [&](int i) { return row.first(p) + i; });
     } else {
       Base::add(statistics, packets);
@@ -141,11 +263,11 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   __device__ __forceinline__ Statistics merge_warps(Statistics row) const {
     __shared__ Statistics parts[2][kMaxWarps];
     const int warps = threads_ / kWarp, warp = thread_ / kWarp, lane = thread_ % kWarp;
-    merge_lanes(row);
+    this->merge_lanes(row);
     if (lane == 0) parts[turn_][warp] = row;
     __syncthreads();
     row = lane < warps ? parts[turn_][lane] : Statistics{};
-    merge_lanes(row);
+    this->merge_lanes(row);
     return row;
   }
 
@@ -155,7 +277,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     cluster_sync();
     const int rank = thread_ % kLargestCluster;
     row = rank < cluster_size() ? read_from_block(&exchanged[turn_], rank) : Statistics{};
-    merge_lanes(row, kLargestCluster);
+    this->merge_lanes(row, kLargestCluster);
     return row;
   }
 
@@ -166,12 +288,20 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     T target_entry = nothing();
     if (finishes && target.index >= 0) target_entry = row.data[target.index];  // before its gradient takes its place
     Statistics statistics;
-    if (!target.skip) statistics = merge(statistics_of(row));
+    if (!target.skip) {
+      Turn turn;
+      const Statistics own = statistics_of(row, turn);
+      statistics = merge(own);
+      if constexpr (kLooksAgain) statistics = look_again(row, own, turn, statistics);
+    }
     const Acc target_logit = target.index < 0 ? Acc(0) : this->value(convert<Acc>(target_entry));
     if constexpr (kPass == Pass::forward) {
       if (plan_.slices > 1) return meet(row, target, run, statistics, target_logit);
     }
-    if (finishes) this->finish_row(row.position, target, statistics, target_logit, sums);
+    if (finishes) {
+      this->store_argmax(row.position, statistics);
+      this->finish_row(row.position, target, statistics, target_logit, sums);
+    }
     if constexpr (kPass == Pass::forward_with_gradient) {
       Gradient gradient{};
       if (!target.skip) gradient = this->gradient(row.position, target, statistics);
@@ -190,8 +320,11 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
     if (thread_ < kWarp) {
       statistics = Statistics{};
       for (int s = thread_; s < plan_.slices; s += kWarp) statistics.merge(parts[s]);
-      merge_lanes(statistics);
-      if (thread_ == 0) this->finish_row(row.position, target, statistics, target_logit, sums);
+      this->merge_lanes(statistics);
+      if (thread_ == 0) {
+        this->store_argmax(row.position, statistics);
+        this->finish_row(row.position, target, statistics, target_logit, sums);
+      }
     }
     add_up(run.grid, args_.total, row.position, sums);
   }
@@ -229,7 +362,7 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
   __device__ __forceinline__ void write(const Row& row, const Target<Acc>& target, const Gradient& gradient) const {
     T* grad = static_cast<T*>(args_.grad_logits.data) + offset_of(args_.shape, args_.grad_logits, row.position);
     const bool aligned = misalignment(grad) == misalignment(row.data);
-    if (target.skip) {
+    if (Base::has_no_gradient(target)) {
       for (int p = row.begin + thread_; p < row.end; p += threads_) {
         store_packet(grad + row.first(p), Packet<T>::filled(convert<T>(Acc(0))), aligned);
       }
@@ -284,13 +417,21 @@ class Rows : CrossEntropy<T, kGeneral, kPass> {
 };
 
 template <class T, bool kGeneral, Pass kPass, bool kCluster>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(row_threads(sizeof(T)))
     cross_entropy_rows(const __grid_constant__ CrossEntropyArgs args, const __grid_constant__ RowPlan plan,
                        const __grid_constant__ Run run) {
   extern __shared__ __align__(16) unsigned char memory[];
   if constexpr (!kCluster || kHasClusters) {
     Rows<T, kGeneral, kPass, kCluster>(args, plan, run, reinterpret_cast<Packet<T>*>(memory)).process(run);
   }
+}
+
+// Forward with an entropy or an argmax, where entries need no more than their logit.
+template <class T>
+__global__ void __launch_bounds__(row_threads(sizeof(T)))
+    cross_entropy_answers(const __grid_constant__ CrossEntropyArgs args, const __grid_constant__ RowPlan plan,
+                          const __grid_constant__ Run run) {
+  Rows<T, false, Pass::forward, false, true>(args, plan, run, nullptr).process(run);
 }
 
 }  // namespace fusedloss::cuda

@@ -226,29 +226,31 @@ class Tiles : CrossEntropy<T, kGeneral, kPass> {
         const auto class_of = [&](int i) { return first + i * lanes() < classes ? first + i * lanes() : -1; };
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-          x[i] = class_of(i) < 0 ? -math::kInfinity<Acc> : this->value(convert<Acc>(logits[class_of(i)]));
+          x[i] = class_of(i) < 0 ? -math::kInfinity<Acc> : convert<Acc>(logits[class_of(i)]);
         }
         this->add(statistics, position, x, class_of);
       }
     }
-    merge_lanes(statistics, lanes());
+    this->merge_lanes(statistics, lanes());
     Gradient gradient{};
     if constexpr (kPass == Pass::backward) {
       if (!target.skip) gradient = this->saved_gradient(position, target, this->mass_of(statistics));
     } else {
+      if (position >= 0 && lane() == 0) this->store_argmax(position, statistics);
       this->finish_later(position, target, statistics, target_logit, lane(), lanes(), sums_);
       if (kPass == Pass::forward_with_gradient && !target.skip) gradient = this->gradient(position, target, statistics);
     }
     if constexpr (kPass != Pass::forward) {
       __syncwarp();  // all lanes have read the target's logit, whose place the gradient takes
       if (position < 0) return;
+      const bool no_gradient = Base::has_no_gradient(target);
 #pragma unroll 1
       for (int c = lane(); c < classes; c += lanes()) {
         const Acc x = convert<Acc>(logits[c]);
         if (kPass == Pass::backward && args_.grad_probabilities.data) {
           this->store_probability_gradient(gradient, position, target.skip ? Acc(0) : this->value(x), c);
         }
-        logits[c] = convert<T>(target.skip ? Acc(0) : this->entry_gradient(gradient, position, x, c));
+        logits[c] = convert<T>(no_gradient ? Acc(0) : this->entry_gradient(gradient, position, x, c));
       }
     }
   }

@@ -31,7 +31,7 @@ class Warps : CrossEntropy<T, false, kPass> {
 
  public:
   __device__ __forceinline__ Warps(const CrossEntropyArgs& args, const WarpPlan& plan, const Run& run)
-      : Base(args, run), lanes_(kWhole ? kWarp : plan.lanes), lane_(threadIdx.x % lanes_) {}
+      : Base(args, run), plan_(plan), lanes_(kWhole ? kWarp : plan.lanes), lane_(threadIdx.x % lanes_) {}
 
   __device__ __forceinline__ void process(const Run& run) {
     const int rows = blockDim.x / lanes_;
@@ -58,15 +58,24 @@ class Warps : CrossEntropy<T, false, kPass> {
   // position: -1 where there is none.
   __device__ __forceinline__ void row(std::int64_t position, const Target<Acc>& target) {
     const T* logits = static_cast<const T*>(args_.logits.data) + offset_of(args_.shape, args_.logits, position);
-    const Span<const T, int> row(logits, position < 0 ? 0 : this->classes());
+    const bool from_start = kPass == Pass::forward && plan_.from_start;
+    const Span<const T, int> row(logits, position < 0 ? 0 : this->classes(), from_start);
 
     // Load. Of a row that is skipped nothing, and its exponentials are zeros.
     const int wanted = target.skip ? 0 : row.packets;
     Packet<T> packets[kPackets];
 #pragma unroll
-    for (int u = 0; u < kPackets; ++u) {
-      packets[u] = Packet<T>::filled(nothing());
-      if (lane_ + u * lanes_ < wanted) packets[u] = row.load(lane_ + u * lanes_);
+    for (Packet<T>& packet : packets) packet = Packet<T>::filled(nothing());
+    if (from_start && !is_aligned(logits)) {
+#pragma unroll
+      for (int u = 0; u < kPackets; ++u) {
+        if (lane_ + u * lanes_ < wanted) packets[u] = row.gather(lane_ + u * lanes_);
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kPackets; ++u) {
+        if (lane_ + u * lanes_ < wanted) packets[u] = row.load(lane_ + u * lanes_);
+      }
     }
     T singles[kSingles], target_entry = nothing();
 #pragma unroll
@@ -138,6 +147,7 @@ class Warps : CrossEntropy<T, false, kPass> {
     }
   }
 
+  const WarpPlan& plan_;
   const int lanes_, lane_;  // of a row, and this one's place among them
   Sums sums_;
 };

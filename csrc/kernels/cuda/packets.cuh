@@ -286,8 +286,9 @@ struct Span {
   int head;     // elements before the body
   int singles;  // before it and behind it
 
-  __host__ __device__ __forceinline__ Span(T* data, Index count) : data(data) {
-    const Index before = (kWidth - misalignment(data)) % kWidth;
+  // from_start: the first packet begins with the first element, wherever that lies; see `gather`.
+  __host__ __device__ __forceinline__ Span(T* data, Index count, bool from_start = false) : data(data) {
+    const Index before = from_start ? 0 : (kWidth - misalignment(data)) % kWidth;
     head = static_cast<int>(before < count ? before : count);
     packets = (count - head) / kWidth;
     singles = static_cast<int>(count - packets * kWidth);
@@ -309,6 +310,13 @@ struct Span {
   }
 
   __device__ __forceinline__ Packet<Value> load(Index p) const { return load_streaming<kWidth>(data + first(p)); }
+  // The same of a packet that is not aligned.
+  __device__ __forceinline__ Packet<Value> gather(Index p) const {
+    Value values[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) values[i] = data[first(p) + i];
+    return bits<Packet<Value>>(values);
+  }
   __device__ __forceinline__ void store(Index p, const Packet<Value>& packet) const {
     store_streaming(data + first(p), packet);
   }

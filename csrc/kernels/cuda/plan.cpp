@@ -7,9 +7,10 @@
 namespace fusedloss::cuda {
 namespace {
 
-// Up to this many positions every block counts the mean's divisor for itself. Beyond, a launch of its own counts them:
-// one block, which needs no ticket, as long as its threads wait for no more than four times the indices that they ask
-// for at once, and then as many blocks as have to wait once.
+// Up to this many positions every block counts the mean's divisor for itself. Beyond, and where positions have weights
+// of their own, whose types are many, a launch of its own counts them: one block, which needs no ticket, as long as its
+// threads wait for no more than four times the indices that they ask for at once, and then as many blocks as have to
+// wait once.
 constexpr std::int64_t kCountedInline = 256;
 constexpr std::int64_t kCountedAtOnce = 8 * kDivisorThreads;
 constexpr std::int64_t kCountedByOneBlock = 4 * kCountedAtOnce;
@@ -29,7 +30,7 @@ struct RowGeometry {
   int threads;
 };
 constexpr RowGeometry kRowGeometry[] = {
-    {8 * 1024, 128}, {32 * 1024, 256}, {96 * 1024, 512}, {std::int64_t(1) << 62, kRowThreads}};
+    {8 * 1024, 128}, {32 * 1024, 256}, {96 * 1024, 512}, {std::int64_t(1) << 62, row_threads(kBankBytes)}};
 // Where nothing is kept a second block has room beside each, and reads while the first waits for its row's sums.
 constexpr int kPassingThreads = 512;
 
@@ -56,9 +57,17 @@ struct Problem {
   bool totals = pass != Pass::backward && (args.total.loss || args.total.divisor);
   std::int64_t classes = args.shape.classes, positions = args.shape.positions();
   int logit_bytes = bytes_of(args.logits.dtype), width = kPacketBytes / logit_bytes;
-  // float64 has the general kernels alone: half the code, for a type that is for checking.
-  bool general = args.logits.dtype == Dtype::float64 || args.has_probabilities || args.label_smoothing != 0 ||
-                 args.logit_softcap != 0;
+  // Entries need more than their logit. float64 has the general kernels alone: half the code, for a type that is for
+  // checking.
+  bool rich_entries =
+      args.logits.dtype == Dtype::float64 || args.has_probabilities || args.label_smoothing != 0 || args.transforms();
+  // More is wanted of them than the sum of their exponentials.
+  bool answers = pass != Pass::backward && (args.entropy || args.argmax);
+  bool general = rich_entries || answers || (pass == Pass::backward && args.grad_entropy) ||
+                 (pass == Pass::forward_with_gradient && args.every_row);  // a row may have no gradient, and be read
+  // What is known of a row is the same to the bit, whatever else is in the batch, and wherever the row lies: where it
+  // is not added to the others', someone may compare it.
+  bool invariant = pass == Pass::forward && args.loss.data;
 
   // Blocks take turns at so many units of work, and each leaves its part of the total.
   void set_blocks(Step& step, std::int64_t units, Workspace& workspace) const {
@@ -104,14 +113,21 @@ std::optional<Step> plan_tiles(const Problem& problem, Workspace& workspace) {
 
   Step step{plan, problem.pass, problem.general, problem.general ? 0 : plan.lanes};
   step.shape = {.threads = kTileThreads, .shared_bytes = 2 * plan.elements() * problem.logit_bytes};
-  if (step.shape.shared_bytes > problem.device.dynamic_shared) return {};
+  std::size_t needed = step.shape.shared_bytes;
+  if (problem.invariant) {  // the most that any alignment takes decides for all
+    TilePlan widest = plan;
+    widest.start = problem.width;
+    widest.pitch = classes + kBankBytes;
+    needed = std::max(needed, 2 * widest.elements() * problem.logit_bytes);
+  }
+  if (needed > problem.device.dynamic_shared) return {};
   problem.set_blocks(step, plan.tiles, workspace);
   return step;
 }
 
 std::optional<Step> plan_warps(const Problem& problem, Workspace& workspace) {
   if (problem.general || problem.classes > kWarp * kMostWarpLogits) return {};
-  WarpPlan plan{kFewestWarpLanes};
+  WarpPlan plan{kFewestWarpLanes, problem.invariant};
   while (plan.lanes < kWarp && problem.classes > plan.lanes * kFewWarpLogits) plan.lanes *= 2;
   Step step{plan, problem.pass};
   if (plan.lanes == kWarp) step.variant = problem.classes <= kWarp * kFewWarpLogits ? kFewWarpLogits : kMostWarpLogits;
@@ -131,7 +147,8 @@ int preferred_slices(const Problem& problem, std::int64_t row_bytes) {
       return bytes > kPreferredShare || (slices * positions < multiprocessors && bytes > 2 * kSmallestSlice);
     };
     while (slices < problem.device.largest_cluster && is_large(row_bytes / slices)) slices *= 2;
-  } else if (positions < multiprocessors && !(problem.pass == Pass::backward && problem.args.has_probabilities)) {
+  } else if (positions < multiprocessors && !problem.invariant &&
+             !(problem.pass == Pass::backward && problem.args.has_probabilities)) {
     const std::int64_t most = std::max<std::int64_t>(1, row_bytes / kSmallestSlice);
     slices = static_cast<int>(std::min(ceil_div(2 * multiprocessors, positions), most));
   }
@@ -141,13 +158,18 @@ int preferred_slices(const Problem& problem, std::int64_t row_bytes) {
 // Nothing where forward writes a gradient and shared memory does not hold the rows.
 std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
   const std::int64_t packets = ceil_div(problem.classes, problem.width);
-  RowPlan plan{.slices = preferred_slices(problem, packets * kPacketBytes)};
+  RowPlan plan{.slices = preferred_slices(problem, packets * kPacketBytes), .from_start = problem.invariant};
   Step step{plan, problem.pass, problem.general};
+  if (problem.answers && !problem.rich_entries && problem.pass == Pass::forward) {
+    step.general = false;
+    step.answers = true;
+  }
   std::int64_t resident = 0;
   for (;; plan.slices /= 2) {
     plan.slice_packets = static_cast<int>(ceil_div(packets, plan.slices));
     const std::int64_t bytes = std::int64_t(plan.slice_packets) * kPacketBytes;
     step.shape.threads = std::ranges::find_if(kRowGeometry, [&](auto entry) { return bytes <= entry.bytes; })->threads;
+    step.shape.threads = std::min(step.shape.threads, row_threads(problem.logit_bytes));
     if (problem.pass != Pass::forward_with_gradient) {
       step.shape.threads = std::min(step.shape.threads, kPassingThreads);
     } else {
@@ -168,7 +190,7 @@ std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
   step.grid = workspace.take_grid(problem.totals ? at_once : 1);
   if (meets) {
     step.row_tickets = workspace.take(problem.positions, kTicketBytes);
-    step.row_parts = workspace.take(step.shape.blocks, statistics_bytes(problem.args.logits.dtype));
+    step.row_parts = workspace.take(step.shape.blocks, statistics_bytes(problem.logit_bytes, problem.general));
   }
   return step;
 }
@@ -202,6 +224,7 @@ Step plan_columns(const Problem& problem, Workspace& workspace) {
   };
   const auto threads_for = [&](int width) {  // fewer of them before multiprocessors have none
     int threads = kColumnThreads;
+    if (problem.invariant && args.weight && args.label_smoothing != 0) return threads;  // they add up the weights
     while (threads > kWarp && problem.positions / width < threads * problem.device.multiprocessors) threads /= 2;
     return threads;
   };
@@ -210,6 +233,7 @@ Step plan_columns(const Problem& problem, Workspace& workspace) {
     const int packet_bytes = width * problem.logit_bytes;
     const bool reads_once = problem.pass != Pass::forward_with_gradient;
     if (!is_possible(width) || (reads_once && (problem.general || packet_bytes < kNarrowPacket))) return {};
+    if (problem.invariant) return {};  // kept packets are added up in another order, and not all can be kept
     return plan_keeping(problem.device, threads_for(width), problem.classes * packet_bytes);
   };
   const int narrow = std::max(1, kNarrowPacket / problem.logit_bytes);
@@ -254,12 +278,14 @@ CrossEntropyPlan plan_cross_entropy(const CrossEntropyArgs& args, Pass pass, con
     plan.steps.push_back(*plan_rows({args, Pass::forward, device, resident_blocks, true}, workspace));
     step = plan_rows({args, Pass::backward, device, resident_blocks}, workspace);
   } else if (pass == Pass::forward_with_gradient && args.total.reduction == Reduction::mean &&
-             !args.has_probabilities && problem.positions > kCountedInline) {
+             !args.total.denominator &&
+             (args.sample_weight.data || (!args.has_probabilities && problem.positions > kCountedInline))) {
     plan.counted = workspace.take(1, sizeof(double));
     problem.totals = true;
     Step count{.plan = DivisorPlan{}, .shape = {.threads = kDivisorThreads}};
-    const bool quick = problem.positions <= kCountedByOneBlock;
-    problem.set_blocks(count, quick ? 1 : ceil_div(problem.positions, kCountedAtOnce), workspace);
+    const std::int64_t at_once = args.sample_weight.data ? kDivisorThreads : kCountedAtOnce;
+    const bool quick = problem.positions <= (args.sample_weight.data ? at_once : kCountedByOneBlock);
+    problem.set_blocks(count, quick ? 1 : ceil_div(problem.positions, at_once), workspace);
     plan.steps.push_back(count);
   }
   plan.steps.push_back(*step);

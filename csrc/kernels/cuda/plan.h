@@ -23,8 +23,8 @@ inline constexpr int kTileThreads = 256;
 inline constexpr std::int64_t kTileClasses = 1024;  // the most
 // The most classes of a row of tiles that one lane has, or four lanes, in registers: tiles are compiled for both.
 inline constexpr int kOneLaneClasses = 16, kFewLanes = 4, kFewLanesClasses = 128;
-inline constexpr int kRowThreads = 1024;                         // the most
-inline constexpr int kWarpRowThreads = 128;                      // where a warp has a row
+constexpr int row_threads(std::size_t logit_bytes) { return logit_bytes > 4 ? 512 : 1024; }  // the most
+inline constexpr int kWarpRowThreads = 128;                                                  // where a warp has a row
 inline constexpr int kFewWarpLogits = 32, kMostWarpLogits = 64;  // of a lane then: warps are compiled for both
 inline constexpr int kFewestWarpLanes = 8;                       // of a row
 inline constexpr int kColumnThreads = 128;                       // the most
@@ -59,12 +59,14 @@ struct TilePlan {
 };
 
 struct WarpPlan {
-  int lanes = kWarp;  // of a row
+  int lanes = kWarp;        // of a row
+  bool from_start = false;  // packets are counted from the first class on, wherever that lies in memory
 };
 
 struct RowPlan {
   int slices = 1;  // of a row, each read by one block; of a cluster, where there are clusters
   int slice_packets = 0;
+  bool from_start = false;      // packets are counted from the first class on, wherever that lies in memory
   void* parts = nullptr;        // (positions, slices) RowStatistics, where slices meet through memory
   unsigned* tickets = nullptr;  // (positions,), zero when the kernel starts
 };
@@ -105,8 +107,8 @@ constexpr std::int64_t blocks_for(std::int64_t units, std::int64_t resident) {
 
 // The sizes of a ticket, of a block's Sums, and of the statistics of a slice.
 inline constexpr std::size_t kTicketBytes = 4, kSumsBytes = 16;
-constexpr std::size_t statistics_bytes(Dtype dtype) {
-  return dtype == Dtype::float64 ? sizeof(math::RowStatistics<double, true>) : sizeof(math::RowStatistics<float, true>);
+constexpr std::size_t statistics_bytes(std::size_t logit_bytes, bool general) {
+  return !general ? 8 : logit_bytes > 4 ? 56 : 48;  // cross_entropy.cuh: PartStatistics
 }
 
 struct Piece {
@@ -145,9 +147,10 @@ struct DivisorPlan {};  // the divisor of the mean, counted for the step that fo
 struct Step {
   std::variant<DivisorPlan, TilePlan, WarpPlan, RowPlan, ColumnPlan> plan;
   Pass pass = Pass::forward;
-  bool general = false;  // entries need more than their logit: smoothing, probabilities or a soft cap
+  bool general = false;  // entries need more than their logit, or more is wanted of them: see plan.cpp
   int variant = 0;  // the kernel's last template argument: lanes of tiles, logits of a lane of a whole warp, whether
                     // rows have clusters, the width of columns
+  bool answers = false;  // of rows that are not general: with an entropy, or the class of the largest logit
   Launch shape = {};
   GridPieces grid = {};                    // of the total
   Piece row_tickets = {}, row_parts = {};  // where slices of a row meet through memory

@@ -79,10 +79,12 @@ struct GridSums {
 };
 
 __device__ __forceinline__ void write_total(const Total& total, const Sums& sums) {
-  if (total.divisor) *total.divisor = sums.divisor;
+  const double divisor = total.denominator ? *total.denominator : sums.divisor;
+  if (total.divisor) *total.divisor = divisor;
   if (total.loss) {
     const bool is_mean = total.reduction == Reduction::mean;
-    store(total.loss, total.dtype, 0, math::reduced(is_mean, sums.loss, sums.divisor));
+    store(total.loss, total.dtype, 0,
+          total.denominator ? math::reduced_over(sums.loss, divisor) : math::reduced(is_mean, sums.loss, divisor));
   }
 }
 
