@@ -18,7 +18,7 @@ class Case:
     """One call of one loss."""
 
     title: str
-    loss: str  # a function of torch.nn.functional and of fusedloss.functional
+    loss: str  # a function of fusedloss.functional, and of torch.nn.functional unless contestants.py composes it
     shape: tuple[int, ...]  # of the logits, with the classes second
     target: str = "indices"  # a row of TARGETS
     options: tuple[str, ...] = ()  # rows of OPTIONS
@@ -47,6 +47,10 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.name} {self.type}"
+
+    @property
+    def loss_type(self) -> torch.dtype:
+        return torch.float32 if self.autocast or self.loss == "token_log_probs" else self.dtype
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -165,6 +169,12 @@ def linear_cross_entropy(*shape, width, **fields):
     return cross_entropy(*shape, **linear | fields)
 
 
+def log_probs(*shape, **fields):
+    """What reinforcement learning asks of a head: each token's log-probability, and the entropy as a bonus."""
+    title = "log-probabilities and entropy"
+    return Case(**{"title": title, "loss": "token_log_probs", "shape": shape, "reduction": "none"} | fields)
+
+
 def bce_with_logits(*shape, **fields):
     loss = {"title": "bce with logits", "loss": "binary_cross_entropy_with_logits", "target": "labels"}
     return Case(**loss | {"shape": shape} | fields)
@@ -250,6 +260,9 @@ CPU_GROUPS = {
         [torch.float16, torch.float64],
         [cross_entropy(65536, 10), cross_entropy(512, 32000), bce_with_logits(4096, 1000)],
     ),
+    "log-probabilities": each(
+        [torch.float32, torch.bfloat16], [log_probs(512, 32000), log_probs(64, 128256), log_probs(4096, 1000)]
+    ),
     "gradient in place of the logits": [
         cross_entropy(512, 32000, ours={"inplace": True}),
         cross_entropy(64, 128256, ours={"inplace": True}),
@@ -313,6 +326,7 @@ CUDA_GROUPS = {
         *variants(cross_entropy(4096, 128256, dtype=torch.bfloat16))[:2],
         *variants(bce_with_logits(65536, 1000, dtype=torch.bfloat16)),
     ],
+    "log-probabilities": each([torch.bfloat16], [log_probs(4096, 128256), log_probs(8192, 32000)]),
     "a linear layer and its loss": each(
         [torch.bfloat16],
         [

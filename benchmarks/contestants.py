@@ -28,11 +28,31 @@ def of_embeddings(case: Case, loss: Callable) -> Callable:
     return lambda input, target, classifier, **options: loss(linear(input, classifier), target, **options)
 
 
+ENTROPY_BONUS = 0.01
+
+
 def ours(case: Case) -> Callable:
+    if case.loss == "token_log_probs":
+        return our_log_probs_and_bonus
     return partial(of_embeddings(case, getattr(fusedloss.functional, case.loss)), **case.ours)
 
 
+def our_log_probs_and_bonus(input, target, reduction="none", **options):
+    log_probs, entropy = fusedloss.token_log_probs(input, target, return_entropy=True, **options)
+    return log_probs + ENTROPY_BONUS * entropy
+
+
+def log_probs_and_bonus(input, target, reduction="none"):
+    """As trainers compose them; in float32, since half precision would leave two digits of either."""
+    wide = input if input.dtype == torch.float64 else input.float()
+    log_p = wide.log_softmax(1)
+    entropy = -(wide.softmax(1) * log_p).sum(1)
+    return log_p.gather(1, target[:, None]).squeeze(1) + ENTROPY_BONUS * entropy
+
+
 def native(case: Case) -> Callable:
+    if case.loss == "token_log_probs":
+        return log_probs_and_bonus
     function = of_embeddings(case, getattr(torch.nn.functional, case.loss))
     if case.target == "uint8 labels":  # native's binary losses take no integers
         return lambda input, target, **options: function(input, target.to(input.dtype), **options)

@@ -230,8 +230,7 @@ def true_grad_output(case: Case, logits: Tensor, target: Tensor, options: dict) 
     if case.reduction == "none":
         shape = logits.shape if case.loss.startswith("binary") else target.shape
         # Drawn in the type that the loss will have: what the contestants see.
-        dtype = torch.float32 if case.autocast else logits.dtype
-        drawn = case.draw_grad_output(torch.empty(shape, dtype=dtype, device=logits.device))
+        drawn = case.draw_grad_output(torch.empty(shape, dtype=case.loss_type, device=logits.device))
         assert drawn is not None, "losses that are not reduced are differentiated with a tensor"
         return drawn.double()
     return torch.ones((), dtype=torch.float64, device=logits.device) * case.grad_output / divisor(case, target, options)
