@@ -178,7 +178,6 @@ def test_additions_to_cross_entropy(loss, options, shape, device):
 @table(
     reduction=["mean", "none"],
     weight=[False, True],
-    label_smoothing=[0.0, 0.1],
     logit_scale=[1.0, 0.7],
     logit_softcap=[None, 2.0],
     sample_weight=[False, True],

@@ -138,8 +138,8 @@ struct CrossEntropy {
     for (int i = 0; invalid > 0 && partial.invalid < 0 && i < count; ++i) {
       if (!valid[i] && targets[i] != ignore_index) partial.invalid = group.begin + i;
     }
-    if (!weights && !args.sample_weight.data) {
-      partial.divisor += double(counted);
+    if (!weights) {
+      partial.divisor += args.sample_weight.data ? sum_of_weights(group) : double(counted);
       std::fill_n(group.target_mass, count, math::index_mass(problem, Acc(1)));
       return;
     }
@@ -148,6 +148,14 @@ struct CrossEntropy {
       if (valid[i]) partial.divisor += double(target_weight) * double(group.weight[i]);
       group.target_mass[i] = math::index_mass(problem, target_weight);
     }
+  }
+
+  // Of the positions that count.
+  [[gnu::noinline]] static double sum_of_weights(const Group<Acc>& group) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < group.count; ++i) sum += double(math::zero_if(group.counts[i] == 0, group.weight[i]));
+    return sum;
   }
 
   // Rows that do not exist up to a multiple of any vector's lanes; returns their number. A row must not be what is left

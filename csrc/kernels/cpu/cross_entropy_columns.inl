@@ -62,7 +62,20 @@ template <class Acc>
 [[gnu::noinline]] void take_exponentials_and_gaps(const Tile<Acc>& tile, const Acc* shift, double* sum, double* gap) {
   std::fill_n(sum, tile.lanes, 0.0);
   std::fill_n(gap, tile.lanes, 0.0);
-  for (std::int64_t c = 0; c < tile.lines; ++c) {
+  std::int64_t c = 0;
+  for (; c + 2 <= tile.lines; c += 2) {
+    Acc *first = tile.line(c), *second = tile.line(c + 1);
+#pragma omp simd
+    for (int i = 0; i < tile.lanes; ++i) {
+      const Acc first_shifted = first[i] - shift[i], second_shifted = second[i] - shift[i];
+      const Acc first_e = math::exp_nonpositive(first_shifted), second_e = math::exp_nonpositive(second_shifted);
+      first[i] = first_e;
+      second[i] = second_e;
+      sum[i] += double(first_e) + double(second_e);
+      gap[i] += double(math::times_gap(first_e, first_shifted) + math::times_gap(second_e, second_shifted));
+    }
+  }
+  for (; c < tile.lines; ++c) {
     Acc* x = tile.line(c);
 #pragma omp simd
     for (int i = 0; i < tile.lanes; ++i) {

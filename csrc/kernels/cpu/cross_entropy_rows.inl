@@ -41,28 +41,41 @@ template <class Value, int kWidth, class Combine>
   }
 }
 
-// Writes exponentials where the entropy is wanted; returns the sum of e times its gap.
+// The same of kPadding elements, which also adds their products with their gaps. kFinite: no gap is infinite, or the
+// sum will be NaN.
+template <bool kFinite, class Acc, int kWidth>
+[[gnu::always_inline]] inline void exponentials_and_gaps(const Acc* x, Acc shift, Acc* e, double (&gaps)[kWidth]) {
+  Acc four[kWidth] = {};  // added before they become float64
+  for (std::int64_t k = 0; k < kPadding; k += kWidth) {
+#pragma omp simd
+    for (int i = 0; i < kWidth; ++i) {
+      const Acc shifted = x[k + i] - shift;
+      e[k + i] = math::exp_nonpositive(shifted);
+      four[i] += kFinite ? -(e[k + i] * shifted) : math::times_gap(e[k + i], shifted);
+    }
+  }
+#pragma omp simd
+  for (int i = 0; i < kWidth; ++i) gaps[i] += double(four[i]);
+}
+
+// Writes the exponentials, and returns the sum of their products with the gaps. The last kPadding elements may be
+// padded with -inf; if there are others, all of it is done once more.
 template <class Acc>
 [[gnu::noinline]] double exponentials_and_gap(const Acc* x, Acc shift, Acc* e, std::int64_t count, Ahead next) {
-  constexpr int kWidth = kPadding / 4;
-  double gaps[kWidth] = {};
-  for (std::int64_t first = 0; first < count; first += kPadding) {
-    Acc four[kWidth] = {};  // added before they become float64
-    for (int part = 0; part < 4; ++part) {
-      const std::int64_t k = first + part * kWidth;
-      const char* line = next.data + k * next.size;
-      for (std::int64_t i = 0; i < kWidth * std::int64_t(sizeof(Acc)); i += kLine) __builtin_prefetch(line + i);
-#pragma omp simd
-      for (int i = 0; i < kWidth; ++i) {
-        const Acc shifted = x[k + i] - shift;
-        e[k + i] = math::exp_nonpositive(shifted);
-        four[i] += math::times_gap(e[k + i], shifted);
-      }
-    }
-#pragma omp simd
-    for (int i = 0; i < kWidth; ++i) gaps[i] += double(four[i]);
+  const auto sum = [](double a, double b) { return a + b; };
+  const std::int64_t last = count - kPadding;
+  double gaps[kPadding / 4] = {};
+  for (std::int64_t k = 0; k < last; k += kPadding) {
+    const char* line = next.data + k * next.size;
+    for (std::int64_t i = 0; i < kPadding * next.size; i += kLine) __builtin_prefetch(line + i);
+    exponentials_and_gaps<true>(x + k, shift, e + k, gaps);
   }
-  return by_halves(gaps, [](double a, double b) { return a + b; });
+  exponentials_and_gaps<false>(x + last, shift, e + last, gaps);
+  const double gap = by_halves(gaps, sum);
+  if (gap == gap) return gap;
+  std::fill_n(gaps, kPadding / 4, 0.0);
+  for (std::int64_t k = 0; k < count; k += kPadding) exponentials_and_gaps<false>(x + k, shift, e + k, gaps);
+  return by_halves(gaps, sum);
 }
 
 // The largest of a multiple of kPadding elements, found lane by lane: clang has no vector form of a reduction that
@@ -402,10 +415,9 @@ class Rows {
   void merge(Group<Acc>& group, Part<Acc>& part, Statistics& row) const {
     const int i = part.row;
     part.statistics.sum = sum_of(part.e, part.count);
-    if (p_.entropy) {
-      // Such a sum has one exponential of 1, and near it float32 loses what is added.
-      const double sum = part.statistics.sum;
-      if (sum >= 1 && sum < 2) part.statistics.sum = sum_beside_one(part.e, part.count);
+    if (p_.entropy && part.statistics.sum >= 1 && part.statistics.sum < 2) {
+      // One exponential is 1, and near it float32 loses what is added.
+      part.statistics.sum = sum_beside_one(part.e, part.count);
     }
     if (rows_at_once_ == 1) chunk_max_[part.c / kChunk] = part.statistics.max;
     if (part.c == 0) row = part.statistics;
