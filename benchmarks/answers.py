@@ -24,44 +24,44 @@ SHAPES = {
 BUDGETS = {"cpu": Budget(seconds=10, fewest=15, most=200), "cuda": Budget(seconds=3, fewest=15, most=100)}
 
 
-def forwards(case: Case, target, sample_weight, denominator) -> dict:
-    """Calls without a gradient; the first of a pair is the plain one."""
-    unreduced = partial(fusedloss.token_log_probs, target=target)
+def calls_of(target, sample_weight, denominator) -> dict:
+    """By measure, calls with what they have beside the first, which is the plain one; a step writes its gradient in
+    forward."""
+    log_probs = partial(fusedloss.token_log_probs, target=target)
+    loss = partial(fusedloss.cross_entropy, target=target)
     return {
-        "log-probabilities": unreduced,
-        "with the entropy": partial(unreduced, return_entropy=True),
-        "with a scale": partial(unreduced, logit_scale=0.7),
-        "predictions": partial(fusedloss.cross_entropy, target=target, reduction="none", return_argmax=True),
+        "forward": {
+            "nothing": log_probs,
+            "entropy": partial(log_probs, return_entropy=True),
+            "scale": partial(log_probs, logit_scale=0.7),
+            "predictions": partial(loss, reduction="none", return_argmax=True),
+        },
+        "step": {
+            "nothing": loss,
+            "denominator": partial(loss, denominator=denominator),
+            "weights of samples": partial(loss, sample_weight=sample_weight),
+            "predictions": lambda input: loss(input, return_argmax=True)[0],
+        },
     }
 
 
-def steps(case: Case, target, sample_weight, denominator) -> dict:
-    """Calls with the gradient that forward writes."""
-    loss = partial(fusedloss.cross_entropy, target=target, **({"grad_scale": 1.0} if case.type == "float16" else {}))
-    return {
-        "step": loss,
-        "with a denominator": partial(loss, denominator=denominator),
-        "with weights of samples": partial(loss, sample_weight=sample_weight),
-        "with predictions": lambda input: loss(input, return_argmax=True)[0],
-    }
-
-
-def costs(case: Case, device) -> dict[str, float]:
+def costs(case: Case, device) -> dict[str, str]:
     logits, target, _ = case.draw(device.name)
     sample_weight = torch.rand(target.shape, device=device.name)
     denominator = torch.tensor(float(target.numel()), device=device.name)
-    clock, parties, found = device.clock(case), {}, {}
-    for kind, calls in (("forward", forwards), ("step", steps)):
-        for name, call in calls(case, target, sample_weight, denominator).items():
-            run = partial(MEASURES[kind], call, (), None)
-            parties[name] = Party(run, clock, differentiates=kind == "step")
+    clock = device.clock(case)
+    parties = {
+        (measure, name): Party(partial(MEASURES[measure], call, (), None), clock, differentiates=measure == "step")
+        for measure, calls in calls_of(target, sample_weight, denominator).items()
+        for name, call in calls.items()
+    }
     take_turns(list(parties.values()), logits, BUDGETS[device.name])
-    plain = 1.0
-    for name, party in parties.items():
-        median = party.times().median
-        plain = plain if name.startswith(("with", "predictions")) else median
-        found[name] = median / plain
-    return found
+    medians = {key: party.times().median for key, party in parties.items()}
+    return {
+        f"{measure} with {name}": f"{median / medians[measure, 'nothing']:.3f}"
+        for (measure, name), median in medians.items()
+        if name != "nothing"
+    }
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES[options.device]:
             case = cross_entropy(*shape, dtype=dtype)
-            print(case, {name: f"{ratio:.3f}" for name, ratio in costs(case, device).items() if ratio != 1}, flush=True)
+            print(case, costs(case, device), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,8 @@ _AUTOGRAD_KEYS = [
     getattr(torch._C.DispatchKey, f"Autograd{kind}") for kind in ("Functionality", "Other", "NestedTensor")
 ]
 _HALF = (torch.float16, torch.bfloat16)
-_GRAD_OUTPUTS = (
-    "grad_loss",
-    "grad_lse",
-    "grad_entropy",
-)  # what a backward operator is given for each output of its loss
+# What a backward operator is given for each output of its loss.
+_GRAD_OUTPUTS = ("grad_loss", "grad_lse", "grad_entropy")
 _OF_BACKWARD = {*_GRAD_OUTPUTS, "row_max", "row_log_sum", "row_gap", "divisor", "output_mask"}
 _NOT_OF_THE_LOSS = {"return_lse", "return_entropy", "return_argmax"}
 _NOT_OF_THE_LOSS |= {"upcast", "grad_in_forward", "grad_scale", "inplace", "statistics"}

@@ -338,12 +338,8 @@ def cross_entropy(
         return reference.cross_entropy(input, target, weight, ignore_index, REDUCTIONS[code], label_smoothing, **added)
     weights = (weight, sample_weight, denominator)
     of_rows = (code, ignore_index, label_smoothing, z_loss, logit_scale, logit_softcap or 0.0)
-    if answers == _NO_ANSWERS:
-        if options:
-            options = (*answers, *options)
-        return kernels.cross_entropy.default(input, target, *weights, *of_rows, *options)[0]
     outputs = kernels.cross_entropy.default(input, target, *weights, *of_rows, *answers, *options)
-    return (outputs[0], *itertools.compress(outputs[1:4], answers))
+    return outputs[0] if answers == _NO_ANSWERS else (outputs[0], *itertools.compress(outputs[1:4], answers))
 
 
 @overload

@@ -70,9 +70,8 @@ def token_log_probs(
     logit_softcap: float | None = None,
     return_entropy: bool = False,
 ):
-    wide = logits if logits.dtype == torch.float64 else logits.float()
     options: Any = {"logit_scale": logit_scale, "logit_softcap": logit_softcap, "return_entropy": return_entropy}
-    losses = cross_entropy(wide, target, None, ignore_index, "none", **options)
+    losses = cross_entropy(_wide(logits), target, None, ignore_index, "none", **options)
     return (0.0 - losses[0], losses[1]) if return_entropy else 0.0 - losses
 
 
