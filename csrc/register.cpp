@@ -52,6 +52,35 @@ static void define(torch::Library& m, CrossEntropy) {
       "-> (Tensor grad_logits, Tensor grad_target)");
 }
 
+// with_grad and backward are given operands of one type; `gradients` makes of the gradient of the logits those of the
+// linear layer.
+template <Backend kBackend>
+static void define(torch::Library& m, LinearCrossEntropy) {
+  using Loss = LinearCrossEntropy;
+  define<kBackend, &Loss::forward, CrossEntropyWeights, CrossEntropyOptions, CrossEntropyAnswers, LinearOptions>(
+      m,
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, {}, {}, {}, {}) "
+      "-> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, "
+      "Tensor row_max, Tensor row_log_sum, Tensor row_gap, Tensor divisor)");
+  define<kBackend, &Loss::with_grad, CrossEntropyWeights, CrossEntropyOptions, LinearOptions>(
+      m,
+      "linear_cross_entropy_with_grad(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, {}, {}, "
+      "bool return_argmax, bool one_chunk, bool[3] output_mask, {}) "
+      "-> (Tensor loss, Tensor argmax, Tensor grad_logits, Tensor rows, Tensor scale, "
+      "Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  define<kBackend, &Loss::gradients>(
+      m,
+      "linear_cross_entropy_gradients(Tensor grad_output, Tensor grad_logits, Tensor rows, Tensor? scale, "
+      "Tensor input, Tensor linear_weight, Tensor target, SymInt ignore_index, ScalarType weight_type, "
+      "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  define<kBackend, &Loss::backward, CrossEntropyWeights, CrossEntropyOptions, LinearOptions>(
+      m,
+      "linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor input, "
+      "Tensor linear_weight, Tensor target, Tensor? linear_bias, {}, Tensor row_max, Tensor row_log_sum, "
+      "Tensor? row_gap, Tensor divisor, {}, ScalarType weight_type, bool[4] output_mask, {}) "
+      "-> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_target, Tensor grad_linear_bias)");
+}
+
 template <Backend kBackend>
 static void define(torch::Library& m, Nll) {
   define<kBackend, &Nll::forward, Nll::Options, Nll::Training>(
@@ -111,6 +140,7 @@ static void implement(torch::Library& m) {
     answer<kBackend, &Loss::forward>(m);
     answer<kBackend, &Loss::backward>(m);
     if constexpr (requires { &Loss::with_grad; }) answer<kBackend, &Loss::with_grad>(m);
+    if constexpr (requires { &Loss::gradients; }) answer<kBackend, &Loss::gradients>(m);
   });
   answer<kBackend, &rescale_grad_>(m);
   answer<kBackend, &rescale_grad>(m);

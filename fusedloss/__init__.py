@@ -11,10 +11,12 @@ from fusedloss.functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
     cross_entropy,
+    linear_cross_entropy,
+    linear_token_log_probs,
     nll_loss,
     token_log_probs,
 )
-from fusedloss.modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, NLLLoss
+from fusedloss.modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
 from fusedloss.patching import patch, replace_losses, unpatch
 
 __version__ = build_info()["version"]
@@ -23,12 +25,15 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "NLLLoss",
     "backends",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "build_info",
     "cross_entropy",
+    "linear_cross_entropy",
+    "linear_token_log_probs",
     "nll_loss",
     "patch",
     "reference",

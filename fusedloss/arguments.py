@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
+from fusedloss import native
+
 try:
     from numpy import bool_, number
 
@@ -23,18 +25,20 @@ _FLOATS: tuple[Any, ...] = (int, float, torch.SymFloat, torch.SymInt)
 def hand_over(function, *arguments):
     """Calls __torch_function__ with a function and its arguments, which come in the order of its signature.
 
-    They are passed on as native passes them, so that what was written for native's function serves for this one: two by
-    position, the others by name. What native does not know is left out where it has its default.
+    They are passed on as native passes them, so that what was written for native's function serves for this one: by
+    position what has no default, the others by name. What native does not know is left out where it has its default.
     """
     signature = getattr(function, "fused", function)  # of fusedloss.patch()'s stand-in for it
-    added = signature.__kwdefaults__
-    names = signature.__code__.co_varnames[2 : len(arguments)]
+    of_native = getattr(getattr(native, signature.__name__, None), "__kwdefaults__", None) or {}
+    added = {name: default for name, default in signature.__kwdefaults__.items() if name not in of_native}
+    without_default = signature.__code__.co_argcount - len(signature.__defaults__ or ())
+    names = signature.__code__.co_varnames[without_default : len(arguments)]
     named = {
         name: value
-        for name, value in zip(names, arguments[2:], strict=True)
+        for name, value in zip(names, arguments[without_default:], strict=True)
         if not (name in added and type(value) is type(added[name]) and value == added[name])
     }
-    return handle_torch_function(function, arguments, *arguments[:2], **named)
+    return handle_torch_function(function, arguments, *arguments[:without_default], **named)
 
 
 def check_tensors(error: type[Exception], loss: str, **arguments) -> None:

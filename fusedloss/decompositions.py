@@ -4,8 +4,9 @@ They are the reference (fusedloss/reference.py) and its derivatives, with the ar
 (csrc/register.cpp). ``torch.export``'s default table has them, so ``run_decompositions()`` leaves ATen operators only,
 and ONNX's exporter finds them. torch.compile keeps the fused operators, unless a backend is given :func:`table`.
 
-Operators that write where they are told to (NAME_with_grad, rescale_grad_) have none. They are of eager training steps,
-and of compiled ones that ask for ``grad_in_forward=True``; exported calls leave that out.
+Operators that write where they are told to (NAME_with_grad, rescale_grad_) have none, nor has
+linear_cross_entropy_with_grad. They are of eager training steps, and of compiled ones that ask for
+``grad_in_forward=True`` or have a linear layer in their loss; exported calls leave that out.
 """
 
 import contextlib
@@ -25,9 +26,10 @@ _AUTOGRAD_KEYS = [
 _HALF = (torch.float16, torch.bfloat16)
 # What a backward operator is given for each output of its loss.
 _GRAD_OUTPUTS = ("grad_loss", "grad_lse", "grad_entropy")
-_OF_BACKWARD = {*_GRAD_OUTPUTS, "row_max", "row_log_sum", "row_gap", "divisor", "output_mask"}
+_OF_BACKWARD = {*_GRAD_OUTPUTS, "row_max", "row_log_sum", "row_gap", "divisor", "output_mask", "weight_type"}
 _NOT_OF_THE_LOSS = {"return_lse", "return_entropy", "return_argmax"}
 _NOT_OF_THE_LOSS |= {"upcast", "grad_in_forward", "grad_scale", "inplace", "statistics"}
+_OF_THE_PRODUCTS = {"product_type", "memory", "chunk", "skip_ignored"}  # how a linear layer's are made
 
 
 def table() -> dict:
@@ -72,6 +74,11 @@ def _cross_entropy(logits, *, logit_softcap, **options):
     )
 
 
+def _linear_cross_entropy(input, linear_weight, target, linear_bias, **options):
+    logits = reference.linear_logits(input, linear_weight, linear_bias)
+    return _cross_entropy(logits, target=target, **options)
+
+
 def _nll(log_probs, **options):
     return (reference.nll_loss(log_probs.contiguous(), **options),)  # native's own backward refuses channels_last
 
@@ -82,6 +89,7 @@ def _elementwise(loss, **options):
 
 _LOSSES = {
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "nll": _nll,
     **{name: functools.partial(_elementwise, loss) for name, loss in reference.ELEMENTWISE_LOSSES.items()},
 }
@@ -101,6 +109,22 @@ def _forward(name, loss):
         if values["upcast"]:
             given = {name: _upcast(value) for name, value in given.items()}
         return results(values, *loss(**given))
+
+    return decomposition
+
+
+def _linear_forward(cross_entropy):
+    """The decomposition of the linear layer's loss, by that of the loss of its logits."""
+    names = [argument.name for argument in torch.ops.fusedloss.linear_cross_entropy.default._schema.arguments]
+    of_logits = {argument.name for argument in torch.ops.fusedloss.cross_entropy.default._schema.arguments}
+
+    def decomposition(*arguments, **options):
+        values = {**dict(zip(names, arguments, strict=False)), **options}
+        dtype = values.get("product_type") or values["input"].dtype
+        layer = [values["input"], values["linear_weight"], values["linear_bias"]]
+        operands = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in layer]
+        given = {name: value for name, value in values.items() if name in of_logits}
+        return cross_entropy(logits=reference.linear_logits(*operands), **given)
 
     return decomposition
 
@@ -153,6 +177,25 @@ def rescale_grad(grad, grad_output, scale, keep_zeros):
     return (torch.where(grad == 0, torch.zeros_like(result), result) if keep_zeros else result).to(grad.dtype)
 
 
+def linear_gradients(
+    grad_output, grad_logits, rows, scale, input, linear_weight, target, ignore_index, weight_type, output_mask
+):
+    """Of a linear layer, from the gradient of its logits, of all of its rows."""
+    wide = torch.promote_types(input.dtype, torch.float32)
+    factor = (grad_output.double() if scale is None else grad_output.double() / scale).to(wide)
+    matrix, weight = grad_logits.flatten(1).to(wide), linear_weight.flatten(0, -2).to(wide)
+    if target.shape != grad_logits.shape:  # what an ignored row holds meets no product
+        counts = (target.long() != ignore_index).reshape(input.shape[0], -1).any(1, keepdim=True)
+        input = input.where(counts, torch.zeros_like(input))
+    grads = [
+        ((matrix @ weight) * factor).to(input.dtype),
+        ((matrix.T @ input.to(wide)) * factor).to(weight_type).reshape(linear_weight.shape),
+        (matrix.sum(0) * factor).to(weight_type).reshape(linear_weight.shape[:-1]),
+    ]
+    absent = [input.new_empty(0), *[linear_weight.new_empty(0, dtype=weight_type)] * 2]
+    return tuple(grad if wanted else empty for grad, empty, wanted in zip(grads, absent, output_mask, strict=True))
+
+
 def _differentiate(outputs, inputs, grad_outputs):
     """torch.autograd.grad, where grad_outputs may be absent and outputs may be constants."""
     pairs = [(y, v) for y, v in zip(outputs, grad_outputs, strict=False) if y.requires_grad and v is not None]
@@ -173,11 +216,18 @@ def _autograd():
         yield
 
 
+def _absent(values, name):
+    """The empty tensor in the place of a gradient that is not asked for."""
+    if name in ("linear_weight", "linear_bias"):
+        return values["linear_weight"].new_empty(0, dtype=values["weight_type"])
+    return values[name].new_empty(0)
+
+
 def _backward(name, loss):
     """The decomposition of a backward operator, by the derivatives of its loss."""
     schema = getattr(torch.ops.fusedloss, f"{name}_backward").default._schema
     names = [argument.name for argument in schema.arguments]
-    of_the_loss = [name for name in names if name not in _OF_BACKWARD]
+    of_the_loss = [name for name in names if name not in _OF_BACKWARD | _NOT_OF_THE_LOSS | _OF_THE_PRODUCTS]
     differentiable = of_the_loss[: len(schema.returns)]
 
     def decomposition(*arguments):
@@ -197,7 +247,9 @@ def _backward(name, loss):
             leaves = [values[name].detach().requires_grad_() for name in wanted]
             grads = _differentiate(outputs(*leaves), leaves, grad_outputs)
         grads = {n: torch.zeros_like(x) if g is None else g for n, x, g in zip(wanted, leaves, grads, strict=True)}
-        results = [grads[name] if name in grads else values[name].new_empty(0) for name in differentiable]
+        for name in {"linear_weight", "linear_bias"} & grads.keys():
+            grads[name] = grads[name].to(values["weight_type"])
+        results = [grads[name] if name in grads else _absent(values, name) for name in differentiable]
         return results[0] if len(results) == 1 else tuple(results)
 
     return decomposition
@@ -205,6 +257,8 @@ def _backward(name, loss):
 
 _DECOMPOSITIONS = {
     "rescale_grad": rescale_grad,
-    **{name: _forward(name, loss) for name, loss in _LOSSES.items()},
+    **{name: _forward(name, loss) for name, loss in _LOSSES.items() if name != "linear_cross_entropy"},
     **{f"{name}_backward": _backward(name, loss) for name, loss in _LOSSES.items()},
+    "linear_cross_entropy_gradients": linear_gradients,
 }
+_DECOMPOSITIONS["linear_cross_entropy"] = _linear_forward(_DECOMPOSITIONS["cross_entropy"])

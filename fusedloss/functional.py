@@ -60,6 +60,30 @@ class CrossEntropyCall(CrossEntropyOptions, total=False):
     sample_weight: Tensor | None
 
 
+class LinearOptions(TypedDict, total=False):
+    """What linear_cross_entropy adds to native's arguments, but for return_*, on which its overloads differ."""
+
+    z_loss: float
+    logit_scale: float
+    logit_softcap: float | None
+    memory: int | Literal["auto"]
+    skip_ignored: bool | None
+    backend: Backend | None
+
+
+class LinearCall(LinearOptions, total=False):
+    """All that may follow the three tensors of linear_cross_entropy, but for return_*."""
+
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    reduction: Reduction
+    ignore_index: int | None
+    label_smoothing: float
+    options: Any
+    denominator: float | Tensor | None
+    sample_weight: Tensor | None
+
+
 @overload
 def cross_entropy(
     input: Tensor,
@@ -443,6 +467,457 @@ def token_log_probs(
     )
     log_probs = 0.0 - outputs[0]  # not its negative, which would be -0 where it is ignored
     return (log_probs, outputs[2]) if return_entropy else log_probs
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_entropy: Literal[False] = ...,
+    return_argmax: Literal[False] = ...,
+    **options: Unpack[LinearCall],
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_entropy: Literal[False] = ...,
+    return_argmax: Literal[False] = ...,
+    **options: Unpack[LinearCall],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_entropy: Literal[True],
+    return_argmax: Literal[False] = ...,
+    **options: Unpack[LinearCall],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_entropy: Literal[False] = ...,
+    return_argmax: Literal[True],
+    **options: Unpack[LinearCall],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_entropy: Literal[True],
+    return_argmax: Literal[False] = ...,
+    **options: Unpack[LinearCall],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_entropy: Literal[False] = ...,
+    return_argmax: Literal[True],
+    **options: Unpack[LinearCall],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_entropy: Literal[True],
+    return_argmax: Literal[True],
+    **options: Unpack[LinearCall],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_entropy: Literal[True],
+    return_argmax: Literal[True],
+    **options: Unpack[LinearCall],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_entropy: bool = ...,
+    return_argmax: bool = ...,
+    **options: Unpack[LinearCall],
+) -> Answers: ...
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    denominator: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
+    memory: int | Literal["auto"] = "auto",
+    skip_ignored: bool | None = None,
+    backend: Backend | None = None,
+) -> Answers:
+    r"""Cross entropy of the logits of a linear layer; :func:`torch.nn.functional.linear_cross_entropy`.
+
+    The same as :func:`cross_entropy` of ``torch.nn.functional.linear(input, linear_weight, linear_bias)``, without the
+    memory of the logits and their copies: they are made once, or a chunk of them at a time, and turned into their
+    gradient where they lie. The README says which plan is taken when.
+
+    Args:
+        input: of the linear layer, (D), (N, D) or (N1, N2, ..., D); float32, float64, bfloat16 or float16.
+        linear_weight: (C, D); or (C, d1, ..., D) beside an input of shape (N, D), for logits of shape (N, C, d1, ...).
+            Of the type of ``input``, unless autocast gives both another.
+        target: class indices of the shape of ``input`` without D, and behind it d1, ..., in int64, int32 or uint8; or
+            probabilities in the shape of the logits.
+        linear_bias: of the shape of ``linear_weight`` without D.
+        weight, reduction, label_smoothing, z_loss, logit_scale, logit_softcap: as for :func:`cross_entropy`.
+        denominator, sample_weight, return_lse, return_entropy, return_argmax, backend: as for :func:`cross_entropy`.
+        ignore_index: as for :func:`cross_entropy`; None stands for -100, and is what probabilities need.
+        options: ``torch.nn.LinearCrossEntropyOptions``, of which ``batch_chunk_size`` is the number of rows whose
+            logits are made at a time. What its other fields ask for is always so here: sums are kept in float32 or
+            wider, and backward may be called again.
+        memory: bytes of scratch that may be used beside the arguments and their gradients, or ``"auto"``: what the
+            quickest plan takes. Where it is too little for any plan, the one that takes least is run.
+        skip_ignored: whether rows without a target that counts are left out of the matrix products. True: always, which
+            makes the host wait for a GPU once. False: never. None: on a CPU always; on a GPU where the products take
+            longer than waiting does, and no graph is being captured or compiled.
+
+    Returns:
+        The loss, or a tuple of it and what was asked for, as :func:`cross_entropy` does of the logits. Under autocast
+        the products are in its type, the loss is float32, and the gradient of a float32 ``linear_weight`` is not
+        rounded to half precision where the library's products can do without (CUDA).
+
+    Raises:
+        RuntimeError: shapes or types do not fit; ``ignore_index`` is given beside probabilities.
+        TypeError: ``options`` or ``memory`` is of another type.
+        ValueError: ``memory`` or ``batch_chunk_size`` is not positive, or ``target`` has another batch size.
+        IndexError, NotImplementedError: as :func:`cross_entropy`; a tensor is a DTensor.
+    """
+    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight, denominator, sample_weight):
+        return hand_over(linear_cross_entropy, *locals().values())
+    name = "linear_cross_entropy"
+    _check_linear_tensors(
+        name, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight
+    )
+    rows = _LinearRows(name, input, linear_weight, target, linear_bias, sample_weight)
+    if ignore_index is not None:
+        if rows.has_probabilities:
+            raise RuntimeError(f"{name}: ignore_index must be None beside probabilities, got {ignore_index}")
+        ignore_index = as_int(name, "ignore_index", ignore_index)
+    else:
+        ignore_index = -100
+    label_smoothing = as_float(name, "label_smoothing", label_smoothing)
+    z_loss = as_finite(name, "z_loss", z_loss)
+    logit_scale = as_positive(name, "logit_scale", logit_scale)
+    if logit_softcap is not None:
+        logit_softcap = as_positive(name, "logit_softcap", logit_softcap)
+    answers = (return_lse, return_entropy, return_argmax)
+    for of_answer, value in zip(("return_lse", "return_entropy", "return_argmax"), answers, strict=True):
+        check_bool(name, of_answer, value)
+    code = _reduction_code(reduction)
+    if denominator is not None:
+        denominator = _denominator(name, denominator, code, input)
+    linear = _linear_options(name, memory, options, skip_ignored, input, linear_weight)
+    kernels = operators(backend, input)
+    weights = (weight, rows.sample_weight, denominator)
+    of_loss = (code, ignore_index, label_smoothing, z_loss, logit_scale, logit_softcap or 0.0)
+    if _native_road() or (weight is not None and weight.requires_grad and rows.has_probabilities):
+        outputs = reference.linear_cross_entropy(
+            rows.input,
+            linear_weight,
+            rows.target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=REDUCTIONS[code],
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            denominator=denominator,
+            sample_weight=rows.sample_weight,
+            return_lse=return_lse,
+            return_entropy=return_entropy,
+            return_argmax=return_argmax,
+        )
+        wanted = outputs if isinstance(outputs, tuple) else (outputs,)
+    else:
+        outputs = kernels.linear_cross_entropy.default(
+            rows.input, linear_weight, rows.target, linear_bias, *weights, *of_loss, *answers, False, None, *linear
+        )
+        wanted = (outputs[0], *itertools.compress(outputs[1:4], answers))
+    loss = wanted[0] if code != _CODES["none"] else rows.unflattened(wanted[0])
+    return loss if answers == _NO_ANSWERS else (loss, *map(rows.unflattened, wanted[1:]))
+
+
+@overload
+def linear_token_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    logit_scale: float = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: Literal[False] = ...,
+    memory: int | Literal["auto"] = ...,
+    skip_ignored: bool | None = ...,
+    backend: Backend | None = ...,
+) -> Tensor: ...
+@overload
+def linear_token_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    logit_scale: float = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: Literal[True],
+    memory: int | Literal["auto"] = ...,
+    skip_ignored: bool | None = ...,
+    backend: Backend | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_token_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    logit_scale: float = ...,
+    logit_softcap: float | None = ...,
+    return_entropy: bool,
+    memory: int | Literal["auto"] = ...,
+    skip_ignored: bool | None = ...,
+    backend: Backend | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def linear_token_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+    memory: int | Literal["auto"] = "auto",
+    skip_ignored: bool | None = None,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-probabilities of the target classes, from the input of the linear layer that makes their logits.
+
+    :func:`token_log_probs` of ``torch.nn.functional.linear(input, linear_weight, linear_bias)``, whose logits are made
+    a chunk at a time, and again for the gradient.
+
+    Args:
+        input, linear_weight, linear_bias, memory, skip_ignored: as for :func:`linear_cross_entropy`.
+        target: class indices of the shape of ``input`` without D, in int64, int32 or uint8.
+        ignore_index, logit_scale, logit_softcap, return_entropy, backend: as for :func:`token_log_probs`.
+
+    Returns:
+        The log-probabilities in float32 (float64 for float64 logits), of the shape of ``target``, differentiable; with
+        ``return_entropy`` the pair (log-probabilities, entropies) of such tensors.
+
+    Raises:
+        RuntimeError, ValueError, IndexError, NotImplementedError: as :func:`linear_cross_entropy`; ``target`` holds
+            probabilities.
+    """
+    if has_torch_function_variadic(input, linear_weight, target, linear_bias):
+        return hand_over(linear_token_log_probs, *locals().values())
+    name = "linear_token_log_probs"
+    _check_linear_tensors(name, input, linear_weight, target, linear_bias=linear_bias)
+    if target.is_floating_point():
+        kind = f"{target.dtype} of shape {list(target.shape)}"
+        raise RuntimeError(f"{name}: target must hold class indices, got {kind}")
+    rows = _LinearRows(name, input, linear_weight, target, linear_bias, None)
+    ignore_index = as_int(name, "ignore_index", ignore_index)
+    logit_scale = as_positive(name, "logit_scale", logit_scale)
+    if logit_softcap is not None:
+        logit_softcap = as_positive(name, "logit_softcap", logit_softcap)
+    check_bool(name, "return_entropy", return_entropy)
+    linear = _linear_options(name, memory, None, skip_ignored, input, linear_weight)
+    kernels = operators(backend, input)
+    if _native_road():
+        logits = reference.linear_logits(rows.input, linear_weight, linear_bias)
+        found = reference.token_log_probs(
+            logits,
+            rows.target,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            return_entropy=return_entropy,
+        )
+        log_probs, *entropy = found if return_entropy else (found,)
+    else:
+        of_rows = (_CODES["none"], ignore_index, 0.0, 0.0, logit_scale, logit_softcap or 0.0)
+        upcast = True  # a loss of half-precision logits is float32
+        outputs = kernels.linear_cross_entropy.default(
+            *(rows.input, linear_weight, rows.target, linear_bias, None, None, None),
+            *(*of_rows, False, return_entropy, False, upcast, None, *linear),
+        )
+        log_probs, entropy = 0.0 - outputs[0], [outputs[2]] if return_entropy else []
+    log_probs = rows.unflattened(log_probs)
+    return (log_probs, rows.unflattened(entropy[0])) if return_entropy else log_probs
+
+
+class _LinearRows:
+    """The tensors of a linear layer's loss with one dimension of rows, as its operators take them."""
+
+    def __init__(self, loss, input, linear_weight, target, linear_bias, sample_weight):
+        if input.dim() == 0:
+            raise RuntimeError(f"{loss}: input must have a dimension of in_features, got shape []")
+        if linear_weight.dim() < 2:
+            raise RuntimeError(
+                f"{loss}: linear_weight must have at least two dimensions, got shape {list(linear_weight.shape)}"
+            )
+        if input.shape[-1] != linear_weight.shape[-1]:
+            raise RuntimeError(
+                f"{loss}: input and linear_weight must have the same last dimension (in_features), "
+                f"got shapes {list(input.shape)} and {list(linear_weight.shape)}"
+            )
+        if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+            raise RuntimeError(
+                f"{loss}: linear_bias must have the shape {list(linear_weight.shape[:-1])} "
+                f"(linear_weight's without the last dimension), got {list(linear_bias.shape)}"
+            )
+        self.leading = input.shape[:-1]
+        if linear_weight.dim() > 2 and len(self.leading) != 1:
+            raise RuntimeError(
+                f"{loss}: linear_weight of shape {list(linear_weight.shape)} makes K-dimensional logits, "
+                f"which need an input of shape (N, {input.shape[-1]}), got {list(input.shape)}"
+            )
+        self.has_probabilities = target.shape == (*self.leading, *linear_weight.shape[:-1])
+        self.input, self.target, self.sample_weight = input, target, sample_weight
+        if len(self.leading) == 1:
+            return
+        if len(self.leading) == 0:
+            # As beside logits of shape (C): one index, in a tensor of one or no dimension.
+            one = self.has_probabilities or (target.numel() == 1 and target.dim() <= 1)
+            if not one:
+                raise (ValueError if target.dim() == 1 else RuntimeError)(
+                    f"{loss}: target must be one class index for input of shape {list(input.shape)}, "
+                    f"got shape {list(target.shape)}"
+                )
+        elif not self.has_probabilities and target.shape != self.leading:
+            raise RuntimeError(
+                f"{loss}: target must have the shape {list(self.leading)} (input's without in_features) or that of the "
+                f"logits, got {list(target.shape)}"
+            )
+        if sample_weight is not None and sample_weight.shape != self.leading:
+            raise ValueError(
+                f"{loss}: sample_weight must have the shape {list(self.leading)}, got {list(sample_weight.shape)}"
+            )
+        count = math.prod(self.leading)
+        self.input = input.reshape(count, input.shape[-1])
+        self.target = target.reshape(count, linear_weight.shape[0]) if self.has_probabilities else target.reshape(count)
+        if sample_weight is not None:
+            self.sample_weight = sample_weight.reshape(count)
+
+    def unflattened(self, of_rows):
+        return of_rows if len(self.leading) == 1 else of_rows.reshape(self.leading)
+
+
+def _check_linear_tensors(loss, input, linear_weight, target, **others):
+    given = {name: value for name, value in others.items() if value is not None}
+    tensors = {"input": input, "linear_weight": linear_weight, "target": target, **given}
+    check_tensors(TypeError, loss, **tensors)
+    for name, tensor in tensors.items():
+        if dtensor.is_dtensor(tensor):
+            raise NotImplementedError(
+                f"{loss}: DTensors are not supported, got {name} with the placements {tensor.placements}; pass local "
+                "tensors (of a layer sharded by FSDP, call the loss within the layer, or after unsharding its weight)"
+            )
+
+
+def _linear_options(loss, memory, options, skip_ignored, input, linear_weight):
+    """The operator's arguments from memory on."""
+    skips = _skips(loss, skip_ignored, input, linear_weight)
+    # What is exported has no training step to speed up.
+    grad_in_forward = False if torch.compiler.is_exporting() else None
+    return (_memory(loss, memory), _chunk(loss, options), skips, grad_in_forward)
+
+
+def _memory(loss, memory):
+    if isinstance(memory, str) and memory == "auto":
+        return None
+    if isinstance(memory, str):
+        raise ValueError(f"{loss}: memory must be 'auto' or a number of bytes, got {memory!r}")
+    return _positive_int(loss, "memory", memory)
+
+
+def _chunk(loss, options):
+    """Rows of logits at a time, of native's options, which older versions of torch lack."""
+    if options is None:
+        return None
+    if not hasattr(options, "batch_chunk_size"):
+        raise TypeError(f"{loss}: options must be LinearCrossEntropyOptions, got {type(options).__name__}: {options!r}")
+    size = options.batch_chunk_size
+    return None if size is None else _positive_int(loss, "options.batch_chunk_size", size)
+
+
+def _positive_int(loss, name, value):
+    value = as_int(loss, name, value)
+    if value < 1:
+        raise ValueError(f"{loss}: {name} must be positive, got {value}")
+    return value
+
+
+# Multiplications of one of the three products from which on a GPU takes a millisecond or so for them all.
+_WORTH_A_WAIT = 2**37
+
+
+def _skips(loss, skip_ignored, input, linear_weight):
+    if skip_ignored is not None:
+        check_bool(loss, "skip_ignored", skip_ignored)
+        return skip_ignored
+    if input.is_cpu or input.is_meta:
+        return None
+    if torch.compiler.is_compiling() or (input.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return input.numel() * (linear_weight.numel() // max(linear_weight.shape[-1], 1)) >= _WORTH_A_WAIT
 
 
 def nll_loss(

@@ -10,53 +10,53 @@ and can be saved if it does not call them. It reads the types of the attributes,
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fusedloss import functional
+from fusedloss import functional, native
 from fusedloss.backend import Backend
-from fusedloss.functional import CrossEntropyOptions, Reduction, TrainingOptions
+from fusedloss.functional import CrossEntropyOptions, LinearOptions, Reduction, TrainingOptions
 
 _Loss = TypeVar("_Loss", bound=type[nn.Module])
-_NOT_OF_A_MODULE = {"input", "target", "size_average", "reduce"}
+_DEPRECATED = {"size_average", "reduce"}
 _OF_A_CALL = ("denominator", "sample_weight")  # what changes with every batch
-_STORED = """
-The constructor checks none of them and stores all under their names, the class weights as buffers and the deprecated
-two as ``reduction``. They may be changed between calls.
-
-"""
 
 
-def _calls(function: Callable) -> Callable[[_Loss], _Loss]:
+def _calls(function: Callable, **values: str) -> Callable[[_Loss], _Loss]:
     """Makes a module of a class: forward hands the function what the module has under the names of its arguments.
 
-    The constructor also takes and stores the function's keyword-only arguments, which native's does not know, but for
-    those that belong to a call; and the class's description goes on with the function's. Forward is made from text, as
-    if it were written out: a loop over the names would add a quarter to the time of a small call.
+    Where an argument has another value, an expression of ``self`` says which. The constructor also takes and stores the
+    function's keyword-only arguments, which native's does not know, but for those that belong to a call; and the
+    class's description goes on with the function's. Forward is made from text, as if it were written out: a loop over
+    the names would add a quarter to the time of a small call.
     """
     of_function = inspect.signature(function).parameters
-    added = {name: value for name, value in (function.__kwdefaults__ or {}).items() if name not in _OF_A_CALL}
     of_a_call = [name for name in _OF_A_CALL if name in of_function]
-    stored = [name for name in of_function if name not in (*_NOT_OF_A_MODULE, *_OF_A_CALL)]
+    of_forward = ("input", "target", *of_a_call)
+    values = {name: name if name in of_forward else f"self.{name}" for name in of_function} | values
+    by_position = [name for name in of_function if of_function[name].default is inspect.Parameter.empty]
+    by_name = [name for name in of_function if name not in (*by_position, *_DEPRECATED)]
+    options = ", ".join([values[name] for name in by_position] + [f"{name}={values[name]}" for name in by_name])
     arguments = ", ".join(["self, input, target", *["*"][: len(of_a_call)], *(f"{name}=None" for name in of_a_call)])
-    options = ", ".join([f"{name}=self.{name}" for name in stored] + [f"{name}={name}" for name in of_a_call])
-    forward = eval(f"lambda {arguments}: functional.{function.__name__}(input, target, {options})")
-    names = ("input", "target", *of_a_call, "return")
-    forward.__annotations__ = {name: function.__annotations__[name] for name in names}
+    forward = eval(f"lambda {arguments}: functional.{function.__name__}({options})")
+    forward.__annotations__ = {name: function.__annotations__[name] for name in (*of_forward, "return")}
     # What TorchScript sees: it has no place for keyword-only arguments, nor for the defaults of others.
     parameters = inspect.signature(forward).parameters.values()
     positional = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
     forward.__signature__ = inspect.Signature(positional, return_annotation=forward.__annotations__["return"])
 
     def complete(loss):
-        constructor = loss.__init__
+        constructor, of_native = loss.__init__, inspect.signature(loss.__base__.__init__).parameters
         own = inspect.signature(constructor)
-        native = [own.parameters[name] for name in own.parameters if name not in ("options", *added)]
-        signature = own.replace(parameters=[*native, *(of_function[name] for name in added)])
+        stored = {name: parameter.default for name, parameter in of_function.items() if values[name] == f"self.{name}"}
+        added = {name: stored[name] for name in function.__kwdefaults__ if name in stored and name not in of_native}
+        parameters = [own.parameters[name] for name in of_native] + [of_function[name] for name in added]
+        signature = own.replace(parameters=parameters)
 
         @functools.wraps(constructor)
         def __init__(self, *arguments, **options):
@@ -68,18 +68,44 @@ def _calls(function: Callable) -> Callable[[_Loss], _Loss]:
         __init__.__signature__ = signature
         loss.__init__, loss.forward = __init__, torch.jit.ignore(forward)
         if function.__doc__:  # python -OO leaves none
-            loss.__doc__ = _description(loss.__doc__, function.__doc__)
+            loss.__doc__ = _description(loss.__doc__, function.__doc__, stored)
         return loss
 
     return complete
 
 
-def _description(of_class, of_function):
-    """A class's docstring, with the function's on the arguments that are options, and on what is raised."""
-    text = inspect.cleandoc(of_function)
-    arguments = text[text.index("Args:\n") : text.index("\nReturns:")]
-    arguments = re.sub(rf"    (input|target|{'|'.join(_OF_A_CALL)}): .*\n(     .*\n)*", "", arguments)
-    return f"{inspect.cleandoc(of_class)}\n\n{arguments}{_STORED}{text[text.index('Raises:') :]}"
+def _description(of_class, of_function, stored):
+    """A class's docstring, with the function's on the arguments that are options, and on what is raised.
+
+    Where the class describes arguments of its constructor, it ends with them, and they come first.
+    """
+    of_class, text = inspect.cleandoc(of_class), inspect.cleandoc(of_function)
+    entries = []
+    for entry in re.findall(r"    \w.*\n(?:     .*\n)*", text[text.index("Args:\n") : text.index("\nReturns:")]):
+        head, _, meaning = entry.partition(":")
+        names = re.findall(r"\w+", head)
+        kept = [name for name in names if name in stored]
+        if kept and kept != names:
+            entry = " ".join(f"{', '.join(kept)}:{meaning}".split())
+            entry = textwrap.fill(entry, 120, initial_indent=" " * 4, subsequent_indent=" " * 8) + "\n"
+        entries += [entry] if kept else []
+    start = "\n" if "\nArgs:\n" in of_class else "\n\nArgs:\n"
+    deprecated = " and the deprecated two as ``reduction``" if stored.keys() >= _DEPRECATED else ""
+    closing = (
+        "The constructor checks no more of them than native's does, and stores under their names what a call computes\n"
+        f"with, the class weights as buffers{deprecated}. They may be changed between calls."
+    )
+    return f"{of_class}{start}{''.join(entries)}\n{closing}\n\n{text[text.index('Raises:') :]}"
+
+
+def _of_linear(module, parameter, *last):
+    """A parameter of a module's linear layer with the classes and out_features in dimensions of their own.
+
+    Without out_features it has them as it is, and autograd a node less.
+    """
+    if parameter is None or not module.out_features:
+        return parameter
+    return parameter.reshape((module.num_classes, *module.out_features, *last))
 
 
 @_calls(functional.cross_entropy)
@@ -210,3 +236,77 @@ class BCELoss(nn.BCELoss):
         **options: Unpack[TrainingOptions],
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction)
+
+
+@_calls(
+    functional.linear_cross_entropy,
+    linear_weight="_of_linear(self, self.linear.weight, self.linear.in_features)",
+    linear_bias="_of_linear(self, self.linear.bias)",
+)
+class LinearCrossEntropyLoss(native.LinearCrossEntropyLoss):
+    r"""Cross entropy between a linear layer's logits and targets; :class:`torch.nn.LinearCrossEntropyLoss`.
+
+    A call computes :func:`fusedloss.linear_cross_entropy` with the layer's weight and bias, which are the module's
+    parameters ``linear.weight`` and ``linear.bias``, initialised as those of :class:`torch.nn.Linear`:
+
+    - input: (D) or (N, D); or, without ``out_features``, with more leading dimensions, as in (batch, sequence, D).
+    - target: class indices of shape (), (N), (N, d1, ..., dK) or (batch, sequence); or probabilities in the shape of
+      the logits, such as (N, C, d1, ..., dK).
+    - denominator, sample_weight: what the mean is divided by, and a weight for each position; they change with every
+      batch, and are keyword arguments of the call: ``criterion(input, target, denominator=n, sample_weight=w)``.
+    - output: the loss, a scalar or, unreduced, of the shape of the target's positions; with ``return_*`` a tuple of
+      the loss and what was asked for, in the order lse, entropy, argmax.
+
+    Native torch has this class since 2.13, and this one is a subclass of it; with an older torch it is the same but for
+    that.
+
+    Args:
+        in_features: D, the size of an input sample.
+        num_classes: C.
+        out_features: (d1, ..., dK), the positions that a sample has logits for; none for one.
+        bias: whether the layer has a bias.
+        device, dtype: of the parameters.
+    """
+
+    z_loss: float = 0.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    return_lse: bool = False
+    return_entropy: bool = False
+    return_argmax: bool = False
+    memory: int | str = "auto"
+    skip_ignored: bool | None = None
+    backend: str | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: Reduction = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        return_lse: bool = False,
+        return_entropy: bool = False,
+        return_argmax: bool = False,
+        **added: Unpack[LinearOptions],
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )

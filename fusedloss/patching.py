@@ -18,6 +18,7 @@ _FUSED = {
     nn.NLLLoss: modules.NLLLoss,
     nn.BCEWithLogitsLoss: modules.BCEWithLogitsLoss,
     nn.BCELoss: modules.BCELoss,
+    native.LinearCrossEntropyLoss: modules.LinearCrossEntropyLoss,  # nobody has one where torch has none
 }
 
 
@@ -84,7 +85,10 @@ _replaced: dict[str, Callable] = {}  # what the stand-ins have taken the place o
 
 
 class patch:
-    """Makes the four losses of torch.nn.functional ours, and with them torch.nn's modules.
+    """Makes the losses of torch.nn.functional ours, and with them torch.nn's modules.
+
+    The losses are cross_entropy, nll_loss, binary_cross_entropy_with_logits, binary_cross_entropy and, where torch has
+    it (2.13), linear_cross_entropy.
 
     ``fusedloss.patch()`` stays in force until :func:`unpatch`; ``with fusedloss.patch(): ...`` until the block ends.
     Blocks may nest and overlap, in threads or not: torch.nn.functional has its own losses again when the last one ends.

@@ -61,6 +61,32 @@ def cross_entropy(
     return (loss, *answers) if answers else loss
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    **added,
+):
+    """input: (N, D)."""
+    logits = linear_logits(input, linear_weight, linear_bias)
+    return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, **added)
+
+
+def linear_logits(input, linear_weight, linear_bias=None):
+    """(N, C), or (N, C, d1, ...) of a weight (C, d1, ..., D)."""
+    shape = linear_weight.shape[:-1]
+    if len(shape) == 1:
+        return torch.nn.functional.linear(input, linear_weight, linear_bias)
+    bias = None if linear_bias is None else linear_bias.flatten()
+    return torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias).unflatten(-1, shape)
+
+
 def token_log_probs(
     logits: Tensor,
     target: Tensor,

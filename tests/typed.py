@@ -37,6 +37,9 @@ def refused(x: Tensor, t: Tensor) -> None:
     fusedloss.CrossEntropyLoss(denominator=8)  # type: ignore[call-arg]
     fusedloss.CrossEntropyLoss(reduction="average")  # type: ignore[arg-type]
     fusedloss.BCELoss(zloss=1e-4)  # type: ignore[call-arg]
+    fusedloss.LinearCrossEntropyLoss(8, 4, memory="little")  # type: ignore[arg-type]
+    fusedloss.LinearCrossEntropyLoss(8, 4, denominator=8)  # type: ignore[call-arg]
+    fusedloss.LinearCrossEntropyLoss(8, 4, (2,))  # type: ignore[call-arg]
     fusedloss.use_backend("gpu")  # type: ignore[arg-type]
 
 
@@ -47,6 +50,12 @@ def modules(x: Tensor) -> None:
     assert_type(loss.grad_scale, float | Tensor | None)
     assert_type(fusedloss.BCEWithLogitsLoss(pos_weight=x).ignore_index, int | None)
     native: nn.CrossEntropyLoss = loss
+    linear = fusedloss.LinearCrossEntropyLoss(8, 4, out_features=(2,), weight=x, z_loss=1e-4, memory=2**30)
+    assert_type(linear, fusedloss.LinearCrossEntropyLoss)
+    assert_type(linear.memory, int | str)
+    assert_type(linear.linear, nn.Linear)
+    native_linear: nn.LinearCrossEntropyLoss = linear
+    fusedloss.replace_losses(native_linear)
     assert_type(fusedloss.replace_losses(native), nn.Module)
     with fusedloss.patch() as patch, fusedloss.use_backend(None) as backend:
         assert_type(patch, fusedloss.patch)

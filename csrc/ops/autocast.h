@@ -29,6 +29,7 @@ struct Autocast;
 template <class Loss, class Result, class... Parameter>
 struct Autocast<Loss, Result(const Tensor&, Parameter...)> {
   static Result call(const Tensor& input, Parameter... parameter) {
+    if constexpr (requires { &Loss::autocast; }) return Loss::autocast(input, parameter...);
     if constexpr (requires { Loss::check_autocast(input); }) Loss::check_autocast(input);
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     return Operator<&Loss::forward>::call(input, with_upcast(parameter)...);

@@ -27,10 +27,14 @@ namespace fusedloss::ops {
 using torch::autograd::variable_list;
 
 // Backward runs on threads of autograd's own, which know nothing of the backend that forward had: every Function
-// remembers it. A loss has `evaluate`, which is forward, and `gradients`, which is backward: of input and target, the
-// first arguments of evaluate; the others have none.
+// remembers it. A loss has `evaluate`, which is forward, and `gradients`, which is backward: of the first arguments of
+// evaluate, which are input and target unless it says how many; the others have none.
 template <class Derived>
 struct LossFunction : torch::autograd::Function<Derived> {
+  static constexpr std::size_t kDifferentiable = 2;
+  // Those that a call has: only the last may be absent.
+  static std::size_t differentiable(AutogradContext*) { return Derived::kDifferentiable; }
+
   template <class... Argument>
   static auto forward(AutogradContext* ctx, Argument&&... argument) {
     ctx->saved_data.reserve(8);  // the first of what is kept there: else the table grows three times
@@ -41,11 +45,15 @@ struct LossFunction : torch::autograd::Function<Derived> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const BackendGuard guard(static_cast<Backend>(ctx->saved_data["backend"].toInt()));
     variable_list input_grads(argument_count(Derived::evaluate));
-    const std::array wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-    auto [grad_input, grad_target] = Derived::gradients(ctx, grads, wanted);
+    std::array<bool, Derived::kDifferentiable> wanted;
+    const std::size_t given = Derived::differentiable(ctx);
+    for (std::size_t i = 0; i < wanted.size(); ++i) wanted[i] = i < given && ctx->needs_input_grad(i);
     // Absent gradients are undefined tensors, not the operators' empty ones.
-    if (wanted[0]) input_grads[0] = std::move(grad_input);
-    if (wanted[1]) input_grads[1] = std::move(grad_target);
+    const auto take = [&](auto&&... grad) {
+      std::size_t i = 0;
+      ((wanted[i] ? void(input_grads[i] = std::move(grad)) : void(), ++i), ...);
+    };
+    std::apply(take, Derived::gradients(ctx, grads, wanted));
     return input_grads;
   }
 
@@ -67,17 +75,20 @@ inline void check_not_overwritten(const char* loss, const Tensor& input) {
   TORCH_CHECK(input.defined(), loss, ": double backward needs the input that inplace=True has overwritten");
 }
 
-// Saves tensors, absent ones as undefined, and options for backward. Autograd keeps no tensor that was made in
+// Saves tensors, absent ones as undefined, and lists of options for backward. Autograd keeps no tensor that was made in
 // inference mode, such as a teacher's probabilities: a copy takes its place.
-template <class Options>
-void save(AutogradContext* ctx, variable_list tensors, const Options& options) {
+template <class... Options>
+void save(AutogradContext* ctx, variable_list tensors, const Options&... options) {
   for (Tensor& tensor : tensors) {
     if (tensor.defined() && tensor.is_inference()) tensor = tensor.clone();
   }
   ctx->save_for_backward(std::move(tensors));
-  for_each_option<Options>([&]<class Owner, class Field>(const Option<Owner, Field>& option) {
-    ctx->saved_data[option.name] = static_cast<ArgumentOf<Field>>(options.*option.field);
-  });
+  const auto save_each = [&]<class List>(const List& list) {
+    for_each_option<List>([&]<class Owner, class Field>(const Option<Owner, Field>& option) {
+      ctx->saved_data[option.name] = static_cast<ArgumentOf<Field>>(list.*option.field);
+    });
+  };
+  (save_each(options), ...);
 }
 
 template <std::size_t kCount>

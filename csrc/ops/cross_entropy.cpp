@@ -1,9 +1,14 @@
 // Cross entropy over tensors. Which kernel arguments the checks and allocations below become is all there is here; the
 // formulas are in csrc/math/cross_entropy.h and the loops in csrc/kernels.
 
+#include "cross_entropy.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <cmath>
 #include <limits>
@@ -23,82 +28,27 @@ constexpr LossKernels<CrossEntropyArgs> kKernels = [](const auto& losses) -> con
   return losses.cross_entropy;
 };
 
-// A target of the input's own shape holds probabilities.
-bool has_probabilities(const Tensor& logits, const Tensor& target) {
-  return target.dim() == logits.dim() && target.sym_sizes() == logits.sym_sizes();
-}
-
-void check_sample_weight(const Tensor& logits, OptionalTensor sample_weight) {
+void check_sample_weight(const char* loss, const Tensor& logits, OptionalTensor sample_weight) {
   if (!is_present(sample_weight)) return;
-  check_floating(kName, "sample_weight", *sample_weight);
+  check_floating(loss, "sample_weight", *sample_weight);
   const auto positions = position_sizes(logits);
-  TORCH_CHECK_VALUE(sample_weight->sym_sizes() == c10::SymIntArrayRef(positions), kName,
+  TORCH_CHECK_VALUE(sample_weight->sym_sizes() == c10::SymIntArrayRef(positions), loss,
                     ": sample_weight must have the shape ", c10::SymIntArrayRef(positions), " (input's shape ",
                     logits.sym_sizes(), " without the classes), got ", sample_weight->sym_sizes());
 }
 
-void check_denominator(OptionalTensor denominator, Reduction reduction) {
+void check_denominator(const char* loss, OptionalTensor denominator, Reduction reduction) {
   if (!is_present(denominator)) return;
-  TORCH_CHECK_VALUE(reduction == Reduction::mean, kName, ": denominator needs reduction 'mean', got ",
+  TORCH_CHECK_VALUE(reduction == Reduction::mean, loss, ": denominator needs reduction 'mean', got ",
                     static_cast<int64_t>(reduction), reduction == Reduction::sum ? " (sum)" : " (none)");
   const auto type = denominator->scalar_type();
-  TORCH_CHECK(denominator->sym_numel() == 1 && (is_supported_floating(type) || at::isIntegralType(type, false)), kName,
+  TORCH_CHECK(denominator->sym_numel() == 1 && (is_supported_floating(type) || at::isIntegralType(type, false)), loss,
               ": denominator must be one real number, got ", type_and_shape(*denominator));
-}
-
-void check(const Tensor& logits, const Tensor& target, const CrossEntropyWeights& weights,
-           const CrossEntropyOptions& options, bool upcast) {
-  const auto& weight = weights.weight;
-  check_reduction(kName, options.reduction);
-  check_devices(kName, {{"input", logits},
-                        {"target", target},
-                        {"weight", weight},
-                        {"sample_weight", weights.sample_weight},
-                        {"denominator", weights.denominator}});
-  const bool probabilities = has_probabilities(logits, target);
-  TORCH_CHECK(!probabilities || is_supported_floating(target.scalar_type()), kName,
-              ": target has the input's shape and so must hold probabilities in a floating-point type, got ",
-              type_and_shape(target));
-  TORCH_CHECK_INDEX(logits.dim() > 0, kName, ": input must have a dimension of classes, got shape []");
-  TORCH_CHECK(!probabilities || options.ignore_index < 0, kName,
-              ": ignore_index is not supported for a target of probabilities, got ", options.ignore_index);
-  check_floating(kName, "input", logits);
-  if (!probabilities) {
-    check_class_target(kName, logits, target);
-    check_weight_type(kName, logits, weight, upcast);
-  } else if (is_present(weight)) {
-    check_weight(kName, "weight", *weight);
-  }
-  check_class_weight(kName, logits, weight, !probabilities);
-  check_sample_weight(logits, weights.sample_weight);
-  check_denominator(weights.denominator, options.reduction);
-  TORCH_CHECK(!(options.label_smoothing > 1), kName, ": label_smoothing must be between 0 and 1, got ",
-              options.label_smoothing);
-  TORCH_CHECK_VALUE(std::isfinite(options.z_loss), kName, ": z_loss must be finite, got ", options.z_loss);
-  TORCH_CHECK_VALUE(std::isfinite(options.logit_scale) && options.logit_scale > 0, kName,
-                    ": logit_scale must be positive and finite, got ", options.logit_scale);
-  TORCH_CHECK_VALUE(std::isfinite(options.logit_softcap) && options.logit_softcap >= 0, kName,
-                    ": logit_softcap must be positive and finite, got ", options.logit_softcap);
-  // Class indices are compared as 32-bit integers in the vector loops.
-  TORCH_CHECK(logits.sym_size(class_dim(logits)) <= std::numeric_limits<int32_t>::max(), kName,
-              ": input has more than 2^31 - 1 classes: ", logits.sym_sizes());
 }
 
 void check_argmax(const Tensor& logits, bool wanted) {
   TORCH_CHECK_INDEX(!wanted || logits.sym_size(class_dim(logits)) != 0, kName,
                     ": return_argmax needs classes, got input of shape ", logits.sym_sizes());
-}
-
-at::ScalarType loss_type(const Tensor& logits, const Tensor& target, OptionalTensor weight, bool upcast) {
-  auto type = upcast_type(logits.scalar_type(), upcast);
-  if (!has_probabilities(logits, target)) return type;
-  type = c10::promoteTypes(type, upcast_type(target.scalar_type(), upcast));
-  return is_present(weight) ? c10::promoteTypes(type, upcast_type(weight->scalar_type(), upcast)) : type;
-}
-
-// Of row_max, row_log_sum and row_gap; lse and entropy have the type that the logits alone give them.
-at::ScalarType statistics_type(const Tensor& logits, at::ScalarType loss_type) {
-  return loss_type == at::kDouble ? at::kDouble : accumulate_type(logits.scalar_type());
 }
 
 // Everything that forward and backward tell the kernel alike, and the tensors that must outlive it.
@@ -145,29 +95,142 @@ Tensor largest_gradient(const Tensor& logits, const Tensor& target, const CrossE
     largest = largest * sample_weights.abs().amax();
   }
   if (!mean) return largest;
-  if (is_present(given.denominator)) return largest / given.denominator->reshape({}).to(at::kDouble).abs();
-  const int64_t positions = logits.numel() / logits.size(class_dim(logits));
-  if (!indices)
-    return largest /
-           (sample_weights.defined() ? sample_weights.sum().abs() : at::full({}, positions, largest.options()));
-  Tensor counts = target.ne(options.ignore_index.expect_int()).flatten();
-  if (sample_weights.defined()) counts = at::where(counts, sample_weights, at::zeros_like(sample_weights));
-  if (!weights.defined()) return largest / counts.sum().abs();
-  const Tensor classes = target.flatten().to(at::kLong).clamp(0, weights.numel() - 1);
-  return largest / weights.index_select(0, classes).mul_(counts).sum().abs();
+  return largest / mean_divisor(logits, target, given, options).abs();
 }
 
 }  // namespace
 
+bool has_probabilities(const Tensor& logits, const Tensor& target) {
+  return target.dim() == logits.dim() && target.sym_sizes() == logits.sym_sizes();
+}
+
+void check_cross_entropy(const char* loss, const Tensor& logits, const Tensor& target,
+                         const CrossEntropyWeights& weights, const CrossEntropyOptions& options, bool upcast) {
+  const auto& weight = weights.weight;
+  check_reduction(loss, options.reduction);
+  check_devices(loss, {{"input", logits},
+                       {"target", target},
+                       {"weight", weight},
+                       {"sample_weight", weights.sample_weight},
+                       {"denominator", weights.denominator}});
+  const bool probabilities = has_probabilities(logits, target);
+  TORCH_CHECK(!probabilities || is_supported_floating(target.scalar_type()), loss,
+              ": target has the input's shape and so must hold probabilities in a floating-point type, got ",
+              type_and_shape(target));
+  TORCH_CHECK_INDEX(logits.dim() > 0, loss, ": input must have a dimension of classes, got shape []");
+  TORCH_CHECK(!probabilities || options.ignore_index < 0, loss,
+              ": ignore_index is not supported for a target of probabilities, got ", options.ignore_index);
+  check_floating(loss, "input", logits);
+  if (!probabilities) {
+    check_class_target(loss, logits, target);
+    check_weight_type(loss, logits, weight, upcast);
+  } else if (is_present(weight)) {
+    check_weight(loss, "weight", *weight);
+  }
+  check_class_weight(loss, logits, weight, !probabilities);
+  check_sample_weight(loss, logits, weights.sample_weight);
+  check_denominator(loss, weights.denominator, options.reduction);
+  TORCH_CHECK(!(options.label_smoothing > 1), loss, ": label_smoothing must be between 0 and 1, got ",
+              options.label_smoothing);
+  TORCH_CHECK_VALUE(std::isfinite(options.z_loss), loss, ": z_loss must be finite, got ", options.z_loss);
+  TORCH_CHECK_VALUE(std::isfinite(options.logit_scale) && options.logit_scale > 0, loss,
+                    ": logit_scale must be positive and finite, got ", options.logit_scale);
+  TORCH_CHECK_VALUE(std::isfinite(options.logit_softcap) && options.logit_softcap >= 0, loss,
+                    ": logit_softcap must be positive and finite, got ", options.logit_softcap);
+  // Class indices are compared as 32-bit integers in the vector loops.
+  TORCH_CHECK(logits.sym_size(class_dim(logits)) <= std::numeric_limits<int32_t>::max(), loss,
+              ": input has more than 2^31 - 1 classes: ", logits.sym_sizes());
+}
+
+at::ScalarType cross_entropy_loss_type(const Tensor& logits, const Tensor& target, OptionalTensor weight, bool upcast) {
+  auto type = upcast_type(logits.scalar_type(), upcast);
+  if (!has_probabilities(logits, target)) return type;
+  type = c10::promoteTypes(type, upcast_type(target.scalar_type(), upcast));
+  return is_present(weight) ? c10::promoteTypes(type, upcast_type(weight->scalar_type(), upcast)) : type;
+}
+
+// lse and entropy have the type that the logits alone give them.
+at::ScalarType cross_entropy_statistics_type(const Tensor& logits, at::ScalarType loss_type) {
+  return loss_type == at::kDouble ? at::kDouble : accumulate_type(logits.scalar_type());
+}
+
+Tensor mean_divisor(const Tensor& logits, const Tensor& target, const CrossEntropyWeights& weights,
+                    const CrossEntropyOptions& options) {
+  if (is_present(weights.denominator)) return weights.denominator->reshape({}).to(at::kDouble);
+  const auto positions = position_sizes(logits);
+  Tensor counts = at::ones_symint(positions, logits.options().dtype(at::kDouble));
+  if (is_present(weights.sample_weight)) counts = weights.sample_weight->to(at::kDouble);
+  if (has_probabilities(logits, target)) return counts.sum();
+  const Tensor indices = target.to(at::kLong);
+  counts = at::where(indices.ne(options.ignore_index.expect_int()), counts, at::zeros_like(counts));
+  if (!is_present(weights.weight)) return counts.sum();
+  const Tensor weight = weights.weight->flatten().to(at::kDouble);
+  const Tensor classes = indices.flatten().clamp(0, weight.numel() - 1);  // an ignored one may be outside
+  return weight.index_select(0, classes).mul_(counts.flatten()).sum();
+}
+
+void check_cross_entropy_grads(const char* loss, const CrossEntropyGradOutputs& grads, const Tensor& logits,
+                               const Tensor& target, const CrossEntropyWeights& weights,
+                               const CrossEntropyOptions& options) {
+  const auto& [grad_loss, grad_lse, grad_entropy, row_max, row_log_sum, row_gap, divisor] = grads;
+  const bool upcast = true;  // forward has checked the types, under autocast or not
+  check_cross_entropy(loss, logits, target, weights, options, upcast);
+  const auto positions = position_sizes(logits);
+  const auto type = cross_entropy_loss_type(logits, target, weights.weight, upcast);
+  const auto statistics = cross_entropy_statistics_type(logits, type);
+  check_grad_loss(loss, logits, grad_loss, divisor, options.reduction, positions);
+  const bool has_entropy = is_present(grad_entropy);
+  TORCH_CHECK(!has_entropy || is_present(row_gap), loss, ": grad_entropy needs row_gap");
+  check_devices(loss, {{"input", logits},
+                       {"grad_lse", grad_lse},
+                       {"grad_entropy", grad_entropy},
+                       {"row_max", row_max},
+                       {"row_log_sum", row_log_sum},
+                       {"row_gap", row_gap}});
+  const auto check_statistic = [&](const NamedTensor& statistic, at::ScalarType expected) {
+    const auto& [name, tensor] = statistic;
+    TORCH_CHECK(!tensor || (tensor->scalar_type() == expected && tensor->sym_sizes() == c10::SymIntArrayRef(positions)),
+                loss, ": ", name, " must be ", expected, " of shape ", c10::SymIntArrayRef(positions), ", got ",
+                type_and_shape(*tensor));
+  };
+  check_statistic({"row_max", row_max}, statistics);
+  check_statistic({"row_log_sum", row_log_sum}, statistics);
+  check_statistic({"row_gap", row_gap}, statistics);
+  check_statistic({"grad_lse", grad_lse}, accumulate_type(logits.scalar_type()));
+  check_statistic({"grad_entropy", grad_entropy}, accumulate_type(logits.scalar_type()));
+}
+
+void write_cross_entropy_grads(const CrossEntropyGradOutputs& grads, const Tensor& logits, const Tensor& target,
+                               const CrossEntropyWeights& weights, const CrossEntropyOptions& options,
+                               Tensor& grad_logits, Tensor& grad_target) {
+  Problem problem(logits, target, weights, options, grad_logits, grad_target);
+  CrossEntropyArgs& args = problem.args;
+  const bool has_entropy = is_present(grads.entropy);
+  const auto of_each = [&](const auto& tensor) {
+    return is_present(tensor) ? tensor->to(grads.row_max.scalar_type()).contiguous() : Tensor();
+  };
+  const Tensor max = grads.row_max.contiguous(), sum = grads.row_log_sum.contiguous();
+  const Tensor lse = of_each(grads.lse), entropy = of_each(grads.entropy);
+  const Tensor mean_gap = has_entropy ? grads.row_gap->contiguous() : Tensor();
+  args.row_max = max.data_ptr();
+  args.row_log_sum = sum.data_ptr();
+  args.row_gap = has_entropy ? mean_gap.data_ptr() : nullptr;
+  args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
+  args.grad_entropy = entropy.defined() ? entropy.const_data_ptr() : nullptr;
+  const Tensor flat_grad = position_view(grads.loss, args.grad_loss);
+  args.grad_divisor = grad_divisor(grads.divisor, options.reduction);
+  run(kKernels, Pass::backward, args, logits);
+}
+
 CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& target, const Weights& weights,
                                             const CrossEntropyOptions& options, const CrossEntropyAnswers& answers,
                                             const TrainingOptions& training) {
-  check(logits, target, weights, options, training.upcast);
+  check_cross_entropy(kName, logits, target, weights, options, training.upcast);
   check_argmax(logits, answers.argmax);
 
   const auto positions = position_sizes(logits);
-  const auto type = loss_type(logits, target, weights.weight, training.upcast);
-  const auto statistics = logits.options().dtype(statistics_type(logits, type));
+  const auto type = cross_entropy_loss_type(logits, target, weights.weight, training.upcast);
+  const auto statistics = logits.options().dtype(cross_entropy_statistics_type(logits, type));
   const auto loss_options = logits.options().dtype(type);
   const bool reduced = options.reduction != Reduction::none;
   Tensor loss = reduced ? at::empty({}, loss_options) : at::empty_symint(positions, loss_options);
@@ -211,7 +274,7 @@ CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& 
 Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, const Weights& weights,
                                OptionalTensor grad_scale, const CrossEntropyOptions& options, bool upcast,
                                Tensor& grad_logits, OptionalTensor scale, OptionalTensor argmax) {
-  check(logits, target, weights, options, upcast);
+  check_cross_entropy(kName, logits, target, weights, options, upcast);
   check_with_grad(kName, logits, grad_logits, grad_scale, scale, options.reduction);
   check_argmax(logits, is_present(argmax));
   if (is_present(argmax)) {
@@ -222,7 +285,7 @@ Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, const
                 kName, ": argmax must be a contiguous int64 tensor of shape ", c10::SymIntArrayRef(positions), ", got ",
                 type_and_shape(*argmax));
   }
-  Tensor loss = at::empty({}, logits.options().dtype(loss_type(logits, target, weights.weight, upcast)));
+  Tensor loss = at::empty({}, logits.options().dtype(cross_entropy_loss_type(logits, target, weights.weight, upcast)));
 
   if (!logits.is_meta()) {
     const Tensor wide = widened(logits, loss.scalar_type());
@@ -251,55 +314,17 @@ TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse
                                 const Tensor& row_max, const Tensor& row_log_sum, OptionalTensor row_gap,
                                 const Tensor& divisor, const CrossEntropyOptions& options,
                                 std::array<bool, 2> output_mask) {
-  const bool upcast = true;  // forward has checked the types, under autocast or not
-  check(logits, target, weights, options, upcast);
-  const auto positions = position_sizes(logits);
-  const auto type = loss_type(logits, target, weights.weight, upcast);
-  const auto statistics = statistics_type(logits, type);
-  check_grad_loss(kName, logits, grad_loss, divisor, options.reduction, positions);
-  const bool has_entropy = is_present(grad_entropy);
-  TORCH_CHECK(!has_entropy || is_present(row_gap), kName, ": grad_entropy needs row_gap");
-  check_devices(kName, {{"input", logits},
-                        {"grad_lse", grad_lse},
-                        {"grad_entropy", grad_entropy},
-                        {"row_max", row_max},
-                        {"row_log_sum", row_log_sum},
-                        {"row_gap", row_gap}});
-  const auto check_statistic = [&](const NamedTensor& statistic, at::ScalarType expected) {
-    const auto& [name, tensor] = statistic;
-    TORCH_CHECK(!tensor || (tensor->scalar_type() == expected && tensor->sym_sizes() == c10::SymIntArrayRef(positions)),
-                kName, ": ", name, " must be ", expected, " of shape ", c10::SymIntArrayRef(positions), ", got ",
-                type_and_shape(*tensor));
-  };
-  check_statistic({"row_max", row_max}, statistics);
-  check_statistic({"row_log_sum", row_log_sum}, statistics);
-  check_statistic({"row_gap", row_gap}, statistics);
-  check_statistic({"grad_lse", grad_lse}, accumulate_type(logits.scalar_type()));
-  check_statistic({"grad_entropy", grad_entropy}, accumulate_type(logits.scalar_type()));
+  const CrossEntropyGradOutputs grads{grad_loss, grad_lse, grad_entropy, row_max, row_log_sum, row_gap, divisor};
+  check_cross_entropy_grads(kName, grads, logits, target, weights, options);
+  const auto type = cross_entropy_loss_type(logits, target, weights.weight, /*upcast=*/true);
   TORCH_CHECK(!output_mask[1] || has_probabilities(logits, target), kName,
               ": a target of class indices has no gradient");
 
   const Tensor wide = widened(logits, type);
   Tensor grad_logits = output_mask[0] ? with_huge_pages(empty_like_logits(wide)) : Tensor();
   Tensor grad_target = output_mask[1] ? with_huge_pages(empty_like_logits(target)) : Tensor();
-
   if (!logits.is_meta()) {
-    Problem problem(wide, target, weights, options, grad_logits, grad_target);
-    CrossEntropyArgs& args = problem.args;
-    const auto of_each = [&](const auto& tensor) {
-      return is_present(tensor) ? tensor->to(statistics).contiguous() : Tensor();
-    };
-    const Tensor max = row_max.contiguous(), sum = row_log_sum.contiguous();
-    const Tensor lse = of_each(grad_lse), entropy = of_each(grad_entropy);
-    const Tensor mean_gap = has_entropy ? row_gap->contiguous() : Tensor();
-    args.row_max = max.data_ptr();
-    args.row_log_sum = sum.data_ptr();
-    args.row_gap = has_entropy ? mean_gap.data_ptr() : nullptr;
-    args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
-    args.grad_entropy = entropy.defined() ? entropy.const_data_ptr() : nullptr;
-    const Tensor flat_grad = position_view(grad_loss, args.grad_loss);
-    args.grad_divisor = grad_divisor(divisor, options.reduction);
-    run(kKernels, Pass::backward, args, logits);
+    write_cross_entropy_grads(grads, wide, target, weights, options, grad_logits, grad_target);
   }
   const auto absent = [](const Tensor& like) { return at::empty({0}, like.options()); };
   return {output_mask[0] ? grad_logits.to(logits.scalar_type()) : absent(logits),

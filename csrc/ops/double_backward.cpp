@@ -14,6 +14,7 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -156,6 +157,24 @@ variable_list cross_entropy(const Arguments& of) {
   return {loss, lse, entropy(wide, classes)};
 }
 
+variable_list linear_cross_entropy(const Arguments& of) {
+  Tensor input = of.tensor("input");
+  const Tensor weight = of.tensor("linear_weight"), bias = of.tensor("linear_bias"), target = of.tensor("target");
+  const auto sizes = weight.sym_sizes();
+  // An ignored row, where nothing flows back into it, may hold anything.
+  if (!at::isFloatingType(target.scalar_type()) && !of.tensor("grad_lse").defined() &&
+      !of.tensor("grad_entropy").defined()) {
+    Tensor ignored = target.to(at::kLong).eq(of.options<CrossEntropyOptions>().ignore_index);
+    if (ignored.dim() > 1) ignored = ignored.flatten(1).all(1);
+    input = input.masked_fill(ignored.unsqueeze(1), 0);
+  }
+  Tensor logits = at::linear(input, weight.flatten(0, -2), bias.defined() ? bias.flatten() : bias);
+  if (sizes.size() > 2) logits = logits.unflatten_symint(1, sizes.slice(0, sizes.size() - 1));
+  Arguments of_logits = of;
+  of_logits.set("logits", logits);
+  return cross_entropy(of_logits);
+}
+
 variable_list nll(const Arguments& of) {
   // Native's own backward refuses channels_last.
   return {at::nll_loss_nd_symint(of.operand("log_probs").contiguous(), class_indices(of.operand("target")), of.weight(),
@@ -194,6 +213,7 @@ variable_list bce(const Arguments& of) {
 using Loss = variable_list (*)(const Arguments&);
 
 const std::unordered_map<std::string, Loss> kLosses{{"cross_entropy_backward", cross_entropy},
+                                                    {"linear_cross_entropy_backward", linear_cross_entropy},
                                                     {"nll_backward", nll},
                                                     {"bce_with_logits_backward", bce_with_logits},
                                                     {"bce_backward", bce}};
@@ -239,6 +259,7 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const bool create_graph = at::GradMode::is_enabled();
     const at::AutoGradMode building_graphs(true);
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // the types are forward's
     const std::string& name = ctx->saved_data["operator"].toStringRef();
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
     Arguments values(ctx, op.schema());

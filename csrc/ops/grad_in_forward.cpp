@@ -98,29 +98,29 @@ Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const
   return result;
 }
 
-void remember_version(AutogradContext* ctx, const Tensor& input) {
+void remember_version(AutogradContext* ctx, const Tensor& input, const std::string& name) {
   if (is_compiling() || is_wrapper(input)) return;
   // It shares the version counter of the input, and not its memory.
   const Tensor counter = at::empty({0}, input.options());
   torch::autograd::impl::set_version_counter(counter, torch::autograd::impl::version_counter(input));
-  ctx->saved_data["counter"] = counter;
-  ctx->saved_data["version"] = static_cast<int64_t>(counter._version());
+  ctx->saved_data[name] = counter;
+  ctx->saved_data[name + " version"] = static_cast<int64_t>(counter._version());
 }
 
-void check_version(const char* loss, AutogradContext* ctx) {
-  const auto counter = ctx->saved_data.find("counter");
-  TORCH_CHECK(
-      counter == ctx->saved_data.end() || counter->second.toTensor()._version() == ctx->saved_data["version"].toInt(),
-      loss, ": backward needs the input, which has been modified by an inplace operation");
+void check_version(const char* loss, AutogradContext* ctx, const std::string& name) {
+  const auto counter = ctx->saved_data.find(name);
+  TORCH_CHECK(counter == ctx->saved_data.end() ||
+                  counter->second.toTensor()._version() == ctx->saved_data[name + " version"].toInt(),
+              loss, ": backward needs the ", name, ", which has been modified by an inplace operation");
 }
 
 Tensor for_double_backward(AutogradContext* ctx, const Tensor& input) {
   remember_version(ctx, input);
-  return ctx->saved_data.find("counter") == ctx->saved_data.end() ? input : input.variable_data();
+  return ctx->saved_data.find("input") == ctx->saved_data.end() ? input : input.variable_data();
 }
 
 Tensor from_forward(const char* loss, AutogradContext* ctx, const Tensor& saved) {
-  const auto counter = ctx->saved_data.find("counter");
+  const auto counter = ctx->saved_data.find("input");
   if (counter == ctx->saved_data.end()) return saved;
   check_version(loss, ctx);
   const Tensor input = saved.variable_data();

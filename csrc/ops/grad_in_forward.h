@@ -8,6 +8,7 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <string>
 #include <utility>
 
 #include "checks.h"
@@ -56,9 +57,9 @@ class GradientInForward {
 bool has_hooks();
 
 // Remembers the version of an input that is saved: autograd itself does not look at it where hooks have been.
-void remember_version(AutogradContext* ctx, const Tensor& input);
+void remember_version(AutogradContext* ctx, const Tensor& input, const std::string& name = "input");
 // In backward: raises if the input has been written to since then.
-void check_version(const char* loss, AutogradContext* ctx);
+void check_version(const char* loss, AutogradContext* ctx, const std::string& name = "input");
 
 // An input that double backward alone needs, as a tensor to be saved. Unlike one that is saved as it is, it may be
 // changed after forward, as with native torch, whose backward needs it neither; double backward then raises.

@@ -43,6 +43,38 @@ struct CrossEntropy {
                            const CrossEntropyOptions& options, std::array<bool, 2> output_mask);
 };
 
+// Cross entropy of the logits input x linear_weight^T + linear_bias. input is (N, D), linear_weight (C, D) or
+// (C, d1, ..., D). with_grad returns, beside the loss, either the gradient of the logits, which `gradients` makes those
+// of input, weight and bias of, or these themselves, in the accumulate type.
+struct LinearCrossEntropy {
+  using Weights = CrossEntropyWeights;
+  using Outputs = CrossEntropy::Outputs;
+  // loss, argmax; grad_logits, rows, scale; grad_input, grad_linear_weight, grad_linear_bias: each empty where absent
+  using WithGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using ThreeGrads = std::tuple<Tensor, Tensor, Tensor>;         // of input, linear_weight, linear_bias
+  using FourGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of input, linear_weight, target, linear_bias
+
+  static Outputs forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                         OptionalTensor linear_bias, const Weights& weights, const CrossEntropyOptions& options,
+                         const CrossEntropyAnswers& answers, const LinearOptions& linear);
+  static decltype(forward) autograd;
+  static decltype(forward) autocast;
+  static WithGrad with_grad(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                            OptionalTensor linear_bias, const Weights& weights, const CrossEntropyOptions& options,
+                            bool return_argmax, bool one_chunk, std::array<bool, 3> output_mask,
+                            const LinearOptions& linear);
+  static ThreeGrads gradients(const Tensor& grad_output, const Tensor& grad_logits, const Tensor& rows,
+                              OptionalTensor scale, const Tensor& input, const Tensor& linear_weight,
+                              const Tensor& target, c10::SymInt ignore_index, at::ScalarType weight_type,
+                              std::array<bool, 3> output_mask);
+  static FourGrads backward(const Tensor& grad_loss, OptionalTensor grad_lse, OptionalTensor grad_entropy,
+                            const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                            OptionalTensor linear_bias, const Weights& weights, const Tensor& row_max,
+                            const Tensor& row_log_sum, OptionalTensor row_gap, const Tensor& divisor,
+                            const CrossEntropyOptions& options, at::ScalarType weight_type,
+                            std::array<bool, 4> output_mask, const LinearOptions& linear);
+};
+
 struct Nll {
   using Options = First<2, CrossEntropyOptions>;  // reduction and ignore_index
   using Training = First<1, TrainingOptions>;     // upcast
@@ -75,7 +107,7 @@ struct Bce {
   static void check_autocast(const Tensor& input);
 };
 
-using AllLosses = std::tuple<CrossEntropy, Nll, Elementwise<BceWithLogits>, Elementwise<Bce>>;
+using AllLosses = std::tuple<CrossEntropy, LinearCrossEntropy, Nll, Elementwise<BceWithLogits>, Elementwise<Bce>>;
 
 // Multiplies a gradient that was written for a grad_output of `scale` (absent: 1) by grad_output / scale, in the
 // accumulate type; does nothing where the two are equal. keep_zeros: what is 0 stays 0, also where inf or NaN flows

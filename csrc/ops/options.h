@@ -114,6 +114,32 @@ struct TrainingOptions {
                                        Option{"bool", "statistics", &TrainingOptions::statistics, "=False"}};
 };
 
+// What a loss that makes its logits in a linear layer is told about that layer's products.
+struct LinearOptions {
+  // Treat half precision as float32 when the loss's type is decided, as autocast does.
+  bool upcast = false;
+  // The type that the products' operands are cast to, but for float64 ones: autocast's; absent: they have one type.
+  std::optional<at::ScalarType> product_type;
+  // Bytes of scratch that are allowed, and rows of logits to make at a time; absent: what is best (linear_plan.h).
+  std::optional<int64_t> memory;
+  std::optional<int64_t> chunk;
+  // Whether rows without a target that counts are left out of the products, which a device makes the host wait for;
+  // absent: on the CPU.
+  OptionalBool skip_ignored;
+  // Whether forward makes the gradients, where it can; absent: where nothing speaks against it.
+  OptionalBool grad_in_forward;
+  // Return what the backward operator needs, as for cross entropy.
+  bool statistics = false;
+
+  static constexpr std::tuple kOptions{Option{"bool", "upcast", &LinearOptions::upcast, "=False"},
+                                       Option{"ScalarType?", "product_type", &LinearOptions::product_type, "=None"},
+                                       Option{"int?", "memory", &LinearOptions::memory, "=None"},
+                                       Option{"int?", "chunk", &LinearOptions::chunk, "=None"},
+                                       Option{"bool?", "skip_ignored", &LinearOptions::skip_ignored, "=None"},
+                                       Option{"bool?", "grad_in_forward", &LinearOptions::grad_in_forward, "=None"},
+                                       Option{"bool", "statistics", &LinearOptions::statistics, "=False"}};
+};
+
 // The first options of a list, for losses that do not have them all.
 template <std::size_t kCount, class Options>
 struct First : Options {

@@ -86,6 +86,18 @@ struct CrossEntropyOptions {
   TORCH_ARG(Backend, backend) = Backend::compiled;
 };
 
+struct LinearCrossEntropyOptions {
+  // Of the shape of the layer's weight without its last dimension.
+  TORCH_ARG(at::Tensor, linear_bias);
+  // Of its logits' loss; grad_in_forward, grad_scale and inplace are of no account.
+  TORCH_ARG(CrossEntropyOptions, loss);
+  // Bytes of scratch that may be used beside the arguments and their gradients. Absent: what the quickest plan takes.
+  TORCH_ARG(std::optional<std::int64_t>, memory);
+  // Whether rows without a target that counts are left out of the matrix products, for which the host waits for a GPU.
+  // Absent: on a CPU.
+  TORCH_ARG(std::optional<bool>, skip_ignored);
+};
+
 struct NLLLossOptions {
   // A weight for each class, of shape (C), in the type of the input.
   TORCH_ARG(at::Tensor, weight);
@@ -129,6 +141,7 @@ struct BinaryCrossEntropyOptions {
 namespace detail {
 
 inline constexpr char kCrossEntropy[] = "cross_entropy";
+inline constexpr char kLinearCrossEntropy[] = "linear_cross_entropy";
 inline constexpr char kNLL[] = "nll";
 inline constexpr char kBCEWithLogits[] = "bce_with_logits";
 inline constexpr char kBCE[] = "bce";
@@ -191,6 +204,29 @@ inline CrossEntropyOutputs cross_entropy(const at::Tensor& logits, const at::Ten
       options.inplace(), /*statistics=*/false);
 }
 
+// Log-probabilities are the negative of losses with these.
+inline CrossEntropyOptions log_prob_options(const CrossEntropyOptions& options) {
+  return CrossEntropyOptions()
+      .reduction(torch::kNone)
+      .ignore_index(options.ignore_index())
+      .logit_scale(options.logit_scale())
+      .logit_softcap(options.logit_softcap())
+      .backend(options.backend());
+}
+
+inline CrossEntropyOutputs linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight,
+                                                const at::Tensor& target, const LinearCrossEntropyOptions& options,
+                                                const Wanted& wanted) {
+  const CrossEntropyOptions& loss = options.loss();
+  return call<kLinearCrossEntropy, CrossEntropyOutputs>(
+      loss.backend(), input, linear_weight, target, optional(options.linear_bias()), optional(loss.weight()),
+      optional(loss.sample_weight()), loss.denominator().on(input.device()), code(loss.reduction()),
+      c10::SymInt(loss.ignore_index()), loss.label_smoothing(), loss.z_loss(), loss.logit_scale(), loss.logit_softcap(),
+      wanted.lse, wanted.entropy, wanted.argmax, wanted.upcast, /*product_type=*/std::optional<at::ScalarType>(),
+      options.memory(), /*chunk=*/std::optional<std::int64_t>(), options.skip_ignored(),
+      /*grad_in_forward=*/std::optional<bool>(), /*statistics=*/false);
+}
+
 }  // namespace detail
 
 // Cross entropy between logits and targets; torch::nn::functional::cross_entropy in one pass.
@@ -231,13 +267,31 @@ inline CrossEntropyAnswers cross_entropy_with_answers(const at::Tensor& logits, 
 // backend.
 inline std::pair<at::Tensor, at::Tensor> token_log_probs(const at::Tensor& logits, const at::Tensor& target,
                                                          const CrossEntropyOptions& options = {}) {
-  const auto unreduced = CrossEntropyOptions()
-                             .reduction(torch::kNone)
-                             .ignore_index(options.ignore_index())
-                             .logit_scale(options.logit_scale())
-                             .logit_softcap(options.logit_softcap())
-                             .backend(options.backend());
+  const auto unreduced = detail::log_prob_options(options);
   const auto outputs = detail::cross_entropy(logits, target, unreduced, {.entropy = true, .upcast = true});
+  return {at::rsub(std::get<0>(outputs), 0), std::get<2>(outputs)};
+}
+
+// Cross entropy of the logits of a linear layer, which are made once, or a chunk of them at a time.
+//
+// input: (N, D); float32, float64, bfloat16 or float16.
+// linear_weight: (C, D), or (C, d1, ..., D) for logits of shape (N, C, d1, ...).
+// target: class indices of shape (N) or (N, d1, ...), or probabilities in the shape of the logits.
+// Returns what cross_entropy does of the logits.
+inline at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight,
+                                       const at::Tensor& target, const LinearCrossEntropyOptions& options = {}) {
+  return std::get<0>(detail::linear_cross_entropy(input, linear_weight, target, options, {}));
+}
+
+// token_log_probs of the logits of a linear layer.
+inline std::pair<at::Tensor, at::Tensor> linear_token_log_probs(const at::Tensor& input,
+                                                                const at::Tensor& linear_weight,
+                                                                const at::Tensor& target,
+                                                                const LinearCrossEntropyOptions& options = {}) {
+  LinearCrossEntropyOptions unreduced = options;
+  unreduced.loss(detail::log_prob_options(options.loss()));
+  const auto outputs =
+      detail::linear_cross_entropy(input, linear_weight, target, unreduced, {.entropy = true, .upcast = true});
   return {at::rsub(std::get<0>(outputs), 0), std::get<2>(outputs)};
 }
 

@@ -210,11 +210,50 @@ void test_errors() {
               "wrong signature");
 }
 
+void test_linear_cross_entropy() {
+  using Options = fusedloss::LinearCrossEntropyOptions;
+  using OfLoss = fusedloss::CrossEntropyOptions;
+  const Tensor input = torch::randn({33, 8}), weight = torch::randn({100, 8}), bias = torch::randn(100);
+  Tensor target = torch::randint(100, {33});
+  target[3] = target[5] = -100;
+  const auto test = [&](const char* name, const Options& options, const F::CrossEntropyFuncOptions& native) {
+    const auto logits = [&](const Tensor& x, const Tensor& w) { return F::linear(x, w, options.linear_bias()); };
+    expect_same(
+        name, input, [&](const Tensor& x) { return fusedloss::linear_cross_entropy(x, weight, target, options); },
+        [&](const Tensor& x) { return F::cross_entropy(logits(x, weight), target, native); });
+    expect_same(
+        name, weight, [&](const Tensor& w) { return fusedloss::linear_cross_entropy(input, w, target, options); },
+        [&](const Tensor& w) { return F::cross_entropy(logits(input, w), target, native); });
+  };
+  test("a linear layer", {}, {});
+  test("its bias", Options().linear_bias(bias), {});
+  test("its logits again", Options().memory(1), {});
+  test("all of its rows", Options().skip_ignored(false), {});
+  test("its unreduced loss", Options().loss(OfLoss().reduction(torch::kNone)),
+       F::CrossEntropyFuncOptions().reduction(torch::kNone));
+  test("its smooth loss", Options().loss(OfLoss().label_smoothing(0.1)),
+       F::CrossEntropyFuncOptions().label_smoothing(0.1));
+  const auto log_p = [&](const Tensor& x) { return F::log_softmax(F::linear(x, weight) * 2, 1); };
+  const Tensor classes = target.clamp_min(0);
+  expect_same(
+      "its log-probabilities", input,
+      [&](const Tensor& x) {
+        const auto options = Options().loss(OfLoss().logit_scale(2));
+        const auto [log_probs, entropies] = fusedloss::linear_token_log_probs(x, weight, classes, options);
+        return log_probs + 0.1 * entropies;
+      },
+      [&](const Tensor& x) {
+        const Tensor entropies = -(log_p(x).exp() * log_p(x)).sum(1);
+        return log_p(x).gather(1, classes.unsqueeze(1)).squeeze(1) + 0.1 * entropies;
+      });
+}
+
 }  // namespace
 
 int main() {
   torch::manual_seed(0);
   test_cross_entropy();
+  test_linear_cross_entropy();
   test_nll_loss();
   test_binary_cross_entropy_with_logits();
   test_binary_cross_entropy();
