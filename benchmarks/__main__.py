@@ -29,7 +29,7 @@ from benchmarks.devices import DEVICES
 from benchmarks.measure import Budget, Result, run
 
 THOROUGH = {"cpu": Budget(seconds=1, fewest=7, most=200), "cuda": Budget(seconds=0.7, fewest=7, most=100)}
-QUICK = Budget(seconds=0.1, fewest=3, most=20)
+QUICK = Budget(seconds=0.1, fewest=3, most=20, patience=2)
 MINUTES = {"cpu": float("inf"), "cuda": 9}
 QUICK_MINUTES = 1.6  # and what was begun by then ends within two
 

@@ -18,7 +18,7 @@ class Case:
     """One call of one loss."""
 
     title: str
-    loss: str  # a function of fusedloss.functional, and of torch.nn.functional unless contestants.py composes it
+    loss: str  # a function of fusedloss.functional, and of torch.nn.functional unless contestants.py composes native's
     shape: tuple[int, ...]  # of the logits, with the classes second
     target: str = "indices"  # a row of TARGETS
     options: tuple[str, ...] = ()  # rows of OPTIONS
@@ -55,6 +55,13 @@ class Case:
     @property
     def input_shape(self) -> tuple[int, ...]:
         return (self.shape[0], self.width) if self.width else self.shape
+
+    @property
+    def products(self) -> int:
+        """The operations of a step's three products, where there is a linear layer; ignored rows need none of them."""
+        part, whole = IGNORED_PARTS.get(self.target, (0, 1))
+        rows = self.shape[0] - self.shape[0] * part // whole
+        return 6 * rows * self.shape[1] * self.width
 
     def draw(self, device: str) -> tuple[Tensor, Tensor, dict]:
         """Logits (or what the loss takes instead), target and options; drawn in float32, rounded once."""
@@ -164,9 +171,9 @@ def cross_entropy(*shape, **fields):
 
 
 def linear_cross_entropy(*shape, width, **fields):
-    """The logits are made of embeddings within the call: nobody else sees them, so that we may overwrite them."""
-    linear = {"title": "linear cross entropy", "options": ("classifier",), "ours": {"inplace": True}, "width": width}
-    return cross_entropy(*shape, **linear | fields)
+    """The call makes the logits, of embeddings of this width: nobody else sees them, and they need not all be held."""
+    linear = {"title": "linear cross entropy", "loss": "linear_cross_entropy", "options": ("classifier",)}
+    return cross_entropy(*shape, **linear | {"width": width} | fields)
 
 
 def log_probs(*shape, **fields):
@@ -225,6 +232,8 @@ GRID = [
     cross_entropy(8, 5000, 128, channels_last=True),
 ]
 
+HALF = {"title": "linear cross entropy, half ignored", "target": "half ignored"}
+
 GOAL = "float32 and bfloat16"  # the group that the geometric means are over
 CPU_GROUPS = {
     GOAL: each(
@@ -268,7 +277,13 @@ CPU_GROUPS = {
         cross_entropy(64, 128256, ours={"inplace": True}),
         cross_entropy(2, 19, 512, 512, ours={"inplace": True}),
     ],
-    "a linear layer and its loss": [linear_cross_entropy(512, 8192, width=512)],
+    "a linear layer and its loss": [
+        *each(
+            [torch.float32, torch.bfloat16],
+            [linear_cross_entropy(512, 32000, width=512), linear_cross_entropy(2048, 50257, width=768)],
+        ),
+        linear_cross_entropy(2048, 50257, width=768, dtype=torch.bfloat16, **HALF),
+    ],
 }
 
 # The first ones count most: where time is limited, it is the last ones that are left out.
@@ -330,6 +345,7 @@ CUDA_GROUPS = {
     "a linear layer and its loss": each(
         [torch.bfloat16],
         [
+            linear_cross_entropy(4096, 128256, width=4096),
             linear_cross_entropy(8192, 128256, width=4096),
             linear_cross_entropy(8192, 256000, width=2304),
             linear_cross_entropy(8192, 32000, width=4096),

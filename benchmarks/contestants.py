@@ -20,21 +20,18 @@ class CannotRun(Exception):
     """Says what about a case a contestant does not offer."""
 
 
-def of_embeddings(case: Case, loss: Callable) -> Callable:
-    """The loss behind the linear layer that a case begins with, if it does."""
-    if not case.width:
-        return loss
-    linear = torch.nn.functional.linear
-    return lambda input, target, classifier, **options: loss(linear(input, classifier), target, **options)
-
-
 ENTROPY_BONUS = 0.01
 
 
 def ours(case: Case) -> Callable:
     if case.loss == "token_log_probs":
         return our_log_probs_and_bonus
-    return partial(of_embeddings(case, getattr(fusedloss.functional, case.loss)), **case.ours)
+    function = getattr(fusedloss.functional, case.loss)
+    return partial(classifier_second(function, case) if case.width else function, **case.ours)
+
+
+def classifier_second(function: Callable, case: Case) -> Callable:
+    return lambda input, target, classifier, **options: function(input, classifier, target, **options)
 
 
 def our_log_probs_and_bonus(input, target, reduction="none", **options):
@@ -53,10 +50,17 @@ def log_probs_and_bonus(input, target, reduction="none"):
 def native(case: Case) -> Callable:
     if case.loss == "token_log_probs":
         return log_probs_and_bonus
-    function = of_embeddings(case, getattr(torch.nn.functional, case.loss))
+    if case.width:
+        return layer_and_loss
+    function = getattr(torch.nn.functional, case.loss)
     if case.target == "uint8 labels":  # native's binary losses take no integers
         return lambda input, target, **options: function(input, target.to(input.dtype), **options)
     return function
+
+
+def layer_and_loss(input, target, classifier, **options):
+    """What torch's linear_cross_entropy does by default, where torch has it."""
+    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(input, classifier), target, **options)
 
 
 def compiled(case: Case) -> Callable:
@@ -90,15 +94,14 @@ def as_it_is(function: Callable, case: Case) -> Callable:
 
 def module_with_smoothing(loss: Callable, case: Case) -> Callable:
     module = loss(label_smoothing=LABEL_SMOOTHING if "label_smoothing" in case.options else 0.0)
-    return lambda input, target, label_smoothing=0.0: module(input, target)
-
-
-def classifier_second(function: Callable, case: Case) -> Callable:
-    return lambda input, target, classifier, **options: function(input, classifier, target, **options)
+    return lambda input, target, label_smoothing=0.0, **layer: module(input, target, *layer.values())
 
 
 def chunked(function: Callable, case: Case) -> Callable:
-    """Torch's own, that never holds all of the logits; without these options it is native's two calls."""
+    """Torch's own, that never holds all of the logits; without these options it is native's two calls.
+
+    On a CPU its many small chunks are slow: a step takes up to forty times as long as native's.
+    """
     return partial(classifier_second(function, case), options=torch.nn.LinearCrossEntropyOptions())
 
 
@@ -117,7 +120,7 @@ class Peer:
     devices: frozenset[str] = frozenset({"cuda"})  # that it has kernels for
 
     def __call__(self, case: Case) -> Callable:
-        if case.loss != "cross_entropy":
+        if case.loss not in ("cross_entropy", "linear_cross_entropy"):
             raise CannotRun("has cross entropy alone")
         if len(case.shape) != 2 or case.channels_last:
             raise CannotRun("takes contiguous logits of two dimensions")
@@ -177,6 +180,13 @@ PEERS = {
         "chunked_linear_cross_entropy",
         frozenset({"classifier", "reduction"}),
         classifier_second,
+    ),
+    "fla linear": Peer(
+        "flash-linear-attention",
+        "fla.modules",
+        "FusedLinearCrossEntropyLoss",
+        frozenset({"classifier", "label_smoothing"}),
+        module_with_smoothing,
     ),
     "torch linear": Peer(
         "torch",

@@ -42,6 +42,10 @@ def versus(*rivals: str, measure: str = "step", own: str = "fusedloss") -> Calla
     return value
 
 
+def of_products(result: Result) -> tuple[float | None, str]:
+    return result.of_products(), ""
+
+
 def launches(result: Result) -> tuple[int | None, str]:
     return result.entries["fusedloss"].launches, ""
 
@@ -81,6 +85,10 @@ def bce_step(case: Case) -> bool:
     return case.loss == "binary_cross_entropy_with_logits" and usual and beyond(case, BEYOND_CACHE)
 
 
+def behind_a_layer(case: Case) -> bool:
+    return case.width > 0
+
+
 def large(case: Case) -> bool:
     return beyond(case, BEYOND_CACHE) and not case.latency and not case.width
 
@@ -99,6 +107,8 @@ GOALS = [
     Goal("bce with logits step: of floor", 0.85, "percent", bce_step, of_floor("step")),
     Goal("bce with logits step: vs native", 5.0, "times", bce_step, versus("native")),
     Goal("bce with logits step: vs compiled", 1.5, "times", bce_step, versus("compiled")),
+    Goal("a linear layer and its loss, a step: of products", 0.97, "percent", behind_a_layer, of_products),
+    Goal("a linear layer and its loss, a step: vs best", 1.0, "times", behind_a_layer, versus("native", *STRONGEST)),
     *(
         Goal(f"latency of a {measure}, (32, 10): vs native", 1.0, "times", smallest, versus("native", measure=measure))
         for measure in MEASURES

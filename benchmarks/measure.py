@@ -38,6 +38,7 @@ class Budget:
     seconds: float
     fewest: int  # rounds, in which every contestant has its turn
     most: int
+    patience: float = 10  # seconds: who has taken so long in all has no further turn
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Result:
     copy: Times
     entries: dict[str, Entry]  # by contestant
     memory_bandwidth: float = 0.0  # bytes per second of a large copy; on CUDA
+    products: Times | None = None  # of a linear layer in a step, and a copy in place of the loss
 
     def seconds(self, contestant: str, measure: str) -> float | None:
         times = self.entries[contestant].times if contestant in self.entries else {}
@@ -101,6 +103,11 @@ class Result:
         ours = self.bound_by_memory("fusedloss", measure)
         return self.bytes_to_move[measure] / self.memory_bandwidth / ours if ours and self.memory_bandwidth else None
 
+    def of_products(self) -> float | None:
+        """The time of a linear layer's products and a copy in place of the loss, as a fraction of our step's."""
+        ours = self.seconds("fusedloss", "step")
+        return self.products.median / ours if ours and self.products else None
+
     def copies(self) -> float | None:
         """Our step in plain copies of the logits."""
         ours = self.bound_by_memory("fusedloss", "step")
@@ -112,8 +119,10 @@ def run(case: Case, contestants: dict[str, Callable], budget: Budget, device: Cp
     logits, target, options = case.draw(device.name)
     moved = bytes_to_move(case, logits, target, options)
     clock = device.clock(case)
-    copy = Party(torch.empty_like(logits).copy_, clock, differentiates=False)
     entries, calls = judge(case, contestants, logits, target, options)
+    yardsticks = [Party(torch.empty_like(logits).copy_, clock, differentiates=False)]
+    if case.width:
+        yardsticks.append(Party(products(target, options["classifier"]), clock, differentiates=False))
     parties = {}
     for name, call in calls.items():
         with torch.no_grad():
@@ -130,11 +139,30 @@ def run(case: Case, contestants: dict[str, Callable], budget: Budget, device: Cp
                 entries[name].not_graphed = first_line(error)
         for measure, action in actions.items():
             parties[name, measure] = Party(action, clock, differentiates=measure == "step")
-    take_turns([copy, *parties.values()], logits, budget)
+    take_turns([*yardsticks, *parties.values()], logits, budget)
     for (name, measure), party in parties.items():
         entries[name].times[measure] = party.times()
     size = math.prod(case.shape) * case.dtype.itemsize
-    return Result(case, torch.get_num_threads(), size, moved, copy.times(), entries, device.bandwidth)
+    copy, *of_layer = (party.times() for party in yardsticks)
+    return Result(case, torch.get_num_threads(), size, moved, copy, entries, device.bandwidth, *of_layer)
+
+
+def products(target: Tensor, weight: Tensor) -> Callable[[Tensor], None]:
+    """What no step with a linear layer can avoid: its three products, of the rows that are not ignored.
+
+    A plain copy of the logits is in the place of the loss. All of it goes into memory that is already there.
+    """
+    rows = int((target != IGNORED).sum())
+    logits, gradient = (weight.detach().new_empty(rows, len(weight)) for _ in range(2))
+    of_weight, of_embeddings = torch.empty_like(weight.detach()), weight.detach().new_empty(rows, weight.shape[1])
+
+    def run(embeddings: Tensor) -> None:
+        torch.mm(embeddings[:rows], weight.t(), out=logits)
+        gradient.copy_(logits)
+        torch.mm(gradient, weight, out=of_embeddings)
+        torch.mm(gradient.t(), embeddings[:rows], out=of_weight)
+
+    return run
 
 
 def judge(case: Case, contestants: dict[str, Callable], logits: Tensor, target: Tensor, options: dict) -> tuple:
@@ -208,7 +236,8 @@ def true_outcome(case: Case, logits: Tensor, target: Tensor, options: dict) -> d
     also = learned(wide)
     whole = case.reduction == "none"
     grad_output = true_grad_output(case, logits, target, wide)
-    rows = rows_at_once(case.shape, logits.device.type)
+    # With fewer rows than that, a part's gradient of a linear layer's weight would be larger than its logits.
+    rows = max(rows_at_once(case.shape, logits.device.type), case.width)
     losses, gradient = [], torch.empty_like(logits, dtype=torch.float64)
     of_also = [torch.zeros_like(value) for value in also.values()]
     for first in range(0, len(logits), rows):
@@ -295,6 +324,8 @@ def widen(value):
 
 # --- How long does it take? --------------------------------------------------------------------------------
 
+LONG = 1.0  # seconds of a call, beside which it is nothing what the one before has left in caches
+
 
 @dataclass
 class Party:
@@ -310,15 +341,17 @@ class Party:
         """Seconds per call. Each gets logits of its own, since it may overwrite them.
 
         One call goes before the clock starts: in training a step follows a step of its own kind, and finds the caches
-        and the free memory as that one left them, not as another contestant did.
+        and the free memory as that one left them, not as another contestant did. A long one needs no such call.
         """
         with torch.set_grad_enabled(self.differentiates):
             own = [non_leaf(logits) for _ in range(self.calls + 1)]
+            start = time.perf_counter()
             self.run(own.pop())
-            return self.clock.seconds(self.run, own) / self.calls
+            first = time.perf_counter() - start
+            return first if first > LONG else self.clock.seconds(self.run, own) / self.calls
 
     def times(self) -> Times:
-        low, median, high = quantiles(self.samples, n=4)
+        low, median, high = quantiles(self.samples, n=4) if len(self.samples) > 1 else 3 * self.samples
         return Times(median, (low, high), len(self.samples), self.calls)
 
 
@@ -326,19 +359,24 @@ def take_turns(parties: list[Party], logits: Tensor, budget: Budget) -> None:
     """Fills the parties' samples. Interleaved, so that what slows the machine for a while slows all of them."""
     with no_garbage_collection():
         for party in parties:
-            party.calls = party.clock.calls(party.sample(logits))
+            first = party.sample(logits)
+            party.calls = party.clock.calls(first)
+            if first > LONG:  # too dear to be without use
+                party.samples.append(first)
             if party.calls > 1:  # the first one of something so short may have been slow by chance
                 party.calls = 1
                 party.calls = party.clock.calls(min(party.sample(logits) for _ in range(2)))
         start = time.perf_counter()
         for party in parties:
-            party.sample(logits)
-        rounds = int(budget.seconds / (time.perf_counter() - start))
+            if not party.samples:
+                party.sample(logits)
+        rounds = int(budget.seconds / (time.perf_counter() - start + sum(sum(party.samples) for party in parties)))
         shuffle = random.Random(0).shuffle
         for _ in range(min(max(rounds, budget.fewest), budget.most)):
             shuffle(parties)  # in a fixed order, one would always find the caches as the same other leaves them
             for party in parties:
-                party.samples.append(party.sample(logits))
+                if sum(party.samples) < budget.patience:
+                    party.samples.append(party.sample(logits))
 
 
 def non_leaf(logits: Tensor) -> Tensor:

@@ -99,6 +99,41 @@ def plain_rows(result: dict) -> bool:
     )
 
 
+def linear_memory(found: dict[str, list[int | None]], vocabularies: list[int], axes: Axes) -> None:
+    """A step's scratch with a linear layer; where it was not measured, the line goes on."""
+    lines: dict[str, dict] = {
+        "native": {"color": COLORS["native"], "marker": "o"},
+        "native, chunked": {"color": COLORS["compiled"], "linewidth": 6, "solid_capstyle": "round"},  # under ours
+        "fusedloss": {"color": COLORS["fusedloss"], "marker": "o"},
+        "all logits": {"color": "grey", "linestyle": ":"},
+    }
+    for name, sizes in found.items():
+        line = lines.get(name, {"color": COLORS["fusedloss"], "marker": "s", "markerfacecolor": "white"})
+        points = [(classes, size / 1e6) for classes, size in zip(vocabularies, sizes, strict=True) if size is not None]
+        axes.plot(*zip(*points, strict=True), label=name, **line)
+        if len(points) > 1 and points[-1][0] < vocabularies[-1]:
+            (before, low), (last, high) = points[-2:]
+            end = high + (high - low) / (last - before) * (vocabularies[-1] - last)
+            axes.plot((last, vocabularies[-1]), (high, end), color=line["color"], linewidth=6, linestyle=(0, (0.5, 1)))
+    axes.set(xscale="log", yscale="log", xlabel="classes")
+    axes.set_xticks(vocabularies, [f"{classes // 1024}k" for classes in vocabularies])
+    axes.set_xticks([], minor=True)
+    axes.grid(color="#e6e6e6")
+
+
+@matplotlib.rc_context(STYLE)
+def draw_linear_memory(found: dict[str, dict], vocabularies: list[int], rows: int, width: int, path: Path) -> None:
+    """A panel for each dtype; found by the name of the dtype, then by that of what was measured."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (dtype, sizes) in zip(panels, found.items(), strict=True):
+        linear_memory(sizes, vocabularies, axes)
+        axes.set_title(dtype)
+    panels[0].set_ylabel(f"MB of a step beside arguments and gradients\n{rows} rows of width {width}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
+    figure.savefig(path, metadata={"Date": None})
+
+
 PICTURES: dict[str, Callable[[list[dict], Axes], None]] = {
     "speedup": speedups,
     "bandwidth": bandwidth,

@@ -1,7 +1,6 @@
 """Results as tables, the same for the terminal and in Markdown, and as JSON."""
 
 import json
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +21,8 @@ Times are medians. A ratio above 1 says how many times faster fusedloss is; **bo
 second. "must move": these bytes, of a step. "x copy": a step in plain copies of the logits, where logits and gradient
 together are larger than the last-level cache. "peak": the memory that a step takes beside the logits. "error": of the
 gradient, the sum of what differs from float64 as a fraction of the whole. "vs peer", "peer's peak": of the best of the
-other kernels.
+other kernels. "TFLOP/s": of a linear layer's products in a step. "of products": the time of these products alone and a
+plain copy of the logits, as a fraction of ours.
 """
 CUDA_LEGEND = """\
 Times are medians, with half the distance of the quartiles; of the GPU, but for latency of the host. A ratio above 1
@@ -30,8 +30,9 @@ says how many times faster fusedloss is; **bold**: it is slower than native. "GB
 step must move, per second. "of copy": as a fraction of what a plain copy of the logits moves in a second. "of floor":
 the time of these bytes at the bandwidth of a large copy, as a fraction of ours. "vs peer", "peer's peak": of the best
 of the other projects' kernels. "vs Triton": fusedloss's own Triton kernels. "TFLOP/s": of a linear layer's products in
-a step. "peak": the memory that a step takes beside the logits. "error": of the gradient, the sum of what differs from
-float64 as a fraction of the whole. "graphed": a step replayed from a CUDA graph.
+a step. "of products": the time of these products alone and a plain copy of the logits, as a fraction of ours. "peak":
+the memory that a step takes beside the logits. "error": of the gradient, the sum of what differs from float64 as a
+fraction of the whole. "graphed": a step replayed from a CUDA graph.
 """
 NOTHING = "-"
 BUSY = 0.5  # of load, before a run: the machine has other work
@@ -162,6 +163,7 @@ def cuda_columns() -> list[tuple]:
         *of("forward"),
         *of("step"),
         ("TFLOP/s", flops),
+        ("of products", lambda result: percent(result.of_products())),
         *beside_native(),
         ("graphed", partial(seconds_of, name="fusedloss", measure=GRAPHED)),
         ("native's graphed", partial(seconds_of, name="native", measure=GRAPHED)),
@@ -190,7 +192,7 @@ def least_peak(result: Result) -> str:
 def flops(result: Result) -> str:
     """A step's, of the three products of a linear layer: the logits, and the gradients of both inputs."""
     seconds = result.seconds("fusedloss", "step")
-    products = 6 * math.prod(result.case.shape) * result.case.width
+    products = result.case.products
     return f"{products / seconds / 1e12:.3g}" if products and seconds else ""
 
 
@@ -264,6 +266,7 @@ def columns_of(cache: int) -> list[tuple]:
         *of("forward"),
         *of("step"),
         ("TFLOP/s", flops),
+        ("of products", lambda result: percent(result.of_products())),
         *beside_native(),
         ("must move", lambda result: size(result.bytes_to_move["step"])),
         ("x copy", x_copy),
@@ -341,9 +344,14 @@ def as_json(facts: dict, results: dict[int | None, list[Result]], left_out: dict
         "machine": facts,
         **summary,
         "left_out": left_out,
-        "results": [{"name": str(r.case), **asdict(r)} for some in results.values() for r in some],
+        "results": [as_row(result) for some in results.values() for result in some],
     }
     return json.dumps(data, indent=1, default=str)
+
+
+def as_row(result: Result) -> dict:
+    row = {"name": str(result.case), **asdict(result)}
+    return row if result.products else {name: value for name, value in row.items() if name != "products"}
 
 
 def restored(data: dict) -> Result:
@@ -360,4 +368,5 @@ def restored(data: dict) -> Result:
     case["dtype"] = getattr(torch, case["dtype"].removeprefix("torch."))
     entries = {name: entry(one) for name, one in data["entries"].items()}
     fields = {name: value for name, value in data.items() if name != "name"}
-    return Result(**fields | {"case": Case(**case), "copy": times(data["copy"]), "entries": entries})
+    fields |= {name: times(fields[name]) for name in ("copy", "products") if fields.get(name)}
+    return Result(**fields | {"case": Case(**case), "entries": entries})

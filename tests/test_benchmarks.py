@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from benchmarks import __main__ as command_line
-from benchmarks import compare, devices, goals, machine, measure, pictures, readme, report
+from benchmarks import compare, devices, goals, linear_memory, machine, measure, pictures, readme, report
 from benchmarks.cases import (
     GROUPS,
     IGNORED,
@@ -63,6 +63,12 @@ SMALL = cross_entropy(24, 10)
         (bce_with_logits(64, 80, reduction="none"), 3 * 20480, 3 * 20480 + 20480),
         # 24 embeddings of 6 and a weight of 60 entries; no logits, and a gradient of both.
         (linear_cross_entropy(24, 10, width=6), 24 * 6 * 4 + 192 + 240, 24 * 6 * 4 + 240),
+        # 12 of the embeddings.
+        (
+            linear_cross_entropy(24, 10, width=6, target="half ignored"),
+            12 * 6 * 4 + 192 + 240,
+            24 * 6 * 4 + 240,
+        ),
     ],
     ids=str,
 )
@@ -105,10 +111,42 @@ def test_a_linear_layer_has_a_gradient_too():
         return lambda input, target, classifier: call(input, target, classifier=classifier.detach() + 0 * classifier)
 
     contestants = {"frozen": frozen, "native": native, "fusedloss": ours, **installed_peers("cpu")}  # torch 2.13's own
-    entries = measure.run(case, contestants, BRIEF, devices.Cpu()).entries
+    result = measure.run(case, contestants, BRIEF, devices.Cpu())
+    entries = result.entries
     assert entries["frozen"].problem.startswith("wrong: gradient of the classifier")
     assert {entry.problem for name, entry in entries.items() if name != "frozen"} == {""}
     assert entries["fusedloss"].peak_bytes < entries["native"].peak_bytes
+    assert result.of_products() == result.products.median / entries["fusedloss"].times["step"].median > 0
+    data = json.loads(report.as_json(machine.facts("cpu"), {1: [result]}, {}))["results"]
+    assert report.restored(data[0]).products == result.products
+
+
+def test_the_products_of_a_layer_are_of_the_rows_that_count():
+    case = linear_cross_entropy(24, 10, width=6, target="half ignored")
+    assert case.products == 3 * 2 * 12 * 10 * 6  # multiplications and additions
+    assert replace(case, target="indices").products == 2 * case.products
+    assert SMALL.products == 0
+    embeddings, target, options = case.draw("cpu")
+    seen = []
+
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.mm:
+                seen.append((args, kwargs["out"]))
+            return function(*args, **(kwargs or {}))
+
+    step = measure.products(target, options["classifier"])
+    with torch.no_grad(), Seen():
+        step(embeddings)
+    weight = options["classifier"].detach()
+    logits = embeddings[:12] @ weight.T
+    expected = [logits, logits @ weight, logits.T @ embeddings[:12]]
+    for (_, out), true in zip(seen, expected, strict=True):
+        torch.testing.assert_close(out, true)
+    before = [out.data_ptr() for _, out in seen]
+    with torch.no_grad(), Seen():
+        step(embeddings)
+    assert [out.data_ptr() for _, out in seen[3:]] == before, "into memory that is there"
 
 
 def test_a_linear_layer_is_for_those_who_hold_one():
@@ -120,6 +158,35 @@ def test_a_linear_layer_is_for_those_who_hold_one():
     for name in given_logits:
         with pytest.raises(CannotRun, match="has no classifier"):
             PEERS[name](linear)
+
+
+class Slow:
+    """A clock by which every call takes three seconds."""
+
+    def calls(self, seconds):
+        return 1
+
+    def seconds(self, run, inputs):
+        return 3.0
+
+
+def test_who_takes_long_has_fewer_turns():
+    long, short = (measure.Party(lambda logits: None, clock, False) for clock in (Slow(), devices.HostClock(0)))
+    measure.take_turns([long, short], torch.zeros(3), measure.Budget(seconds=0, fewest=7, most=9, patience=7))
+    assert (long.samples, len(short.samples)) == ([3.0] * 3, 7)
+    assert long.times() == measure.Times(3.0, (3.0, 3.0), 3, 1)
+
+
+def test_a_long_call_is_not_made_to_be_thrown_away(monkeypatch):
+    monkeypatch.setattr(measure, "LONG", -1)  # each is long
+    calls = []
+    party = measure.Party(calls.append, devices.HostClock(0), False)
+    measure.take_turns([party], torch.zeros(3), measure.Budget(seconds=0, fewest=3, most=9, patience=1))
+    assert len(calls) == len(party.samples) == 4
+    measure.take_turns([party], torch.zeros(3), measure.Budget(seconds=0, fewest=3, most=9, patience=0))
+    assert len(calls) == len(party.samples) == 5, "once in any case"
+    low, high = measure.Party(lambda: None, party.clock, False, samples=[2.0]).times().quartiles
+    assert (low, high) == (2.0, 2.0)
 
 
 def right(input, target):
@@ -380,15 +447,22 @@ def test_a_table_has_no_column_that_nobody_filled():
 
 def test_a_linear_layer_is_measured_in_operations_not_in_bytes():
     (case, *_) = [case for case in CASES["cuda"] if case.width]
+    assert (case.shape, case.width) == ((4096, 128256), 4096)
     result = results_of(case, fusedloss=1.0, native=2.0, cut=3.0)
-    assert report.flops(result) == f"{6 * 8192 * 128256 * 4096 / 2 / 1e12:.3g}"  # a step takes two seconds
+    assert report.flops(result) == f"{6 * 4096 * 128256 * 4096 / 2 / 1e12:.3g}"  # a step takes two seconds
     assert (result.bandwidth("step"), result.floor("step"), result.copies()) == (None, None, None)
     result.entries["cut"].peak_bytes = 5000
+    result.products = measure.Times(1.9, (1.9, 1.9), 7, 1)
     tables = report.cuda_section([result], {}).partition("## Cases")[2]
     assert "TFLOP/s" in tables
     assert "5.0 kB cut" in tables
     assert "3.00x cut" in tables
+    assert re.search(r"TFLOP/s \| of products .*95%", tables, re.DOTALL)
     assert "of floor" not in tables
+    of_products = goals.judge(goal("a linear layer and its loss, a step: of products"), [result])
+    assert (of_products["verdict"], of_products["worst"]) == ("missed", 0.95)
+    best = goals.judge(goal("a linear layer and its loss, a step: vs best"), [result])
+    assert (best["verdict"], best["worst"], best["rival"]) == ("reached in part", 2.0, "native")
 
 
 def test_a_busy_machine_is_said_to_be_busy():
@@ -400,7 +474,7 @@ def test_a_busy_machine_is_said_to_be_busy():
 
 def test_the_gpt_trains_the_same_with_either_loss():
     outcomes = gpt.compare(gpt.TINY, steps=2, warm_up=1, device=torch.device("cpu"))
-    assert outcomes.keys() == {"native", "fused", "fused, inplace"}
+    assert outcomes.keys() == {"native", "fused", "fused, inplace", "fused linear"}
     for outcome in outcomes.values():
         assert outcome.losses == pytest.approx(outcomes["native"].losses, rel=1e-5)
         assert len(outcome.losses) == 3
@@ -408,6 +482,29 @@ def test_the_gpt_trains_the_same_with_either_loss():
     assert gpt.parted(outcomes) is None
     outcomes["fused"].losses[1] *= 1.01
     assert gpt.parted(outcomes).startswith("step 1: native")
+
+
+def test_the_memory_of_a_step_against_the_vocabulary(tmp_path, monkeypatch, capsys):
+    sizes = {"ROWS": 256, "WIDTH": 32, "VOCABULARIES": [2048, 4096, 8192], "LAST_OF_CHUNKED": 4096}
+    for name, value in sizes.items():
+        monkeypatch.setattr(linear_memory, name, value)
+    monkeypatch.setattr(linear_memory, "TIGHT", 1 << 20)
+    monkeypatch.setattr(sys, "argv", ["linear_memory", "--output", str(tmp_path / "picture.svg")])
+    linear_memory.main()
+    drawn, shown = (tmp_path / "picture.svg").read_text(), capsys.readouterr().out
+    for name in ("float32", "bfloat16", "all logits", "fusedloss, memory=1 MB", "8k"):
+        assert f">{name}<" in drawn
+    assert re.search(r"\| 8192 +\| +8.4 MB \|", shown), "256 x 8192 logits of 4 bytes"
+    found = linear_memory.measured(torch.float32, [2048, 8192])
+    for logits, native_s, ours_, tight in zip(
+        *(found[name] for name in ("all logits", "native", "fusedloss", "fusedloss, memory=1 MB")), strict=True
+    ):
+        assert native_s > 2 * logits
+        assert ours_ < 1.1 * logits
+        assert tight < 1.1 * (1 << 20)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        assert found["native, chunked"][0] > 0
+        assert found["native, chunked"][1] is None
 
 
 # --- What CUDA has of its own, where there is none -----------------------------------------------------------
@@ -614,12 +711,18 @@ def test_our_triton_kernels_say_why_they_cannot_run(monkeypatch, state):
         assert triton(SMALL).keywords == {"backend": "triton"}
 
 
+class LayerAndEntropy(torch.nn.CrossEntropyLoss):
+    def forward(self, input, target, weight):
+        return super().forward(input @ weight.T, target)
+
+
 @pytest.fixture
 def peer(monkeypatch):
     """One that is installed: native's own cross entropy, under another name."""
     module = types.ModuleType("some_kernels.loss")
     module.entropy = F.cross_entropy
     module.Entropy = torch.nn.CrossEntropyLoss
+    module.LayerAndEntropy = LayerAndEntropy
     monkeypatch.setitem(sys.modules, "some_kernels.loss", module)
     monkeypatch.setattr("benchmarks.contestants.version", lambda package: "1.2")
     return Peer("some-kernels", "some_kernels.loss", "entropy", frozenset({"label_smoothing"}))
@@ -631,6 +734,10 @@ def test_a_peer_runs_what_it_takes(peer):
     entries = measure.run(case, {"one": peer, "other": with_module}, BRIEF, devices.Cpu()).entries
     assert {entry.problem for entry in entries.values()} == {""}
     assert peer.state() == (True, "1.2")
+    layer = {"name": "LayerAndEntropy", "adapt": PEERS["fla linear"].adapt, "options": PEERS["fla linear"].options}
+    case = linear_cross_entropy(24, 10, width=6, target="half ignored", options=("classifier", "label_smoothing"))
+    entries = measure.run(case, {"layer": replace(peer, **layer)}, BRIEF, devices.Cpu()).entries
+    assert entries["layer"].problem == ""
 
 
 @pytest.mark.parametrize(
