@@ -324,7 +324,9 @@ def widen(value):
 
 # --- How long does it take? --------------------------------------------------------------------------------
 
-LONG = 1.0  # seconds of a call, beside which it is nothing what the one before has left in caches
+# Seconds of a call that is too dear to be made without being timed. Not less: free memory as another contestant left it
+# costs a step of three seconds 7 percent.
+LONG = 5.0
 
 
 @dataclass
@@ -341,7 +343,7 @@ class Party:
         """Seconds per call. Each gets logits of its own, since it may overwrite them.
 
         One call goes before the clock starts: in training a step follows a step of its own kind, and finds the caches
-        and the free memory as that one left them, not as another contestant did. A long one needs no such call.
+        and the free memory as that one left them, not as another contestant did. One that is LONG has no such call.
         """
         with torch.set_grad_enabled(self.differentiates):
             own = [non_leaf(logits) for _ in range(self.calls + 1)]
