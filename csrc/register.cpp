@@ -52,6 +52,25 @@ static void define(torch::Library& m, CrossEntropy) {
       "-> (Tensor grad_logits, Tensor grad_target)");
 }
 
+template <Backend kBackend>
+static void define(torch::Library& m, CrossEntropyFromShards) {
+  using Loss = CrossEntropyFromShards;
+  define<kBackend, &Loss::statistics, CrossEntropyWeights, CrossEntropyOptions, ClassShard, CrossEntropyAnswers>(
+      m, "cross_entropy_shard(Tensor logits, Tensor target, {}, {}, {}, {}, bool upcast=False) -> Tensor");
+  define<kBackend, &Loss::forward, CrossEntropyWeights, MergedRows, CrossEntropyOptions, ClassShard, TrainingOptions>(
+      m,
+      "cross_entropy_from_shards(Tensor logits, Tensor target, {}, {}, {}, {}, Tensor loss, Tensor? lse, "
+      "Tensor? entropy, {}) -> (Tensor loss, Tensor lse, Tensor entropy)");
+  define<kBackend, &Loss::write_grad, CrossEntropyWeights, MergedRows, CrossEntropyOptions, ClassShard>(
+      m,
+      "cross_entropy_from_shards_grad_(Tensor logits, Tensor target, {}, {}, {}, {}, Tensor? grad_scale, "
+      "Tensor(a!) grad_logits, Tensor(b!)? scale=None) -> ()");
+  define<kBackend, &Loss::backward, CrossEntropyWeights, MergedRows, CrossEntropyOptions, ClassShard>(
+      m,
+      "cross_entropy_from_shards_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits, "
+      "Tensor target, {}, {}, {}, {}, bool[2] output_mask) -> (Tensor grad_logits, Tensor grad_target)");
+}
+
 // with_grad and backward are given operands of one type; `gradients` makes of the gradient of the logits those of the
 // linear layer.
 template <Backend kBackend>
@@ -72,12 +91,28 @@ static void define(torch::Library& m, LinearCrossEntropy) {
       m,
       "linear_cross_entropy_gradients(Tensor grad_output, Tensor grad_logits, Tensor rows, Tensor? scale, "
       "Tensor input, Tensor linear_weight, Tensor target, SymInt ignore_index, ScalarType weight_type, "
-      "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+      "bool[3] output_mask, ScalarType? input_type=None) "
+      "-> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
   define<kBackend, &Loss::backward, CrossEntropyWeights, CrossEntropyOptions, LinearOptions>(
       m,
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor input, "
       "Tensor linear_weight, Tensor target, Tensor? linear_bias, {}, Tensor row_max, Tensor row_log_sum, "
       "Tensor? row_gap, Tensor divisor, {}, ScalarType weight_type, bool[4] output_mask, {}) "
+      "-> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_target, Tensor grad_linear_bias)");
+}
+
+template <Backend kBackend>
+static void define(torch::Library& m, LinearCrossEntropyShard) {
+  using Loss = LinearCrossEntropyShard;
+  define<kBackend, &Loss::statistics, CrossEntropyWeights, CrossEntropyOptions, ClassShard, CrossEntropyAnswers,
+         LinearOptions>(m,
+                        "linear_cross_entropy_shard(Tensor input, Tensor linear_weight, Tensor target, "
+                        "Tensor? linear_bias, {}, {}, {}, {}, {}) -> Tensor");
+  define<kBackend, &Loss::backward, CrossEntropyWeights, MergedRows, CrossEntropyOptions, ClassShard, LinearOptions>(
+      m,
+      "linear_cross_entropy_shard_backward(Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor input, "
+      "Tensor linear_weight, Tensor target, Tensor? linear_bias, {}, {}, {}, {}, ScalarType weight_type, "
+      "bool[4] output_mask, {}) "
       "-> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_target, Tensor grad_linear_bias)");
 }
 
@@ -117,6 +152,7 @@ static void for_each_loss(Call call) {
 template <Backend kBackend>
 static void define(torch::Library& m) {
   for_each_loss([&](auto loss) { define<kBackend>(m, loss); });
+  define<kBackend>(m, LinearCrossEntropyShard());
   define<kBackend, &rescale_grad_>(
       m, "rescale_grad_(Tensor(a!) grad, Tensor grad_output, Tensor? scale, bool keep_zeros) -> ()");
   define<kBackend, &rescale_grad>(
@@ -141,7 +177,11 @@ static void implement(torch::Library& m) {
     answer<kBackend, &Loss::backward>(m);
     if constexpr (requires { &Loss::with_grad; }) answer<kBackend, &Loss::with_grad>(m);
     if constexpr (requires { &Loss::gradients; }) answer<kBackend, &Loss::gradients>(m);
+    if constexpr (requires { &Loss::statistics; }) answer<kBackend, &Loss::statistics>(m);
+    if constexpr (requires { &Loss::write_grad; }) answer<kBackend, &Loss::write_grad>(m);
   });
+  answer<kBackend, &LinearCrossEntropyShard::statistics>(m);
+  answer<kBackend, &LinearCrossEntropyShard::backward>(m);
   answer<kBackend, &rescale_grad_>(m);
   answer<kBackend, &rescale_grad>(m);
 }

@@ -48,16 +48,16 @@ class ToPython {
 
   py::object operator()(const CrossEntropyArgs& a) const {
     return named<"CrossEntropyArgs">()(
-        "device"_a = device_, "shape"_a = shape(a.shape), "logits"_a = input(a.logits),
-        "has_probabilities"_a = a.has_probabilities, "target"_a = a.has_probabilities ? py::none() : target(a.target),
-        "probabilities"_a = tensor(a.probabilities), "weight"_a = sums(a.weight),
-        "sample_weight"_a = tensor(a.sample_weight), "options"_a = options(a), "every_row"_a = a.every_row,
-        "row_max"_a = sums(a.row_max), "row_log_sum"_a = sums(a.row_log_sum), "row_gap"_a = sums(a.row_gap),
-        "loss"_a = tensor(a.loss), "lse"_a = sums(a.lse), "entropy"_a = sums(a.entropy),
-        "argmax"_a = pointer(a.argmax, at::kLong), "total"_a = total(a.total), "grad_loss"_a = tensor(a.grad_loss),
-        "grad_divisor"_a = float64(a.grad_divisor), "grad_lse"_a = sums(a.grad_lse),
-        "grad_entropy"_a = sums(a.grad_entropy), "grad_logits"_a = tensor(a.grad_logits),
-        "grad_probabilities"_a = tensor(a.grad_probabilities));
+        "device"_a = device_, "shape"_a = shape(a.shape), "logits"_a = input(a.logits), "first_class"_a = a.first_class,
+        "all_classes"_a = a.all_classes, "has_probabilities"_a = a.has_probabilities,
+        "target"_a = a.has_probabilities ? py::none() : target(a.target), "probabilities"_a = tensor(a.probabilities),
+        "weight"_a = sums(a.weight), "sample_weight"_a = tensor(a.sample_weight), "options"_a = options(a),
+        "every_row"_a = a.every_row, "row_max"_a = sums(a.row_max), "row_log_sum"_a = sums(a.row_log_sum),
+        "row_gap"_a = sums(a.row_gap), "row_mass"_a = sums(a.row_mass), "loss"_a = tensor(a.loss),
+        "lse"_a = sums(a.lse), "entropy"_a = sums(a.entropy), "argmax"_a = pointer(a.argmax, at::kLong),
+        "total"_a = total(a.total), "grad_loss"_a = tensor(a.grad_loss), "grad_divisor"_a = float64(a.grad_divisor),
+        "grad_lse"_a = sums(a.grad_lse), "grad_entropy"_a = sums(a.grad_entropy),
+        "grad_logits"_a = tensor(a.grad_logits), "grad_probabilities"_a = tensor(a.grad_probabilities));
   }
 
   py::object operator()(const NllArgs& a) const {

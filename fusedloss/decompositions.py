@@ -6,7 +6,8 @@ and ONNX's exporter finds them. torch.compile keeps the fused operators, unless 
 
 Operators that write where they are told to (NAME_with_grad, rescale_grad_) have none, nor has
 linear_cross_entropy_with_grad. They are of eager training steps, and of compiled ones that ask for
-``grad_in_forward=True`` or have a linear layer in their loss; exported calls leave that out.
+``grad_in_forward=True`` or have a linear layer in their loss; exported calls leave that out. Nor have those of classes
+that ranks share (NAME_shard...), whose graphs have collectives and stay with the ranks they were made for.
 """
 
 import contextlib
@@ -178,7 +179,17 @@ def rescale_grad(grad, grad_output, scale, keep_zeros):
 
 
 def linear_gradients(
-    grad_output, grad_logits, rows, scale, input, linear_weight, target, ignore_index, weight_type, output_mask
+    grad_output,
+    grad_logits,
+    rows,
+    scale,
+    input,
+    linear_weight,
+    target,
+    ignore_index,
+    weight_type,
+    output_mask,
+    input_type=None,
 ):
     """Of a linear layer, from the gradient of its logits, of all of its rows."""
     wide = torch.promote_types(input.dtype, torch.float32)
@@ -188,11 +199,11 @@ def linear_gradients(
         counts = (target.long() != ignore_index).reshape(input.shape[0], -1).any(1, keepdim=True)
         input = input.where(counts, torch.zeros_like(input))
     grads = [
-        ((matrix @ weight) * factor).to(input.dtype),
+        ((matrix @ weight) * factor).to(input_type or input.dtype),
         ((matrix.T @ input.to(wide)) * factor).to(weight_type).reshape(linear_weight.shape),
         (matrix.sum(0) * factor).to(weight_type).reshape(linear_weight.shape[:-1]),
     ]
-    absent = [input.new_empty(0), *[linear_weight.new_empty(0, dtype=weight_type)] * 2]
+    absent = [input.new_empty(0, dtype=input_type), *[linear_weight.new_empty(0, dtype=weight_type)] * 2]
     return tuple(grad if wanted else empty for grad, empty, wanted in zip(grads, absent, output_mask, strict=True))
 
 

@@ -13,7 +13,7 @@ would let pass and that needs a closer look: DTensors among tensors, bools and a
 import functools
 import itertools
 import math
-from typing import Any, Literal, TypedDict, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args, overload
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ from torch.nn import _reduction as native_reduction
 from torch.overrides import has_torch_function_variadic
 from typing_extensions import Unpack
 
-from fusedloss import dtensor, reference
+from fusedloss import dtensor, reference, vocab_parallel
 from fusedloss.arguments import as_finite, as_float, as_int, as_positive, check_bool, check_tensors, hand_over
 from fusedloss.backend import Backend, operators
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # The loss, alone or before what else was asked for. Spelled out: TorchScript knows no tuple of any length.
 Answers = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
@@ -51,6 +54,8 @@ class CrossEntropyOptions(TrainingOptions, total=False):
     logit_scale: float
     logit_softcap: float | None
     inplace: bool
+    process_group: "ProcessGroup | None"
+    num_classes: int | None
 
 
 class CrossEntropyCall(CrossEntropyOptions, total=False):
@@ -68,6 +73,8 @@ class LinearOptions(TypedDict, total=False):
     logit_softcap: float | None
     memory: int | Literal["auto"]
     skip_ignored: bool | None
+    process_group: "ProcessGroup | None"
+    reduce_input_grad: bool
     backend: Backend | None
 
 
@@ -80,6 +87,7 @@ class LinearCall(LinearOptions, total=False):
     ignore_index: int | None
     label_smoothing: float
     options: Any
+    num_classes: int | None
     denominator: float | Tensor | None
     sample_weight: Tensor | None
 
@@ -251,6 +259,8 @@ def cross_entropy(
     grad_in_forward: GradInForward = "auto",
     grad_scale: float | Tensor | None = None,
     inplace: bool = False,
+    process_group: "ProcessGroup | None" = None,
+    num_classes: int | None = None,
     backend: Backend | None = None,
 ) -> Answers:
     r"""Cross entropy between logits and targets; :func:`torch.nn.functional.cross_entropy` in one pass.
@@ -300,6 +310,10 @@ def cross_entropy(
         inplace: write the gradient over the storage of ``input``, which must not be used afterwards; autograd raises
             where something else needs its former values, as second derivatives do. Several views of one tensor may be
             overwritten if they share no memory. Without a gradient to write, ``input`` is only read.
+        process_group: of ranks that share the classes: ``input`` holds those of this rank, split as
+            :func:`torch.chunk` splits ``num_classes``, and so do probabilities. All other tensors, and what is
+            returned, are of all classes and the same on all ranks. One collective in forward, none in backward.
+        num_classes: of all ranks together; None: those of ``input`` times the number of ranks.
         backend: the kernels: ``"cpu"``, ``"cuda"``, ``"triton"``, or None: those for the device of ``input``, CUDA's
             before Triton's (:mod:`fusedloss.backend`).
 
@@ -348,6 +362,8 @@ def cross_entropy(
         denominator = _denominator("cross_entropy", denominator, code, input)
     options = _gradient_options("cross_entropy", input, grad_in_forward, grad_scale, inplace)
     kernels = operators(backend, input)
+    if process_group is not None or num_classes is not None:
+        kernels = _shared("cross_entropy", kernels, process_group, num_classes, input, weight, target)
     if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
         added: dict[str, Any] = {
             "z_loss": z_loss,
@@ -375,6 +391,8 @@ def token_log_probs(
     logit_scale: float = ...,
     logit_softcap: float | None = ...,
     return_entropy: Literal[False] = ...,
+    process_group: "ProcessGroup | None" = ...,
+    num_classes: int | None = ...,
     backend: Backend | None = ...,
 ) -> Tensor: ...
 @overload
@@ -386,6 +404,8 @@ def token_log_probs(
     logit_scale: float = ...,
     logit_softcap: float | None = ...,
     return_entropy: Literal[True],
+    process_group: "ProcessGroup | None" = ...,
+    num_classes: int | None = ...,
     backend: Backend | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -397,6 +417,8 @@ def token_log_probs(
     logit_scale: float = ...,
     logit_softcap: float | None = ...,
     return_entropy: bool,
+    process_group: "ProcessGroup | None" = ...,
+    num_classes: int | None = ...,
     backend: Backend | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -409,6 +431,8 @@ def token_log_probs(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
+    process_group: "ProcessGroup | None" = None,
+    num_classes: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-probabilities of the target classes, :math:`x_t - \mathrm{lse}`, from logits in one pass.
@@ -425,7 +449,7 @@ def token_log_probs(
         logit_scale: multiplies the logits first; positive: an inverse temperature.
         logit_softcap: replaces the (scaled) logits by ``cap * tanh(logits / cap)``.
         return_entropy: also return the entropy of each position's softmax, ignored or not.
-        backend: as in :func:`cross_entropy`.
+        process_group, num_classes, backend: as in :func:`cross_entropy`.
 
     Returns:
         The log-probabilities in float32 (float64 for float64 logits), of the shape of ``logits`` without C,
@@ -451,6 +475,8 @@ def token_log_probs(
         logit_softcap = as_positive("token_log_probs", "logit_softcap", logit_softcap)
     check_bool("token_log_probs", "return_entropy", return_entropy)
     kernels = operators(backend, logits)
+    if process_group is not None or num_classes is not None:
+        kernels = _shared("token_log_probs", kernels, process_group, num_classes, logits, None, target)
     if _native_road():
         return reference.token_log_probs(
             logits,
@@ -591,6 +617,9 @@ def linear_cross_entropy(
     return_argmax: bool = False,
     memory: int | Literal["auto"] = "auto",
     skip_ignored: bool | None = None,
+    process_group: "ProcessGroup | None" = None,
+    num_classes: int | None = None,
+    reduce_input_grad: bool = True,
     backend: Backend | None = None,
 ) -> Answers:
     r"""Cross entropy of the logits of a linear layer; :func:`torch.nn.functional.linear_cross_entropy`.
@@ -617,6 +646,11 @@ def linear_cross_entropy(
         skip_ignored: whether rows without a target that counts are left out of the matrix products. True: always, which
             makes the host wait for a GPU once. False: never. None: on a CPU always; on a GPU where the products take
             longer than waiting does, and no graph is being captured or compiled.
+        process_group, num_classes: as for :func:`cross_entropy`, where ``linear_weight`` and ``linear_bias`` hold the
+            rows of this rank's classes, and ``input`` is the same on all ranks. Backward sums the gradient of ``input``
+            over the ranks: a second collective.
+        reduce_input_grad: whether it does. False: the gradient of ``input`` is this rank's part of the sum, for callers
+            that reduce it themselves, as sequence parallelism does.
 
     Returns:
         The loss, or a tuple of it and what was asked for, as :func:`cross_entropy` does of the logits. Under autocast
@@ -632,10 +666,29 @@ def linear_cross_entropy(
     if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight, denominator, sample_weight):
         return hand_over(linear_cross_entropy, *locals().values())
     name = "linear_cross_entropy"
-    _check_linear_tensors(
-        name, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight
-    )
-    rows = _LinearRows(name, input, linear_weight, target, linear_bias, sample_weight)
+    of_layer = {"linear_bias": linear_bias, "weight": weight, "sample_weight": sample_weight}
+    if _has_dtensors(name, input, linear_weight, target, **of_layer):
+        _check_no_group(name, process_group, num_classes, reduce_input_grad, linear_weight)
+        return dtensor.linear(
+            linear_cross_entropy,
+            *(input, linear_weight, target),
+            **of_layer,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            denominator=denominator,
+            return_lse=return_lse,
+            return_entropy=return_entropy,
+            return_argmax=return_argmax,
+            memory=memory,
+            skip_ignored=skip_ignored,
+            backend=backend,
+        )
+    rows = _LinearRows(name, input, linear_weight, target, linear_bias, sample_weight, process_group)
     if ignore_index is not None:
         if rows.has_probabilities:
             raise RuntimeError(f"{name}: ignore_index must be None beside probabilities, got {ignore_index}")
@@ -654,7 +707,11 @@ def linear_cross_entropy(
     if denominator is not None:
         denominator = _denominator(name, denominator, code, input)
     linear = _linear_options(name, memory, options, skip_ignored, input, linear_weight)
+    check_bool(name, "reduce_input_grad", reduce_input_grad)
     kernels = operators(backend, input)
+    if process_group is not None or num_classes is not None:
+        of_group = (process_group, num_classes)
+        kernels = _shared(name, kernels, *of_group, linear_weight, weight, target, linear=True, sums=reduce_input_grad)
     weights = (weight, rows.sample_weight, denominator)
     of_loss = (code, ignore_index, label_smoothing, z_loss, logit_scale, logit_softcap or 0.0)
     if _native_road() or (weight is not None and weight.requires_grad and rows.has_probabilities):
@@ -699,6 +756,9 @@ def linear_token_log_probs(
     return_entropy: Literal[False] = ...,
     memory: int | Literal["auto"] = ...,
     skip_ignored: bool | None = ...,
+    process_group: "ProcessGroup | None" = ...,
+    num_classes: int | None = ...,
+    reduce_input_grad: bool = ...,
     backend: Backend | None = ...,
 ) -> Tensor: ...
 @overload
@@ -714,6 +774,9 @@ def linear_token_log_probs(
     return_entropy: Literal[True],
     memory: int | Literal["auto"] = ...,
     skip_ignored: bool | None = ...,
+    process_group: "ProcessGroup | None" = ...,
+    num_classes: int | None = ...,
+    reduce_input_grad: bool = ...,
     backend: Backend | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -729,6 +792,9 @@ def linear_token_log_probs(
     return_entropy: bool,
     memory: int | Literal["auto"] = ...,
     skip_ignored: bool | None = ...,
+    process_group: "ProcessGroup | None" = ...,
+    num_classes: int | None = ...,
+    reduce_input_grad: bool = ...,
     backend: Backend | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -745,6 +811,9 @@ def linear_token_log_probs(
     return_entropy: bool = False,
     memory: int | Literal["auto"] = "auto",
     skip_ignored: bool | None = None,
+    process_group: "ProcessGroup | None" = None,
+    num_classes: int | None = None,
+    reduce_input_grad: bool = True,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-probabilities of the target classes, from the input of the linear layer that makes their logits.
@@ -754,6 +823,7 @@ def linear_token_log_probs(
 
     Args:
         input, linear_weight, linear_bias, memory, skip_ignored: as for :func:`linear_cross_entropy`.
+        process_group, num_classes, reduce_input_grad: likewise.
         target: class indices of the shape of ``input`` without D, in int64, int32 or uint8.
         ignore_index, logit_scale, logit_softcap, return_entropy, backend: as for :func:`token_log_probs`.
 
@@ -768,18 +838,35 @@ def linear_token_log_probs(
     if has_torch_function_variadic(input, linear_weight, target, linear_bias):
         return hand_over(linear_token_log_probs, *locals().values())
     name = "linear_token_log_probs"
-    _check_linear_tensors(name, input, linear_weight, target, linear_bias=linear_bias)
+    if _has_dtensors(name, input, linear_weight, target, linear_bias=linear_bias):
+        _check_no_group(name, process_group, num_classes, reduce_input_grad, linear_weight)
+        return dtensor.linear(
+            linear_token_log_probs,
+            *(input, linear_weight, target),
+            linear_bias=linear_bias,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            return_entropy=return_entropy,
+            memory=memory,
+            skip_ignored=skip_ignored,
+            backend=backend,
+        )
     if target.is_floating_point():
         kind = f"{target.dtype} of shape {list(target.shape)}"
         raise RuntimeError(f"{name}: target must hold class indices, got {kind}")
-    rows = _LinearRows(name, input, linear_weight, target, linear_bias, None)
+    rows = _LinearRows(name, input, linear_weight, target, linear_bias, None, process_group)
     ignore_index = as_int(name, "ignore_index", ignore_index)
     logit_scale = as_positive(name, "logit_scale", logit_scale)
     if logit_softcap is not None:
         logit_softcap = as_positive(name, "logit_softcap", logit_softcap)
     check_bool(name, "return_entropy", return_entropy)
     linear = _linear_options(name, memory, None, skip_ignored, input, linear_weight)
+    check_bool(name, "reduce_input_grad", reduce_input_grad)
     kernels = operators(backend, input)
+    if process_group is not None or num_classes is not None:
+        of_group = (process_group, num_classes)
+        kernels = _shared(name, kernels, *of_group, linear_weight, None, target, linear=True, sums=reduce_input_grad)
     if _native_road():
         logits = reference.linear_logits(rows.input, linear_weight, linear_bias)
         found = reference.token_log_probs(
@@ -806,7 +893,7 @@ def linear_token_log_probs(
 class _LinearRows:
     """The tensors of a linear layer's loss with one dimension of rows, as its operators take them."""
 
-    def __init__(self, loss, input, linear_weight, target, linear_bias, sample_weight):
+    def __init__(self, loss, input, linear_weight, target, linear_bias, sample_weight, process_group):
         if input.dim() == 0:
             raise RuntimeError(f"{loss}: input must have a dimension of in_features, got shape []")
         if linear_weight.dim() < 2:
@@ -830,6 +917,8 @@ class _LinearRows:
                 f"which need an input of shape (N, {input.shape[-1]}), got {list(input.shape)}"
             )
         self.has_probabilities = target.shape == (*self.leading, *linear_weight.shape[:-1])
+        if process_group is not None:  # of which a rank may have one class
+            self.has_probabilities &= target.is_floating_point()
         self.input, self.target, self.sample_weight = input, target, sample_weight
         if len(self.leading) == 1:
             return
@@ -860,16 +949,25 @@ class _LinearRows:
         return of_rows if len(self.leading) == 1 else of_rows.reshape(self.leading)
 
 
-def _check_linear_tensors(loss, input, linear_weight, target, **others):
+_NO_GROUP = (
+    "{}: process_group is for tensors that hold this rank's classes; the placements of DTensors say who shares them"
+)
+
+
+def _check_no_group(loss, process_group, num_classes, reduce_input_grad, linear_weight):
+    if process_group is not None:
+        raise ValueError(_NO_GROUP.format(loss))
+    if num_classes is not None:
+        vocab_parallel.classes_of(loss, None, num_classes, linear_weight, "linear_weight")
+    if not reduce_input_grad:
+        raise ValueError(f"{loss}: reduce_input_grad=False is not for DTensors, whose gradients lie as they do")
+
+
+def _has_dtensors(loss, input, linear_weight, target, **others):
     given = {name: value for name, value in others.items() if value is not None}
     tensors = {"input": input, "linear_weight": linear_weight, "target": target, **given}
     check_tensors(TypeError, loss, **tensors)
-    for name, tensor in tensors.items():
-        if dtensor.is_dtensor(tensor):
-            raise NotImplementedError(
-                f"{loss}: DTensors are not supported, got {name} with the placements {tensor.placements}; pass local "
-                "tensors (of a layer sharded by FSDP, call the loss within the layer, or after unsharding its weight)"
-            )
+    return any(map(dtensor.is_dtensor, tensors.values()))
 
 
 def _linear_options(loss, memory, options, skip_ignored, input, linear_weight):
@@ -1078,6 +1176,24 @@ def _native_road() -> bool:
     runtimes without these operators (ONNX's older exporter).
     """
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
+
+
+def _shared(loss, kernels, process_group, num_classes, holder, weight, target, linear=False, sums=True):
+    """The operators of a call whose classes a process group shares; `holder` holds this rank's classes."""
+    argument = "linear_weight" if linear else "logits" if loss == "token_log_probs" else "input"
+    if process_group is not None and isinstance(kernels, dtensor.Sharded):
+        raise ValueError(_NO_GROUP.format(loss))
+    if holder.dim() == 0:
+        return kernels  # which refuse it
+    classes = vocab_parallel.classes_of(loss, process_group, num_classes, holder, argument)
+    if classes is None:
+        return kernels
+    if _native_road() or (weight is not None and weight.requires_grad and target.is_floating_point()):
+        raise NotImplementedError(
+            f"{loss}: classes that a process group shares are supported neither under torch.func's transforms, "
+            "forward-mode AD and torch.jit.trace, nor beside a weight that requires grad"
+        )
+    return vocab_parallel.SharedClasses(kernels, loss, classes, sums)
 
 
 def _reduction_code(reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> int:

@@ -7,6 +7,7 @@ without being constructed again. TorchScript leaves their forward to Python: a s
 and can be saved if it does not call them. It reads the types of the attributes, and knows no Literal.
 """
 
+import copy
 import functools
 import inspect
 import re
@@ -21,6 +22,7 @@ from typing_extensions import Unpack
 from fusedloss import functional, native
 from fusedloss.backend import Backend
 from fusedloss.functional import CrossEntropyOptions, LinearOptions, Reduction, TrainingOptions
+from fusedloss.vocab_parallel import local_classes
 
 _Loss = TypeVar("_Loss", bound=type[nn.Module])
 _DEPRECATED = {"size_average", "reduce"}
@@ -67,6 +69,8 @@ def _calls(function: Callable, **values: str) -> Callable[[_Loss], _Loss]:
 
         __init__.__signature__ = signature
         loss.__init__, loss.forward = __init__, torch.jit.ignore(forward)
+        if "process_group" in stored:
+            loss.__deepcopy__ = _deepcopy
         if function.__doc__:  # python -OO leaves none
             loss.__doc__ = _description(loss.__doc__, function.__doc__, stored)
         return loss
@@ -80,6 +84,7 @@ def _description(of_class, of_function, stored):
     Where the class describes arguments of its constructor, it ends with them, and they come first.
     """
     of_class, text = inspect.cleandoc(of_class), inspect.cleandoc(of_function)
+    stored = {name: default for name, default in stored.items() if f"\n    {name}: " not in of_class}
     entries = []
     for entry in re.findall(r"    \w.*\n(?:     .*\n)*", text[text.index("Args:\n") : text.index("\nReturns:")]):
         head, _, meaning = entry.partition(":")
@@ -98,14 +103,23 @@ def _description(of_class, of_function, stored):
     return f"{of_class}{start}{''.join(entries)}\n{closing}\n\n{text[text.index('Raises:') :]}"
 
 
-def _of_linear(module, parameter, *last):
+def _deepcopy(module, memo):
+    """A copy that shares the process group, of which there are no copies."""
+    memo[id(module.process_group)] = module.process_group
+    state, copied = copy.deepcopy(module.__getstate__(), memo), module.__class__.__new__(module.__class__)
+    memo[id(module)] = copied
+    copied.__setstate__(state)
+    return copied
+
+
+def _of_linear(module, parameter):
     """A parameter of a module's linear layer with the classes and out_features in dimensions of their own.
 
     Without out_features it has them as it is, and autograd a node less.
     """
     if parameter is None or not module.out_features:
         return parameter
-    return parameter.reshape((module.num_classes, *module.out_features, *last))
+    return parameter.unflatten(0, (-1, *module.out_features))
 
 
 @_calls(functional.cross_entropy)
@@ -132,6 +146,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     grad_in_forward: bool | str = "auto"
     grad_scale: float | Tensor | None = None
     inplace: bool = False
+    process_group: Any = None
+    num_classes: int | None = None
     backend: str | None = None
 
     def __init__(
@@ -240,7 +256,7 @@ class BCELoss(nn.BCELoss):
 
 @_calls(
     functional.linear_cross_entropy,
-    linear_weight="_of_linear(self, self.linear.weight, self.linear.in_features)",
+    linear_weight="_of_linear(self, self.linear.weight)",
     linear_bias="_of_linear(self, self.linear.bias)",
 )
 class LinearCrossEntropyLoss(native.LinearCrossEntropyLoss):
@@ -262,7 +278,8 @@ class LinearCrossEntropyLoss(native.LinearCrossEntropyLoss):
 
     Args:
         in_features: D, the size of an input sample.
-        num_classes: C.
+        num_classes: C, of all ranks where there is a ``process_group``: the layer then has the rows of this rank's
+            classes alone, which each rank initialises from its own random numbers.
         out_features: (d1, ..., dK), the positions that a sample has logits for; none for one.
         bias: whether the layer has a bias.
         device, dtype: of the parameters.
@@ -276,6 +293,8 @@ class LinearCrossEntropyLoss(native.LinearCrossEntropyLoss):
     return_argmax: bool = False
     memory: int | str = "auto"
     skip_ignored: bool | None = None
+    process_group: Any = None
+    reduce_input_grad: bool = True
     backend: str | None = None
 
     def __init__(
@@ -297,16 +316,22 @@ class LinearCrossEntropyLoss(native.LinearCrossEntropyLoss):
         return_argmax: bool = False,
         **added: Unpack[LinearOptions],
     ) -> None:
+        process_group = added.get("process_group")
+        if process_group is None:
+            local, of_local = num_classes, weight
+        else:
+            local, of_local = local_classes("LinearCrossEntropyLoss", process_group, num_classes), None
         super().__init__(
             in_features,
-            num_classes,
+            local,
             out_features=out_features,
             bias=bias,
             device=device,
             dtype=dtype,
             reduction=reduction,
-            weight=weight,
+            weight=of_local,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             options=options,
         )
+        self.num_classes, self.weight = num_classes, weight

@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from benchmarks import __main__ as command_line
-from benchmarks import compare, devices, goals, linear_memory, machine, measure, pictures, readme, report
+from benchmarks import (
+    compare,
+    devices,
+    goals,
+    linear_memory,
+    machine,
+    measure,
+    pictures,
+    readme,
+    report,
+    vocab_parallel,
+)
 from benchmarks.cases import (
     GROUPS,
     IGNORED,
@@ -505,6 +516,18 @@ def test_the_memory_of_a_step_against_the_vocabulary(tmp_path, monkeypatch, caps
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         assert found["native, chunked"][0] > 0
         assert found["native, chunked"][1] is None
+
+
+def test_a_step_whose_classes_are_shared(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "touch_memory", lambda: None)
+    arguments = ["--shapes", "40x64,4x65", "--dtype", "float32", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["vocab_parallel", *arguments])
+    vocab_parallel.main()
+    shown = capsys.readouterr().out
+    assert re.search(r"\| 40x64 float32 +\| +[\d.]+ \| +\d+% \|( +[\d.]+, [\d.]+x \|){5}\n", shown)
+    assert re.search(r"\| 4x65 float32 .*[\d.]+x \| +wrong \|", shown), "Megatron's ranks have as many classes each"
+    assert re.search(r"^4x65 float32, megatron: wrong: ", shown, re.MULTILINE)
+    assert shown.count("wrong") == 2
 
 
 # --- What CUDA has of its own, where there is none -----------------------------------------------------------

@@ -91,3 +91,16 @@ def test_the_demo(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert all(name in shown.stdout for name in ("Digits", "Attributes", "Language", "Ratio"))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_example_of_shared_classes():
+    """Two ranks with a part of the classes each: exits with an error if their losses are not those of the whole."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "examples.tensor_parallel"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "The losses agree" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["bytes", "of", "logits", "1,025,024", *["513,024"] * 4] in rows
+    assert ["collectives:", "forward", "0", *["1"] * 4] in rows
+    assert ["backward", "0", *["1"] * 4] in rows

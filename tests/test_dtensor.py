@@ -213,7 +213,7 @@ def test_compiled_as_a_whole(loss, reduction, mesh):
 
 X, Y, P = torch.randn(4, 6), torch.randint(6, (4,)), torch.full((4, 6), 0.5)
 REFUSED = {  # loss, input, target, options, each tensor with its placement; then what the message names
-    "classes in parts": ("cross_entropy", (X, Shard(1)), (Y, Replicate()), {}, "input", r"Shard\(dim=1\)"),
+    "probabilities of classes in parts, plain": ("cross_entropy", (X, Shard(1)), (P, None), {}, "target", "Shard"),
     "classes of log-probabilities in parts": ("nll", (X, Shard(1)), (Y, Replicate()), {}, "input", r"Shard\(dim=1\)"),
     "logits that are terms of a sum": ("cross_entropy", (X, Partial()), (Y, Replicate()), {}, "input", r"Partial"),
     "scores that are terms": ("bce_with_logits", (X, Partial()), (P, Replicate()), {}, "input", r"Partial"),

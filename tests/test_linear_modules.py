@@ -32,6 +32,8 @@ ADDED = {
     "return_argmax": True,
     "memory": 2**20,
     "skip_ignored": False,
+    "process_group": None,
+    "reduce_input_grad": False,
     "backend": "cpu",
 }
 CONFIGURATIONS = {
@@ -302,6 +304,7 @@ def test_the_function_is_handed_all_that_a_module_has(positions, monkeypatch):
     assert call.pop("weight") is module.weight
     assert call.pop("options") is chunked
     assert call.pop("sample_weight") is weights
+    assert call.pop("num_classes") == C
     assert call == {"reduction": "sum", "ignore_index": 3, "label_smoothing": 0.1, "denominator": 3}
     if positions:
         assert linear_weight.shape == (C, *positions, D)

@@ -118,6 +118,7 @@ if HAS_TRITON:
     ):
         problem = math.RowProblem(spread, spread, spread_mass, z_loss)
         target = math.RowTarget(counts > 0.5, target_mass, target_mass, target_mass)
+        mass = math.row_mass(problem, target_mass, mass, o)
         return math.row_gradient(problem, target, mass, lse, grad_loss, grad_lse, o)
 
     @triton.jit
@@ -330,6 +331,7 @@ def options_of(target, dtype):
         dense=target != "index",
         probabilities=target == "probabilities",
         weighted=True,
+        sharded=False,
         scaled=target.startswith("scaled"),
         capped=target.endswith("capped"),
         has_z=target != "index",
@@ -377,7 +379,7 @@ def test_every_function_has_a_twin():
     for name in named - own:
         words = name.split("_")  # a struct's name comes first: Bce::evaluate is bce_evaluate
         assert any(f"{'_'.join(words[i:])}(" in headers for i in range(len(words))), f"csrc/math has no {name}"
-        assert name in tested or name.endswith("in_domain") or name in ("reduced", "at_least_minus_100")
+        assert name in tested or name.endswith("in_domain") or name in ("reduced", "at_least_minus_100", "row_mass")
 
 
 def test_every_struct_has_a_twin():

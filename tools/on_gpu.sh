@@ -64,7 +64,7 @@ run_ncu() {
     "$python" tools/ncu_cases.py || { tail -n 3 "$OUT/ncu.csv" && false; }
 }
 
-over_devices='parity edge_cases gradients grad_in_forward accuracy autocast errors operators modules promises'
+over_devices='parity edge_cases gradients grad_in_forward accuracy autocast errors operators modules promises shards'
 run_devices() {
   local files=() name
   for name in $over_devices; do files+=("tests/test_$name.py"); done

@@ -37,6 +37,10 @@ struct ClassTarget {
 struct CrossEntropyArgs : math::RowOptions {
   ClassShape shape;
   ClassTensor logits;
+  // The classes may be some of many, from first_class on, of all_classes; 0: they are all. A target that is none of
+  // these, but one of all, counts, and puts no mass on them. Smoothing spreads its mass over all.
+  std::int64_t first_class = 0;
+  std::int64_t all_classes = 0;
   bool has_probabilities = false;  // which of the next two the target is; a pointer would not tell, without classes
   ClassTarget target;
   ClassTensor probabilities;     // (outer, classes, inner)
@@ -48,6 +52,9 @@ struct CrossEntropyArgs : math::RowOptions {
   void* row_max = nullptr;      // (positions,)
   void* row_log_sum = nullptr;  // (positions,)
   void* row_gap = nullptr;      // (positions,), beside an entropy
+  // (positions,), null but where the classes are some of many: forward writes the mass on these, backward reads that on
+  // all of them. Of rows that do not count it is anything.
+  void* row_mass = nullptr;
 
   // Forward
   PositionTensor loss;             // (positions,), or null when the loss is reduced
@@ -63,6 +70,8 @@ struct CrossEntropyArgs : math::RowOptions {
   const void* grad_entropy = nullptr;    // likewise
   ClassTensor grad_logits;               // may be the logits themselves
   ClassTensor grad_probabilities;
+
+  constexpr std::int64_t class_count() const { return all_classes != 0 ? all_classes : shape.classes; }
 };
 
 struct NllArgs {

@@ -100,6 +100,12 @@ FUSEDLOSS_FN Acc index_mass(const RowProblem<Acc>& problem, Acc weight) {
   return problem.keep * weight;
 }
 
+// All masses of a row together. of_probabilities: their sum, where the target is probabilities.
+template <class Acc>
+FUSEDLOSS_FN Acc row_mass(const RowProblem<Acc>& problem, Acc target_mass, Acc of_probabilities) {
+  return problem.probabilities ? of_probabilities : target_mass + problem.spread_mass;
+}
+
 template <class Acc>
 FUSEDLOSS_FN Acc probability_mass(const RowProblem<Acc>& problem, Acc probability, Acc weight) {
   return weight * (problem.keep * probability + problem.spread);
@@ -234,14 +240,13 @@ struct RowGradient {
   }
 };
 
-// grad_loss and grad_lse: what flows into the row's loss, times the row's weight, and into its lse. mass is that of
-// probabilities; lse is needed by a z loss alone.
+// grad_loss and grad_lse: what flows into the row's loss, times the row's weight, and into its lse. mass: all of the
+// row's, row_mass; lse is needed by a z loss alone.
 template <class Acc>
 FUSEDLOSS_FN RowGradient<Acc> row_gradient(const RowProblem<Acc>& problem, const RowTarget<Acc>& target, Acc mass,
                                            Acc lse, Acc grad_loss, Acc grad_lse) {
   const Acc g = zero_if(!target.counts, grad_loss);
-  const Acc on_classes = problem.probabilities ? mass : target.mass + problem.spread_mass;
-  const Acc factor = normaliser_grad(g, grad_lse, zero_if(!target.counts, on_classes), lse, problem.z_loss);
+  const Acc factor = normaliser_grad(g, grad_lse, zero_if(!target.counts, mass), lse, problem.z_loss);
   return {factor, g * target.mass, problem.probabilities ? g : g * problem.spread, Acc(0)};
 }
 

@@ -1,5 +1,6 @@
 #include "class_views.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty_like.h>
 
 #include "checks.h"
@@ -76,12 +77,20 @@ void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor we
               ": weight must have the input's type ", expected, ", got ", type_and_shape(*weight));
 }
 
-void check_in_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position) {
+void check_in_bounds(const char* loss, int64_t classes, const Tensor& target, int64_t position) {
   if (position < 0) return;
   // On the CPU only: kernels of other devices report no position, and nothing is read back from them.
   const int64_t value = target.reshape({-1}).select(0, position).item().toLong();
-  TORCH_CHECK_INDEX(false, loss, ": target ", value, " at position ", position, " is out of bounds for ",
-                    logits.size(class_dim(logits)), " classes");
+  TORCH_CHECK_INDEX(false, loss, ": target ", value, " at position ", position, " is out of bounds for ", classes,
+                    " classes");
+}
+
+void check_targets(const char* loss, int64_t classes, const Tensor& target, int64_t ignore_index) {
+  if (!target.is_cpu()) return;
+  const Tensor index = target.to(at::kLong).flatten();
+  const Tensor invalid = index.lt(0).logical_or_(index.ge(classes)).logical_and_(index.ne(ignore_index));
+  const Tensor positions = invalid.nonzero();
+  if (positions.size(0) > 0) check_in_bounds(loss, classes, target, positions[0].item<int64_t>());
 }
 
 Tensor empty_like_logits(const Tensor& logits) {

@@ -23,7 +23,9 @@ void check_class_weight(const char* loss, const Tensor& logits, OptionalTensor w
 // Beside class indices the weight has the input's type; under autocast, one that autocast makes equal to it.
 void check_weight_type(const char* loss, const Tensor& logits, OptionalTensor weight, bool upcast);
 // Raises if a kernel has found that the target at a position is no class; -1: it has found none.
-void check_in_bounds(const char* loss, const Tensor& logits, const Tensor& target, int64_t position);
+void check_in_bounds(const char* loss, int64_t classes, const Tensor& target, int64_t position);
+// Raises of the first target that is no class, where no kernel has looked at them all. On the CPU alone.
+void check_targets(const char* loss, int64_t classes, const Tensor& target, int64_t ignore_index);
 
 // An output with the logits' shape, type and, where a kernel can write it, memory layout.
 Tensor empty_like_logits(const Tensor& logits);

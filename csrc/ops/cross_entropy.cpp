@@ -13,20 +13,13 @@
 #include <cmath>
 #include <limits>
 
-#include "../kernels/class_loss.h"
-#include "checks.h"
-#include "class_views.h"
+#include "cross_entropy_problem.h"
 #include "huge_pages.h"
-#include "launch.h"
-#include "losses.h"
 
 namespace fusedloss::ops {
 namespace {
 
 constexpr const char* kName = "cross_entropy";
-constexpr LossKernels<CrossEntropyArgs> kKernels = [](const auto& losses) -> const auto& {
-  return losses.cross_entropy;
-};
 
 void check_sample_weight(const char* loss, const Tensor& logits, OptionalTensor sample_weight) {
   if (!is_present(sample_weight)) return;
@@ -49,53 +42,6 @@ void check_denominator(const char* loss, OptionalTensor denominator, Reduction r
 void check_argmax(const Tensor& logits, bool wanted) {
   TORCH_CHECK_INDEX(!wanted || logits.sym_size(class_dim(logits)) != 0, kName,
                     ": return_argmax needs classes, got input of shape ", logits.sym_sizes());
-}
-
-// Everything that forward and backward tell the kernel alike, and the tensors that must outlive it.
-struct Problem {
-  CrossEntropyArgs args;
-  Tensor logits, target, weight, sample_weight, denominator;
-
-  Problem(const Tensor& logits_, const Tensor& target_, const CrossEntropyWeights& weights,
-          const CrossEntropyOptions& options, const Tensor& grad_logits = {}, const Tensor& grad_target = {})
-      : logits(addressable(logits_)), weight(weight_view(weights.weight, logits_.scalar_type(), args.weight)) {
-    if (is_present(weights.sample_weight)) sample_weight = position_view(*weights.sample_weight, args.sample_weight);
-    if (is_present(weights.denominator)) denominator = weights.denominator->reshape({}).to(at::kDouble);
-    args.has_probabilities = has_probabilities(logits_, target_);
-    if (args.has_probabilities) {
-      target = addressable(target_);
-    } else {
-      target = position_view(target_, args.target.index);
-      args.target.ignore_index = options.ignore_index.expect_int();
-    }
-    fill_class_views(args.shape, {{logits, args.logits},
-                                  {args.has_probabilities ? target : Tensor(), args.probabilities},
-                                  {grad_logits, args.grad_logits},
-                                  {grad_target, args.grad_probabilities}});
-    static_cast<math::RowOptions&>(args) = options;
-    if (!(options.label_smoothing > 0)) args.label_smoothing = 0;  // NaN and negative numbers too
-  }
-};
-
-// No entry of the gradient is larger, for a grad_output of 1. There are logits.
-Tensor largest_gradient(const Tensor& logits, const Tensor& target, const CrossEntropyWeights& given,
-                        const CrossEntropyOptions& options) {
-  const auto& weight = given.weight;
-  const bool indices = !has_probabilities(logits, target), mean = options.reduction == Reduction::mean;
-  const Tensor weights = is_present(weight) ? weight->flatten().to(at::kDouble) : Tensor();
-  // An entry is p A - a: masses may have both signs.
-  Tensor largest = weights.defined() ? weights.abs().amax() * 2 : at::full({}, 2, logits.options().dtype(at::kDouble));
-  // Smoothing adds the mass of one more distribution, at most.
-  if (!indices) largest = largest * (target.to(at::kFloat).abs().sum(class_dim(logits)).amax() + 1);
-  constexpr double kLargestLse = 0x1p16;
-  largest = (largest + 2 * std::abs(options.z_loss) * kLargestLse) * options.logit_scale;
-  Tensor sample_weights;
-  if (is_present(given.sample_weight)) {
-    sample_weights = given.sample_weight->flatten().to(at::kDouble);
-    largest = largest * sample_weights.abs().amax();
-  }
-  if (!mean) return largest;
-  return largest / mean_divisor(logits, target, given, options).abs();
 }
 
 }  // namespace
@@ -169,10 +115,30 @@ Tensor mean_divisor(const Tensor& logits, const Tensor& target, const CrossEntro
   return weight.index_select(0, classes).mul_(counts.flatten()).sum();
 }
 
+Tensor largest_gradient(const Tensor& logits, const Tensor& target, const CrossEntropyWeights& given,
+                        const CrossEntropyOptions& options) {
+  const auto& weight = given.weight;
+  const bool indices = !has_probabilities(logits, target), mean = options.reduction == Reduction::mean;
+  const Tensor weights = is_present(weight) ? weight->flatten().to(at::kDouble) : Tensor();
+  // An entry is p A - a: masses may have both signs.
+  Tensor largest = weights.defined() ? weights.abs().amax() * 2 : at::full({}, 2, logits.options().dtype(at::kDouble));
+  // Smoothing adds the mass of one more distribution, at most.
+  if (!indices) largest = largest * (target.to(at::kFloat).abs().sum(class_dim(logits)).amax() + 1);
+  constexpr double kLargestLse = 0x1p16;
+  largest = (largest + 2 * std::abs(options.z_loss) * kLargestLse) * options.logit_scale;
+  Tensor sample_weights;
+  if (is_present(given.sample_weight)) {
+    sample_weights = given.sample_weight->flatten().to(at::kDouble);
+    largest = largest * sample_weights.abs().amax();
+  }
+  if (!mean) return largest;
+  return largest / mean_divisor(logits, target, given, options).abs();
+}
+
 void check_cross_entropy_grads(const char* loss, const CrossEntropyGradOutputs& grads, const Tensor& logits,
                                const Tensor& target, const CrossEntropyWeights& weights,
                                const CrossEntropyOptions& options) {
-  const auto& [grad_loss, grad_lse, grad_entropy, row_max, row_log_sum, row_gap, divisor] = grads;
+  const auto& [grad_loss, grad_lse, grad_entropy, row_max, row_log_sum, row_gap, divisor, row_mass] = grads;
   const bool upcast = true;  // forward has checked the types, under autocast or not
   check_cross_entropy(loss, logits, target, weights, options, upcast);
   const auto positions = position_sizes(logits);
@@ -186,7 +152,8 @@ void check_cross_entropy_grads(const char* loss, const CrossEntropyGradOutputs& 
                        {"grad_entropy", grad_entropy},
                        {"row_max", row_max},
                        {"row_log_sum", row_log_sum},
-                       {"row_gap", row_gap}});
+                       {"row_gap", row_gap},
+                       {"row_mass", row_mass}});
   const auto check_statistic = [&](const NamedTensor& statistic, at::ScalarType expected) {
     const auto& [name, tensor] = statistic;
     TORCH_CHECK(!tensor || (tensor->scalar_type() == expected && tensor->sym_sizes() == c10::SymIntArrayRef(positions)),
@@ -196,14 +163,15 @@ void check_cross_entropy_grads(const char* loss, const CrossEntropyGradOutputs& 
   check_statistic({"row_max", row_max}, statistics);
   check_statistic({"row_log_sum", row_log_sum}, statistics);
   check_statistic({"row_gap", row_gap}, statistics);
+  check_statistic({"row_mass", row_mass}, statistics);
   check_statistic({"grad_lse", grad_lse}, accumulate_type(logits.scalar_type()));
   check_statistic({"grad_entropy", grad_entropy}, accumulate_type(logits.scalar_type()));
 }
 
 void write_cross_entropy_grads(const CrossEntropyGradOutputs& grads, const Tensor& logits, const Tensor& target,
                                const CrossEntropyWeights& weights, const CrossEntropyOptions& options,
-                               Tensor& grad_logits, Tensor& grad_target) {
-  Problem problem(logits, target, weights, options, grad_logits, grad_target);
+                               Tensor& grad_logits, Tensor& grad_target, const std::optional<ClassShard>& shard) {
+  CrossEntropyProblem problem(logits, target, weights, options, shard, grad_logits, grad_target);
   CrossEntropyArgs& args = problem.args;
   const bool has_entropy = is_present(grads.entropy);
   const auto of_each = [&](const auto& tensor) {
@@ -212,14 +180,16 @@ void write_cross_entropy_grads(const CrossEntropyGradOutputs& grads, const Tenso
   const Tensor max = grads.row_max.contiguous(), sum = grads.row_log_sum.contiguous();
   const Tensor lse = of_each(grads.lse), entropy = of_each(grads.entropy);
   const Tensor mean_gap = has_entropy ? grads.row_gap->contiguous() : Tensor();
+  const Tensor mass = of_each(grads.row_mass);
   args.row_max = max.data_ptr();
   args.row_log_sum = sum.data_ptr();
   args.row_gap = has_entropy ? mean_gap.data_ptr() : nullptr;
+  args.row_mass = mass.defined() ? mass.data_ptr() : nullptr;
   args.grad_lse = lse.defined() ? lse.const_data_ptr() : nullptr;
   args.grad_entropy = entropy.defined() ? entropy.const_data_ptr() : nullptr;
   const Tensor flat_grad = position_view(grads.loss, args.grad_loss);
   args.grad_divisor = grad_divisor(grads.divisor, options.reduction);
-  run(kKernels, Pass::backward, args, logits);
+  run(kCrossEntropyKernels, Pass::backward, args, logits);
 }
 
 CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& target, const Weights& weights,
@@ -250,7 +220,7 @@ CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& 
   }
 
   if (!logits.is_meta()) {
-    Problem problem(widened(logits, type), target, weights, options);
+    CrossEntropyProblem problem(widened(logits, type), target, weights, options);
     CrossEntropyArgs& args = problem.args;
     args.every_row = answers.any();
     if (training.statistics) {
@@ -262,7 +232,8 @@ CrossEntropy::Outputs CrossEntropy::forward(const Tensor& logits, const Tensor& 
     args.entropy = answers.entropy ? entropy.data_ptr() : nullptr;
     args.argmax = answers.argmax ? argmax.mutable_data_ptr<int64_t>() : nullptr;
     set_results(args, loss, divisor, options.reduction, problem.denominator);
-    check_in_bounds(kName, logits, target, run(kKernels, Pass::forward, args, logits));
+    check_in_bounds(kName, logits.size(class_dim(logits)), target,
+                    run(kCrossEntropyKernels, Pass::forward, args, logits));
     if (answers.entropy && args.shape.classes == 0) entropy.zero_();  // the sum of nothing, which no kernel forms
   }
   const auto returned = accumulate_type(logits.scalar_type());
@@ -291,7 +262,7 @@ Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, const
     const Tensor wide = widened(logits, loss.scalar_type());
     const bool same_type = wide.scalar_type() == grad_logits.scalar_type();
     Tensor grad = same_type ? addressable(grad_logits) : empty_like_logits(wide);
-    Problem problem(wide, target, weights, options, grad);
+    CrossEntropyProblem problem(wide, target, weights, options, {}, grad);
     CrossEntropyArgs& args = problem.args;
     if (is_present(argmax)) {
       args.every_row = true;
@@ -303,7 +274,8 @@ Tensor CrossEntropy::with_grad(const Tensor& logits, const Tensor& target, const
       args.grad_loss = {scale->data_ptr(), Dtype::float64, 0};
     }
     set_results(args, loss, Tensor(), options.reduction, problem.denominator);
-    check_in_bounds(kName, logits, target, run(kKernels, Pass::forward_with_gradient, args, logits));
+    check_in_bounds(kName, logits.size(class_dim(logits)), target,
+                    run(kCrossEntropyKernels, Pass::forward_with_gradient, args, logits));
     if (!grad.is_same(grad_logits)) grad_logits.copy_(grad);
   }
   return loss;
@@ -314,7 +286,7 @@ TwoGrads CrossEntropy::backward(const Tensor& grad_loss, OptionalTensor grad_lse
                                 const Tensor& row_max, const Tensor& row_log_sum, OptionalTensor row_gap,
                                 const Tensor& divisor, const CrossEntropyOptions& options,
                                 std::array<bool, 2> output_mask) {
-  const CrossEntropyGradOutputs grads{grad_loss, grad_lse, grad_entropy, row_max, row_log_sum, row_gap, divisor};
+  const CrossEntropyGradOutputs grads{grad_loss, grad_lse, grad_entropy, row_max, row_log_sum, row_gap, divisor, {}};
   check_cross_entropy_grads(kName, grads, logits, target, weights, options);
   const auto type = cross_entropy_loss_type(logits, target, weights.weight, /*upcast=*/true);
   TORCH_CHECK(!output_mask[1] || has_probabilities(logits, target), kName,

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <optional>
+
 #include "losses.h"
 
 namespace fusedloss::ops {
@@ -22,6 +24,10 @@ at::ScalarType cross_entropy_statistics_type(const Tensor& logits, at::ScalarTyp
 Tensor mean_divisor(const Tensor& logits, const Tensor& target, const CrossEntropyWeights& weights,
                     const CrossEntropyOptions& options);
 
+// No entry of the gradient is larger, for a grad_output of 1. There are logits.
+Tensor largest_gradient(const Tensor& logits, const Tensor& target, const CrossEntropyWeights& weights,
+                        const CrossEntropyOptions& options);
+
 // The saved statistics of all positions, and what flows back into them.
 struct CrossEntropyGradOutputs {
   Tensor loss;
@@ -29,15 +35,17 @@ struct CrossEntropyGradOutputs {
   Tensor row_max, row_log_sum;
   std::optional<Tensor> row_gap;
   Tensor divisor;
+  std::optional<Tensor> row_mass;  // where the logits are of some of the classes alone
 };
 
 void check_cross_entropy_grads(const char* loss, const CrossEntropyGradOutputs& grads, const Tensor& logits,
                                const Tensor& target, const CrossEntropyWeights& weights,
                                const CrossEntropyOptions& options);
 
-// Writes the gradients that are defined. That of the logits may take their place.
+// Writes the gradients that are defined. That of the logits may take their place. shard: the classes that the logits
+// are of, with their own class weights.
 void write_cross_entropy_grads(const CrossEntropyGradOutputs& grads, const Tensor& logits, const Tensor& target,
                                const CrossEntropyWeights& weights, const CrossEntropyOptions& options,
-                               Tensor& grad_logits, Tensor& grad_target);
+                               Tensor& grad_logits, Tensor& grad_target, const std::optional<ClassShard>& shard = {});
 
 }  // namespace fusedloss::ops

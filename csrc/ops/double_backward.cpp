@@ -261,6 +261,11 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
     const at::AutoGradMode building_graphs(true);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // the types are forward's
     const std::string& name = ctx->saved_data["operator"].toStringRef();
+    const auto found = kLosses.find(name.substr(name.rfind(':') + 1));
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        found != kLosses.end(),
+        "second derivatives of a loss whose classes are shared between ranks are not supported");
+    const Loss loss = found->second;
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
     Arguments values(ctx, op.schema());
 
@@ -281,7 +286,6 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
       const Tensor value = values.tensor(input);
       if (!value.requires_grad()) values.set(input, value.detach().requires_grad_());
     }
-    const Loss loss = kLosses.at(name.substr(name.rfind(':') + 1));
     const variable_list first =
         differentiate(loss(values), values.tensors(wanted), values.tensors(kGradOutputs), /*create_graph=*/true);
     const variable_list second = differentiate(first, from, of_wanted, create_graph);

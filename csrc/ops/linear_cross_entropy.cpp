@@ -14,6 +14,7 @@
 #include <limits>
 #include <vector>
 
+#include "cross_entropy_shard.h"
 #include "dispatch.h"
 
 namespace fusedloss::ops {
@@ -50,14 +51,11 @@ struct Parts {
 
 // Cross entropy sees a chunk, of the rows that are left: of a target that is no class the position is looked for again.
 template <class Call>
-auto naming_positions(const Tensor& logits, const Tensor& target, int64_t ignore_index, Call call) {
+auto naming_positions(int64_t classes, const Tensor& target, int64_t ignore_index, Call call) {
   try {
     return call();
   } catch (const c10::IndexError&) {
-    const Tensor index = target.to(at::kLong).flatten();
-    const Tensor invalid = index.lt(0).logical_or_(index.ge(logits.size(1))).logical_and_(index.ne(ignore_index));
-    const Tensor positions = invalid.nonzero();
-    if (positions.size(0) > 0) check_in_bounds(kLinearName, logits, target, positions[0].item<int64_t>());
+    check_targets(kLinearName, classes, target, ignore_index);
     throw;
   }
 }
@@ -108,7 +106,7 @@ CrossEntropy::Outputs LinearCrossEntropy::forward(const Tensor& given_input, con
     return outputs;
   };
   const auto loss_of = [&](const Batch& part, const CrossEntropyWeights& of_part) {
-    return naming_positions(shape, target, ignore_index, [&] {
+    return naming_positions(shape.size(1), target, ignore_index, [&] {
       return CrossEntropy::forward(logits.shaped(logits.matrix(part.input)), part.target, of_part, options, answers,
                                    training);
     });
@@ -144,6 +142,41 @@ CrossEntropy::Outputs LinearCrossEntropy::forward(const Tensor& given_input, con
     if (divisor.defined() && parts.divisor.defined()) divisor = parts.divisor.clone();
   }
   return back(outputs);
+}
+
+Tensor LinearCrossEntropyShard::statistics(const Tensor& given_input, const Tensor& given_weight, const Tensor& target,
+                                           OptionalTensor given_bias, const Weights& weights,
+                                           const CrossEntropyOptions& options, const ClassShard& shard,
+                                           const CrossEntropyAnswers& answers, const LinearOptions& linear) {
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  const Tensor input = cast_to(given_input, linear.product_type);
+  const Tensor linear_weight = cast_to(given_weight, linear.product_type);
+  const auto linear_bias = cast_to(given_bias, linear.product_type);
+  check_linear(input, linear_weight, target, linear_bias);
+  const Tensor shape = linear_logits(input, linear_weight);
+  const auto of = [&](const Tensor& logits, const Batch& batch) {
+    return CrossEntropyFromShards::statistics(logits, batch.target, batch.weights, options, shard, answers,
+                                              linear.upcast);
+  };
+  CrossEntropyWeights of_shard = weights;
+  of_shard.weight = weight_of_shard(kLinearName, weights.weight, linear_weight.sym_size(0), shard);
+  check_cross_entropy(kLinearName, shape, target, of_shard, options, linear.upcast);
+  const Batch all{input, target, weights};
+  if (input.is_meta() || linear_weight.size(0) == 0) return of(shape, all);
+
+  const int64_t ignore_index = options.ignore_index.expect_int();
+  const Tensor rows = answers.any() ? Tensor() : rows_to_compute(shape, target, ignore_index, linear.skip_ignored);
+  const Batch batch = all.gathered(rows);
+  const int64_t chunk = linear_chunk(linear_problem(batch.input, linear_weight, linear, false, false), /*taken=*/0);
+  const Logits logits(linear_weight, linear_bias, Logits::memory_for(std::min(chunk, batch.rows()), linear_weight));
+  std::vector<Tensor> found;
+  for_each_chunk(batch.rows(), chunk, [&](int64_t begin, int64_t count) {
+    const Batch part = batch.chunk(begin, count);
+    found.push_back(naming_positions(shard.num_classes.expect_int(), target, ignore_index,
+                                     [&] { return of(logits.shaped(logits.matrix(part.input)), part); }));
+  });
+  const Tensor packed = found.size() == 1 ? found[0] : at::cat(found, 1);
+  return rows.defined() ? scattered(packed.transpose(0, 1), rows, input.size(0)).transpose(0, 1).contiguous() : packed;
 }
 
 LinearCrossEntropy::WithGrad LinearCrossEntropy::with_grad(const Tensor& input, const Tensor& linear_weight,
@@ -192,7 +225,7 @@ LinearCrossEntropy::WithGrad LinearCrossEntropy::with_grad(const Tensor& input, 
                                    bool upcast, int64_t begin) {
       Tensor shaped = logits.shaped(matrix);
       const auto places = return_argmax ? std::optional(argmax.narrow(0, begin, part.rows())) : std::nullopt;
-      return naming_positions(shape, target, ignore_index, [&] {
+      return naming_positions(shape.size(1), target, ignore_index, [&] {
         return CrossEntropy::with_grad(shaped, part.target, of_part, std::nullopt, options, upcast, shaped, scale,
                                        places);
       });
@@ -228,20 +261,19 @@ LinearCrossEntropy::WithGrad LinearCrossEntropy::with_grad(const Tensor& input, 
           or_empty(grad_bias, sums)};
 }
 
-LinearCrossEntropy::ThreeGrads LinearCrossEntropy::gradients(const Tensor& grad_output, const Tensor& grad_logits,
-                                                             const Tensor& given_rows, OptionalTensor scale,
-                                                             const Tensor& input, const Tensor& linear_weight,
-                                                             const Tensor& target, c10::SymInt ignore_index,
-                                                             at::ScalarType weight_type,
-                                                             std::array<bool, 3> output_mask) {
+LinearCrossEntropy::ThreeGrads LinearCrossEntropy::gradients(
+    const Tensor& grad_output, const Tensor& grad_logits, const Tensor& given_rows, OptionalTensor scale,
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, c10::SymInt ignore_index,
+    at::ScalarType weight_type, std::array<bool, 3> output_mask, std::optional<at::ScalarType> input_type) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   TORCH_CHECK(grad_output.sym_numel() == 1, kLinearName, ": grad_output must be one number, got shape ",
               grad_output.sym_sizes());
+  const auto of_input = input.options().dtype(input_type.value_or(input.scalar_type()));
   const auto of_weight = linear_weight.options().dtype(weight_type);
   Tensor grad_input, grad_weight, grad_bias;
   const auto bias_sizes = linear_weight.sym_sizes().slice(0, linear_weight.dim() - 1);
   if (input.is_meta()) {
-    if (output_mask[0]) grad_input = at::empty_symint(input.sym_sizes(), input.options());
+    if (output_mask[0]) grad_input = at::empty_symint(input.sym_sizes(), of_input);
     if (output_mask[1]) grad_weight = at::empty_symint(linear_weight.sym_sizes(), of_weight);
     if (output_mask[2]) grad_bias = at::empty_symint(bias_sizes, of_weight);
   } else {
@@ -252,7 +284,7 @@ LinearCrossEntropy::ThreeGrads LinearCrossEntropy::gradients(const Tensor& grad_
     const Tensor matrix = grad_logits.reshape({grad_logits.size(0), weight.size(0)});
     const Factor factor(grad_output, scale);
     if (output_mask[0]) {
-      const Tensor of_rows = product(matrix, weight, factor, input.scalar_type());
+      const Tensor of_rows = product(matrix, weight, factor, c10::typeMetaToScalarType(of_input.dtype()));
       grad_input = scattered(of_rows, rows, input.size(0));
       // What is 0 stays so, whatever its factor.
       if (!factor.is_known_finite()) {
@@ -275,7 +307,7 @@ LinearCrossEntropy::ThreeGrads LinearCrossEntropy::gradients(const Tensor& grad_
                       .view(linear_weight.sizes().slice(0, linear_weight.dim() - 1));
     }
   }
-  return {or_empty(grad_input, input.options()), or_empty(grad_weight, of_weight), or_empty(grad_bias, of_weight)};
+  return {or_empty(grad_input, of_input), or_empty(grad_weight, of_weight), or_empty(grad_bias, of_weight)};
 }
 
 }  // namespace fusedloss::ops

@@ -131,7 +131,7 @@ struct LinearCrossEntropyWithGrad : LinearFunction<LinearCrossEntropyWithGrad> {
       const auto has_scale = grad_logits.scalar_type() == at::kHalf ? to_optional(scale) : std::nullopt;
       auto [of_input, of_weight, of_bias] = Operator<&LinearCrossEntropy::gradients>::call_below_autograd(
           grads[0], grad_logits, rows, has_scale, input, cast_weight, target, options.ignore_index,
-          linear_weight.scalar_type(), {wanted[0], wanted[1], wanted[3]});
+          linear_weight.scalar_type(), {wanted[0], wanted[1], wanted[3]}, std::nullopt);
       return {of_input, of_weight, Tensor(), of_bias};
     }
     // What has been added up is as wide as sums are, and rounded once it has its factor.

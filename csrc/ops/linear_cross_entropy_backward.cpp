@@ -1,16 +1,16 @@
 // The gradient of a linear layer's cross entropy from the statistics of its rows, for which the logits are made again.
 //
-// They are made in slices of the classes where that can be: a slice of the weight's gradient is written once, and what
-// adds up is the input's gradient, which is small. A row whose target is in another slice has no target in this one,
-// and its gradient there is what flows into its lse. Where every class has mass, slices would have to share it: there
-// the logits are made in chunks of rows, and the weight's gradient adds up.
+// They are made in slices of the classes where the target is class indices: a slice of the weight's gradient is written
+// once, and what adds up is the input's gradient, which is small. The classes of a slice are some of many to the
+// kernel, as those of a rank are, of which these may be slices themselves. Of probabilities slices would have to be cut
+// too: there the logits are made in chunks of rows, and the weight's gradient adds up.
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "cross_entropy_shard.h"
 #include "huge_pages.h"
 #include "linear_cross_entropy.h"
 
@@ -32,65 +32,32 @@ CrossEntropyGradOutputs of_rows(const CrossEntropyGradOutputs& grads, Reduction 
           choose(grads.row_max),
           choose(grads.row_log_sum),
           chosen(grads.row_gap),
-          grads.divisor};
+          grads.divisor,
+          chosen(grads.row_mass)};
 }
 
-// What the slices of the classes have in common.
-struct SlicedRows {
-  CrossEntropyGradOutputs grads;  // .loss: into each position's target logit; .lse: into its lse, but for that
-  Tensor target, counts;
+// All masses of each row together, in the type of its statistics; of rows that do not count they are anything.
+Tensor row_masses(const Batch& batch, const Tensor& row_max, const CrossEntropyOptions& options, int64_t classes) {
+  math::RowOptions of_rows = options;
+  if (!(of_rows.label_smoothing > 0)) of_rows.label_smoothing = 0;
+  const auto problem = math::row_problem<double>(of_rows, /*probabilities=*/false, double(classes), double(classes));
+  if (!is_present(batch.weights.weight)) return at::full_like(row_max, problem.keep + problem.spread_mass);
+  const Tensor weight = batch.weights.weight->flatten().to(at::kDouble);
+  const Tensor valid = batch.target.to(at::kLong).flatten().clamp(0, classes - 1);
+  const Tensor masses = weight.index_select(0, valid) * problem.keep + weight.sum() * problem.spread;
+  return masses.to(row_max.scalar_type()).view_as(row_max);
+}
 
-  SlicedRows(const CrossEntropyGradOutputs& given, const Batch& batch, const CrossEntropyOptions& options)
-      : grads(given), target(batch.target.to(at::kLong)), counts(target.ne(options.ignore_index.expect_int())) {
-    const auto type = given.row_max.scalar_type();
-    const Tensor zeros = at::zeros_like(given.row_max);
-    Tensor each = given.loss.to(at::kDouble);
-    if (options.reduction == Reduction::mean) each = each / given.divisor;
-    if (is_present(batch.weights.sample_weight)) each = each * batch.weights.sample_weight->to(at::kDouble);
-    each = at::where(counts, each.to(type).expand_as(zeros), zeros);
-    Tensor lse = is_present(given.lse) ? given.lse->to(type) : zeros;
-    if (options.z_loss != 0) {
-      const Tensor z = each * (2 * options.z_loss) * (given.row_max + given.row_log_sum);
-      lse = lse + at::where(counts, z, zeros);
-    }
-    if (is_present(batch.weights.weight)) {
-      const Tensor weight = batch.weights.weight->flatten().to(type);
-      const Tensor classes = at::where(counts, target, at::zeros_like(target)).flatten();
-      each = each * weight.index_select(0, classes).view_as(each);
-    }
-    grads.loss = each;
-    grads.lse = lse;
-    // Ignored rows, where nothing flows back into them, may hold anything.
-    if (!is_present(given.lse) && !is_present(given.entropy)) {
-      grads.row_max = at::where(counts, grads.row_max, at::full_like(grads.row_max, 1e30));
-      grads.row_log_sum = at::where(counts, grads.row_log_sum, zeros);
-    }
-  }
-
-  // Writes the gradient over the logits of the classes from `first` on.
-  void differentiate(Tensor& logits, int64_t first, const CrossEntropyOptions& options) const {
-    constexpr int64_t kElsewhere = -100;
-    const Tensor here = target - first;
-    const Tensor inside = counts.logical_and(here.ge(0)).logical_and_(here.lt(logits.size(1)));
-    CrossEntropyGradOutputs of_slice = grads;
-    of_slice.lse = *grads.lse + at::where(inside, at::zeros_like(grads.loss), grads.loss);
-    CrossEntropyOptions plain;
-    plain.logit_scale = options.logit_scale;
-    plain.logit_softcap = options.logit_softcap;
-    plain.reduction = Reduction::none;
-    plain.ignore_index = kElsewhere;
-    Tensor none;
-    write_cross_entropy_grads(of_slice, logits, at::where(inside, here, at::full_like(here, kElsewhere)), {}, plain,
-                              logits, none);
-  }
-};
-
-void by_classes(const CrossEntropyGradOutputs& grads, const Batch& batch, const Tensor& finite,
-                const Tensor& linear_weight, OptionalTensor linear_bias, const CrossEntropyOptions& options,
-                const LinearProblem<>& problem, Results& results) {
+// shard: where the classes are those of a rank.
+void by_classes(CrossEntropyGradOutputs grads, const Batch& batch, const Tensor& finite, const Tensor& linear_weight,
+                OptionalTensor linear_bias, const CrossEntropyOptions& options, const LinearProblem<>& problem,
+                const std::optional<ClassShard>& shard, Results& results) {
   const int64_t classes = linear_weight.size(0), positions = classes == 0 ? 0 : problem.logits / classes;
   const int64_t slice = linear_slice(problem, classes, positions);
-  const SlicedRows rows(grads, batch, options);
+  const ClassShard all = shard.value_or(ClassShard{0, classes});
+  if (classes > 0 && !is_present(grads.row_mass)) {
+    grads.row_mass = row_masses(batch, grads.row_max, options, classes);
+  }
   const Tensor memory = Logits::memory_for(batch.rows(), linear_weight.narrow(0, 0, std::min(slice, classes)));
   std::optional<ProductSum> grad_input;
   if (results.input.defined()) grad_input.emplace(batch.input.sizes(), batch.input.options());
@@ -102,7 +69,11 @@ void by_classes(const CrossEntropyGradOutputs& grads, const Batch& batch, const 
     const Logits logits(weight, bias, memory);
     const Tensor matrix = logits.matrix(finite);
     Tensor shaped = logits.shaped(matrix);
-    rows.differentiate(shaped, first, options);
+    CrossEntropyWeights weights = batch.weights;
+    if (is_present(weights.weight)) weights.weight = weights.weight->flatten().narrow(0, first, count);
+    Tensor none;
+    write_cross_entropy_grads(grads, shaped, batch.target, weights, options, shaped, none,
+                              ClassShard{all.first_class + first, all.num_classes});
     if (grad_input) grad_input->add(matrix, weight_matrix(weight));
     const auto of_slice = [&](const Tensor& result) { return result.narrow(0, first, count); };
     if (results.weight.defined()) product_into(weight_matrix(of_slice(results.weight)), matrix.t(), finite);
@@ -113,7 +84,8 @@ void by_classes(const CrossEntropyGradOutputs& grads, const Batch& batch, const 
 
 void by_rows(const CrossEntropyGradOutputs& grads, const Batch& batch, const Tensor& finite,
              const Tensor& linear_weight, OptionalTensor linear_bias, const CrossEntropyOptions& options,
-             const LinearProblem<>& problem, at::ScalarType loss_type, Results& results) {
+             const LinearProblem<>& problem, const std::optional<ClassShard>& shard, at::ScalarType loss_type,
+             Results& results) {
   const bool whole = linear_plan(problem) == LinearPlan::one_chunk;
   const int64_t chunk = whole ? batch.rows() : linear_chunk(problem, problem.accumulator());
   const Logits logits(linear_weight, linear_bias, Logits::memory_for(std::min(chunk, batch.rows()), linear_weight));
@@ -129,7 +101,7 @@ void by_rows(const CrossEntropyGradOutputs& grads, const Batch& batch, const Ten
     const Tensor shaped = logits.shaped(matrix), wide = widened(shaped, loss_type);
     Tensor grad_logits = wide, grad_target = results.target.defined() ? of_chunk(results.target) : Tensor();
     write_cross_entropy_grads(of_rows(grads, options.reduction, of_chunk), wide, part.target, part.weights, options,
-                              grad_logits, grad_target);
+                              grad_logits, grad_target, shard);
     if (!wide.is_same(shaped)) shaped.copy_(wide);
     if (sums) return sums->add(matrix, of_chunk(finite), begin);
     if (results.input.defined()) product_into(results.input, matrix, weight_matrix(linear_weight));
@@ -142,6 +114,51 @@ void by_rows(const CrossEntropyGradOutputs& grads, const Batch& batch, const Ten
   if (results.bias.defined()) results.bias.copy_(sums->grad_bias().view(results.bias.sizes()));
 }
 
+// weights: of a shard its own.
+LinearCrossEntropy::FourGrads differentiate(const CrossEntropyGradOutputs& given, const Tensor& input,
+                                            const Tensor& linear_weight, const Tensor& target,
+                                            OptionalTensor linear_bias, const CrossEntropyWeights& weights,
+                                            const CrossEntropyOptions& options, at::ScalarType input_type,
+                                            at::ScalarType weight_type, std::array<bool, 4> output_mask,
+                                            const LinearOptions& linear, const std::optional<ClassShard>& shard) {
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  check_linear(input, linear_weight, target, linear_bias);
+  const Tensor shape = linear_logits(input, linear_weight);
+  check_cross_entropy_grads(kLinearName, given, shape, target, weights, options);
+  TORCH_CHECK(!output_mask[2] || has_probabilities(shape, target), kLinearName,
+              ": a target of class indices has no gradient");
+  TORCH_CHECK(!output_mask[3] || is_present(linear_bias), kLinearName, ": there is no linear_bias to have a gradient");
+
+  const auto of_input = input.options().dtype(input_type);
+  const auto of_weight = linear_weight.options().dtype(weight_type);
+  const auto result = [&](bool wanted, const Tensor& like, const at::TensorOptions& type) {
+    return wanted ? with_huge_pages(at::empty_symint(like.sym_sizes(), type)) : Tensor();
+  };
+  Results results{result(output_mask[0], input, of_input), result(output_mask[1], linear_weight, of_weight),
+                  result(output_mask[2], target, target.options()),
+                  output_mask[3] ? result(true, *linear_bias, of_weight) : Tensor()};
+  if (!input.is_meta()) {
+    const bool every_row = is_present(given.lse) || is_present(given.entropy);
+    const int64_t ignore_index = options.ignore_index.expect_int();
+    const Tensor rows = every_row ? Tensor() : rows_to_compute(shape, target, ignore_index, linear.skip_ignored);
+    const auto gathered = [&](const Tensor& tensor) { return rows.defined() ? tensor.index_select(0, rows) : tensor; };
+    const Batch batch = Batch{input, target, weights}.gathered(rows);
+    const CrossEntropyGradOutputs grads = of_rows(given, options.reduction, gathered);
+    const Tensor finite = every_row ? batch.input : without_ignored(batch.input, shape, target, rows, ignore_index);
+    const auto problem = linear_problem(batch.input, linear_weight, linear, true, output_mask[1]);
+    if (rows.defined() && output_mask[0]) results.input = at::empty(batch.input.sizes(), of_input);
+    if (has_probabilities(shape, target)) {
+      by_rows(grads, batch, finite, linear_weight, linear_bias, options, problem, shard,
+              cross_entropy_loss_type(shape, target, weights.weight, /*upcast=*/true), results);
+    } else {
+      by_classes(grads, batch, finite, linear_weight, linear_bias, options, problem, shard, results);
+    }
+    if (rows.defined() && output_mask[0]) results.input = scattered(results.input, rows, input.size(0));
+  }
+  return {or_empty(results.input, of_input), or_empty(results.weight, of_weight),
+          or_empty(results.target, target.options()), or_empty(results.bias, of_weight)};
+}
+
 }  // namespace
 
 LinearCrossEntropy::FourGrads LinearCrossEntropy::backward(
@@ -150,42 +167,22 @@ LinearCrossEntropy::FourGrads LinearCrossEntropy::backward(
     const Tensor& row_max, const Tensor& row_log_sum, OptionalTensor row_gap, const Tensor& divisor,
     const CrossEntropyOptions& options, at::ScalarType weight_type, std::array<bool, 4> output_mask,
     const LinearOptions& linear) {
-  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-  check_linear(input, linear_weight, target, linear_bias);
-  const Tensor shape = linear_logits(input, linear_weight);
-  const CrossEntropyGradOutputs given{grad_loss, grad_lse, grad_entropy, row_max, row_log_sum, row_gap, divisor};
-  check_cross_entropy_grads(kLinearName, given, shape, target, weights, options);
-  TORCH_CHECK(!output_mask[2] || has_probabilities(shape, target), kLinearName,
-              ": a target of class indices has no gradient");
-  TORCH_CHECK(!output_mask[3] || is_present(linear_bias), kLinearName, ": there is no linear_bias to have a gradient");
+  return differentiate({grad_loss, grad_lse, grad_entropy, row_max, row_log_sum, row_gap, divisor, {}}, input,
+                       linear_weight, target, linear_bias, weights, options, input.scalar_type(), weight_type,
+                       output_mask, linear, {});
+}
 
-  const auto of_weight = linear_weight.options().dtype(weight_type);
-  const auto result = [&](bool wanted, const Tensor& like, const at::TensorOptions& type) {
-    return wanted ? with_huge_pages(at::empty_symint(like.sym_sizes(), type)) : Tensor();
-  };
-  Results results{result(output_mask[0], input, input.options()), result(output_mask[1], linear_weight, of_weight),
-                  result(output_mask[2], target, target.options()),
-                  output_mask[3] ? result(true, *linear_bias, of_weight) : Tensor()};
-  if (!input.is_meta()) {
-    const bool every_row = is_present(grad_lse) || is_present(grad_entropy);
-    const int64_t ignore_index = options.ignore_index.expect_int();
-    const Tensor rows = every_row ? Tensor() : rows_to_compute(shape, target, ignore_index, linear.skip_ignored);
-    const auto gathered = [&](const Tensor& tensor) { return rows.defined() ? tensor.index_select(0, rows) : tensor; };
-    const Batch batch = Batch{input, target, weights}.gathered(rows);
-    const CrossEntropyGradOutputs grads = of_rows(given, options.reduction, gathered);
-    const Tensor finite = every_row ? batch.input : without_ignored(batch.input, shape, target, rows, ignore_index);
-    const auto problem = linear_problem(batch.input, linear_weight, linear, true, output_mask[1]);
-    if (rows.defined() && output_mask[0]) results.input = at::empty(batch.input.sizes(), input.options());
-    if (has_probabilities(shape, target) || options.label_smoothing > 0) {
-      by_rows(grads, batch, finite, linear_weight, linear_bias, options, problem,
-              cross_entropy_loss_type(shape, target, weights.weight, /*upcast=*/true), results);
-    } else {
-      by_classes(grads, batch, finite, linear_weight, linear_bias, options, problem, results);
-    }
-    if (rows.defined() && output_mask[0]) results.input = scattered(results.input, rows, input.size(0));
-  }
-  return {or_empty(results.input, input.options()), or_empty(results.weight, of_weight),
-          or_empty(results.target, target.options()), or_empty(results.bias, of_weight)};
+LinearCrossEntropy::FourGrads LinearCrossEntropyShard::backward(
+    const Tensor& grad_loss, OptionalTensor grad_lse, OptionalTensor grad_entropy, const Tensor& input,
+    const Tensor& linear_weight, const Tensor& target, OptionalTensor linear_bias, const Weights& weights,
+    const MergedRows& rows, const CrossEntropyOptions& options, const ClassShard& shard, at::ScalarType weight_type,
+    std::array<bool, 4> output_mask, const LinearOptions& linear) {
+  check_merged(kLinearName, rows);
+  const CrossEntropyWeights of_shard{
+      weight_of_shard(kLinearName, weights.weight, linear_weight.sym_size(0), shard), weights.sample_weight, {}};
+  return differentiate(grads_of(grad_loss, grad_lse, grad_entropy, rows), input, linear_weight, target, linear_bias,
+                       of_shard, options, accumulate_type(input.scalar_type()), weight_type, output_mask, linear,
+                       shard);
 }
 
 }  // namespace fusedloss::ops

@@ -43,6 +43,31 @@ struct CrossEntropy {
                            const CrossEntropyOptions& options, std::array<bool, 2> output_mask);
 };
 
+// Cross entropy of the classes of one rank, where a process group shares them (fusedloss/vocab_parallel.py). Targets
+// and weights are those of all classes, probabilities those of the rank's own.
+struct CrossEntropyFromShards {
+  using Weights = CrossEntropyWeights;
+  using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, lse, entropy
+
+  // What the ranks exchange, (4 or more, positions...): the maximum, the logarithm of the sum, the loss and the mass of
+  // each row's classes here; then, where they are wanted, the gap, and the largest logit and the bits of its class.
+  static Tensor statistics(const Tensor& logits, const Tensor& target, const Weights& weights,
+                           const CrossEntropyOptions& options, const ClassShard& shard,
+                           const CrossEntropyAnswers& answers, bool upcast);
+  // Copies of the merged results, which autograd takes for those of the logits.
+  static Outputs forward(const Tensor& logits, const Tensor& target, const Weights& weights, const MergedRows& rows,
+                         const CrossEntropyOptions& options, const ClassShard& shard, const Tensor& loss,
+                         OptionalTensor lse, OptionalTensor entropy, const TrainingOptions& training);
+  static decltype(forward) autograd;
+  static void write_grad(const Tensor& logits, const Tensor& target, const Weights& weights, const MergedRows& rows,
+                         const CrossEntropyOptions& options, const ClassShard& shard, OptionalTensor grad_scale,
+                         Tensor& grad_logits, OptionalTensor scale);
+  static TwoGrads backward(const Tensor& grad_loss, OptionalTensor grad_lse, OptionalTensor grad_entropy,
+                           const Tensor& logits, const Tensor& target, const Weights& weights, const MergedRows& rows,
+                           const CrossEntropyOptions& options, const ClassShard& shard,
+                           std::array<bool, 2> output_mask);
+};
+
 // Cross entropy of the logits input x linear_weight^T + linear_bias. input is (N, D), linear_weight (C, D) or
 // (C, d1, ..., D). with_grad returns, beside the loss, either the gradient of the logits, which `gradients` makes those
 // of input, weight and bias of, or these themselves, in the accumulate type.
@@ -66,13 +91,30 @@ struct LinearCrossEntropy {
   static ThreeGrads gradients(const Tensor& grad_output, const Tensor& grad_logits, const Tensor& rows,
                               OptionalTensor scale, const Tensor& input, const Tensor& linear_weight,
                               const Tensor& target, c10::SymInt ignore_index, at::ScalarType weight_type,
-                              std::array<bool, 3> output_mask);
+                              std::array<bool, 3> output_mask, std::optional<at::ScalarType> input_type);
   static FourGrads backward(const Tensor& grad_loss, OptionalTensor grad_lse, OptionalTensor grad_entropy,
                             const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                             OptionalTensor linear_bias, const Weights& weights, const Tensor& row_max,
                             const Tensor& row_log_sum, OptionalTensor row_gap, const Tensor& divisor,
                             const CrossEntropyOptions& options, at::ScalarType weight_type,
                             std::array<bool, 4> output_mask, const LinearOptions& linear);
+};
+
+// The same of the classes of one rank, of which linear_weight holds the rows. Gradients of the input are a part of the
+// sum over the ranks, in the accumulate type. With all logits at once, the others' operators do.
+struct LinearCrossEntropyShard {
+  using Weights = CrossEntropyWeights;
+
+  static Tensor statistics(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                           OptionalTensor linear_bias, const Weights& weights, const CrossEntropyOptions& options,
+                           const ClassShard& shard, const CrossEntropyAnswers& answers, const LinearOptions& linear);
+  static LinearCrossEntropy::FourGrads backward(const Tensor& grad_loss, OptionalTensor grad_lse,
+                                                OptionalTensor grad_entropy, const Tensor& input,
+                                                const Tensor& linear_weight, const Tensor& target,
+                                                OptionalTensor linear_bias, const Weights& weights,
+                                                const MergedRows& rows, const CrossEntropyOptions& options,
+                                                const ClassShard& shard, at::ScalarType weight_type,
+                                                std::array<bool, 4> output_mask, const LinearOptions& linear);
 };
 
 struct Nll {
@@ -107,7 +149,8 @@ struct Bce {
   static void check_autocast(const Tensor& input);
 };
 
-using AllLosses = std::tuple<CrossEntropy, LinearCrossEntropy, Nll, Elementwise<BceWithLogits>, Elementwise<Bce>>;
+using AllLosses = std::tuple<CrossEntropy, CrossEntropyFromShards, LinearCrossEntropy, Nll, Elementwise<BceWithLogits>,
+                             Elementwise<Bce>>;
 
 // Multiplies a gradient that was written for a grad_output of `scale` (absent: 1) by grad_output / scale, in the
 // accumulate type; does nothing where the two are equal. keep_zeros: what is 0 stays 0, also where inf or NaN flows

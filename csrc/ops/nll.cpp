@@ -68,7 +68,7 @@ LossAndDivisor Nll::forward(const Tensor& log_probs, const Tensor& target, Optio
     fill_class_views(args.shape, {{input, args.log_probs}});
     set_results(args, loss, divisor, options.reduction);
     const int64_t invalid = run_on_targets(Pass::forward, args, log_probs, target, weight, options);
-    check_in_bounds(kName, log_probs, target, invalid);
+    check_in_bounds(kName, log_probs.size(class_dim(log_probs)), target, invalid);
   }
   return {loss, divisor};
 }

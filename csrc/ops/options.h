@@ -61,6 +61,29 @@ struct CrossEntropyWeights {
                                        Option{"Tensor?", "denominator", &CrossEntropyWeights::denominator}};
 };
 
+// Which classes a rank holds, where a process group shares them: those from first_class on, of num_classes.
+struct ClassShard {
+  c10::SymInt first_class = 0;
+  c10::SymInt num_classes = 0;
+
+  static constexpr std::tuple kOptions{Option{"SymInt", "first_class", &ClassShard::first_class},
+                                       Option{"SymInt", "num_classes", &ClassShard::num_classes}};
+};
+
+// The statistics of whole rows, merged from those of the ranks, and the divisor of a mean.
+struct MergedRows {
+  std::optional<Tensor> row_max;
+  std::optional<Tensor> row_log_sum;
+  std::optional<Tensor> row_gap;  // beside an entropy
+  std::optional<Tensor> row_mass;
+  std::optional<Tensor> divisor;
+
+  static constexpr std::tuple kOptions{
+      Option{"Tensor?", "row_max", &MergedRows::row_max}, Option{"Tensor?", "row_log_sum", &MergedRows::row_log_sum},
+      Option{"Tensor?", "row_gap", &MergedRows::row_gap}, Option{"Tensor?", "row_mass", &MergedRows::row_mass},
+      Option{"Tensor?", "divisor", &MergedRows::divisor}};
+};
+
 // What is returned of every position, ignored or not, beside the loss.
 struct CrossEntropyAnswers {
   bool lse = false;

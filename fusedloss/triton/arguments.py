@@ -62,6 +62,8 @@ class CrossEntropyArgs(NamedTuple):
     options: RowOptions
     shape: ClassShape
     logits: ClassTensor
+    first_class: int
+    all_classes: int
     has_probabilities: bool
     target: ClassTarget | None
     probabilities: ClassTensor | None
@@ -71,6 +73,7 @@ class CrossEntropyArgs(NamedTuple):
     row_max: torch.Tensor | None
     row_log_sum: torch.Tensor | None
     row_gap: torch.Tensor | None
+    row_mass: torch.Tensor | None
     loss: PositionTensor | None
     lse: torch.Tensor | None
     entropy: torch.Tensor | None

@@ -50,7 +50,9 @@ from fusedloss.triton.rows import (
     Largest,
     Outputs,
     Saved,
+    Shard,
     Slices,
+    all_classes_of,
     class_weights,
     masses_of,
     merge_largest,
@@ -93,8 +95,9 @@ def _forward(
     row = math.finished(statistics, o)
     problem = problem_with(rows, statistics.mass, o)
     target = row_target(rows, target_logit - row.max, o)
+    mass = math.row_mass(problem, target.mass, row.mass, o)
     losses = math.row_loss(problem, row, target, o)
-    loss_sum, divisor_sum = store_rows(rows, row, largest, losses, out, o)
+    loss_sum, divisor_sum = store_rows(rows, row, mass, largest, losses, out, o)
     store_sums(out.total, loss_sum, divisor_sum, o.is_mean)
 
     if o.with_gradient:
@@ -114,7 +117,7 @@ def _forward(
         if gradient.grad_loss is not None:
             g *= tl.load(gradient.grad_loss).to(tl.float64)
         g = weighted(g, rows, o).to(o.acc)
-        shared = math.row_gradient(problem, target, row.mass, math.row_lse(row), g, 0.0, o)
+        shared = math.row_gradient(problem, target, mass, math.row_lse(row), g, 0.0, o)
         factor = divide(shared.factor, statistics.sum)
         shared = math.RowGradient(factor, shared.on_target, shared.on_all, shared.on_gap)
         shift = math.finite_shift(row.max)
@@ -195,10 +198,10 @@ def _finish(
 
     row = math.finished(statistics, o)
     problem = problem_with(rows, statistics.mass, o)
-    losses = math.row_loss(problem, row, row_target(rows, target_logit - row.max, o), o)
-    loss_sum, divisor_sum = store_rows(rows, row, largest, losses, out, o)
-    if out.mass is not None:
-        tl.store(out.mass + rows.position, statistics.mass, mask=rows.live)
+    target = row_target(rows, target_logit - row.max, o)
+    mass = math.row_mass(problem, target.mass, row.mass, o)
+    losses = math.row_loss(problem, row, target, o)
+    loss_sum, divisor_sum = store_rows(rows, row, mass, largest, losses, out, o)
     store_sums(out.total, loss_sum, divisor_sum, o.is_mean)
 
 
@@ -210,7 +213,7 @@ def _mass(inputs: Inputs, mass, tile: tl.constexpr, o: tl.constexpr):
     """The mass of each row of probabilities, which the gradient has to know before it writes."""
     shape = sizes_of(inputs.shape)
     position, live = positions_of(tl.program_id(0), shape.positions, tile)
-    problem = math.row_problem(options_shown(inputs), shape.classes, shape.classes, o)
+    problem = math.row_problem(options_shown(inputs), all_classes_of(inputs, shape, o), shape.classes, o)
     view = tile_view(inputs.probabilities, position, shape, tile)
     count: tl.constexpr = tile.positions
     lanes: tl.constexpr = tile.lanes
@@ -219,13 +222,14 @@ def _mass(inputs: Inputs, mass, tile: tl.constexpr, o: tl.constexpr):
         at = entries(first, tile)
         exists = is_class(view, at, tile) & live[:, None, None]
         sums += tl.sum(masses_of(view, inputs.weight, problem, at, exists, tile, o).to(tl.float64), 1)
-    tl.store(mass + position, tl.sum(sums, 1), mask=live)
+    tl.store(mass + position, tl.sum(sums, 1).to(o.acc), mask=live)
 
 
 @kernel
 def _gradient(
     inputs: Inputs,
     saved: Saved,
+    weight_sum,
     grad_outputs: GradOutputs,
     gradients: Gradients,
     chunks: tl.int64,
@@ -249,13 +253,15 @@ def _gradient(
     if grad_outputs.grad_lse is not None:
         grad_lse = tl.load(grad_outputs.grad_lse + position, mask=rows.live, other=0.0)
     problem = rows.problem
-    mass = max
-    if o.probabilities:
-        mass = tl.load(saved.mass + position, mask=rows.live, other=0.0).to(o.acc)
-    elif saved.mass is not None:
-        problem = problem_with(rows, tl.load(saved.mass), o)
+    if weight_sum is not None:
+        problem = problem_with(rows, tl.load(weight_sum), o)
+    target = row_target(rows, max, o)
+    if saved.mass is not None:
+        mass = tl.load(saved.mass + position, mask=rows.live, other=0.0)
+    else:
+        mass = math.row_mass(problem, target.mass, None, o)
     lse = math.log_sum_exp(max, log_sum)
-    shared = math.row_gradient(problem, row_target(rows, max, o), mass, lse, g.to(o.acc), grad_lse, o)
+    shared = math.row_gradient(problem, target, mass, lse, g.to(o.acc), grad_lse, o)
     if o.entropy:
         gap = tl.load(saved.gap + position, mask=rows.live, other=0.0)
         grad_entropy = tl.load(grad_outputs.grad_entropy + position, mask=rows.live, other=0.0)
@@ -304,6 +310,7 @@ def _plan(args, geometry, steady, every_row, entropy, argmax, with_gradient):
         dense=args.has_probabilities or args.options.label_smoothing != 0,
         probabilities=args.has_probabilities,
         weighted=args.sample_weight is not None,
+        sharded=args.all_classes != 0,
         scaled=args.options.logit_scale != 1,
         capped=args.options.logit_softcap != 0,
         has_z=args.options.z_loss != 0,
@@ -323,8 +330,10 @@ def _plan(args, geometry, steady, every_row, entropy, argmax, with_gradient):
 
 def _inputs(args):
     target = None if args.target is None else vector_of(args.target.index)
+    shard = Shard(hidden(args.first_class), hidden(args.all_classes)) if args.all_classes else None
     return Inputs(
         shape_of(args.shape),
+        shard,
         view_of(args.logits),
         target,
         view_of(args.probabilities),
@@ -338,10 +347,10 @@ def _ignore_index(args):
     return 0 if args.target is None else args.target.ignore_index
 
 
-def _outputs(args, parts, mass=None):
+def _outputs(args, parts):
     loss = None if args.loss is None else args.loss.data
-    each = loss, args.lse, args.entropy, args.argmax, args.row_max, args.row_log_sum, args.row_gap
-    return Outputs(*each, mass, parts.totals)
+    each = loss, args.lse, args.entropy, args.argmax, args.row_max, args.row_log_sum, args.row_gap, args.row_mass
+    return Outputs(*each, parts.totals)
 
 
 def _start_forward(args, tile, options):
@@ -372,15 +381,18 @@ def _start_slices(args, tile, options, count):
     """Forward, and if a gradient is wanted backward, from statistics of its own."""
     with_gradient, options = options.with_gradient, replace(options, with_gradient=False)
     positions, device = args.shape.positions, args.device
-    dtype = torch.float64 if options.acc == tl.float64 else torch.float32
-    mass = None
+    dtype = _statistics_type(options)
     if with_gradient:
-        mass = workspace(device, positions) if options.probabilities else None
         row_max, row_log_sum = workspace(device, (2, positions), dtype)
+        row_mass = workspace(device, positions, dtype) if options.probabilities else None
         divisor = workspace(device, 1)
-        total = args.total._replace(divisor=divisor)
-        grad_divisor = divisor if options.is_mean else None
-        args = args._replace(row_max=row_max, row_log_sum=row_log_sum, total=total, grad_divisor=grad_divisor)
+        args = args._replace(
+            row_max=row_max,
+            row_log_sum=row_log_sum,
+            row_mass=row_mass,
+            total=args.total._replace(divisor=divisor),
+            grad_divisor=divisor if options.is_mean else None,
+        )
 
     chunks = ceil_div(tile.chunks(args.shape), count)
     count = ceil_div(tile.chunks(args.shape), chunks)  # none is empty
@@ -397,35 +409,37 @@ def _start_slices(args, tile, options, count):
     padded = next_power_of_2(count)
     rows = replace(tile, positions=max((512 if options.entropy else 2048) // padded, 1))
     parts = Parts(args.total, rows.blocks(args.shape), device)
-    start(
-        _finish, parts.programs, *given, _outputs(args, parts, mass), ignore_index, tile=rows, o=options, SLICES=padded
-    )
+    start(_finish, parts.programs, *given, _outputs(args, parts), ignore_index, tile=rows, o=options, SLICES=padded)
     parts.add_up()
     if with_gradient:
-        _start_gradient(args, mass)
+        _start_gradient(args)
 
 
-def _start_gradient(args, mass=None):
-    """mass: of each row of probabilities, where it is known."""
+def _statistics_type(options):
+    return torch.float64 if options.acc == tl.float64 else torch.float32
+
+
+def _start_gradient(args):
     shape = args.shape
     if shape.classes == 0:  # there is no gradient
         return
     entropy = args.grad_entropy is not None
     tile, options = _plan(args, gradient_geometry, False, entropy or args.grad_lse is not None, entropy, False, False)
     inputs = _inputs(args)
-    if options.probabilities and mass is None:
-        mass = workspace(args.device, shape.positions)
-        blocks = tile.blocks(shape)
-        start(_mass, blocks, inputs, mass, tile=tile, o=options, warps=tile.warps)
-    elif options.dense and not options.probabilities and args.weight is not None:
-        mass = workspace(args.device, 1)
-        sum_into(mass, args.weight, shape.classes, args.device)
+    mass, weight_sum = args.row_mass, None
+    if mass is None and options.probabilities:
+        mass = workspace(args.device, shape.positions, _statistics_type(options))
+        start(_mass, tile.blocks(shape), inputs, mass, tile=tile, o=options, warps=tile.warps)
+    elif mass is None and options.dense and args.weight is not None:
+        weight_sum = workspace(args.device, 1)
+        sum_into(weight_sum, args.weight, shape.classes, args.device)
     chunks = tile.chunks(shape)
     start(
         _gradient,
         tile.blocks(shape) * chunks,
         inputs,
         Saved(args.row_max, args.row_log_sum, args.row_gap, mass),
+        weight_sum,
         GradOutputs(vector_of(args.grad_loss), args.grad_lse, args.grad_entropy, args.grad_divisor),
         Gradients(view_of(args.grad_logits), view_of(args.grad_probabilities)),
         chunks,

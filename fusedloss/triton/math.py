@@ -108,6 +108,16 @@ def index_mass(problem, weight):
 
 
 @triton.jit
+def row_mass(problem, target_mass, of_probabilities, o: tl.constexpr):
+    if o.probabilities:
+        return of_probabilities
+    elif o.dense:
+        return target_mass + problem.spread_mass
+    else:
+        return target_mass
+
+
+@triton.jit
 def probability_mass(problem, probability, weight):
     return weight * (problem.keep * probability + problem.spread)
 
@@ -257,14 +267,9 @@ def gradient_through(gradient, slope):
 def row_gradient(problem, target, mass, lse, grad_loss, grad_lse, o: tl.constexpr):
     g = tl.where(target.counts, grad_loss, 0.0)
     on_all = g * problem.spread
-    on_classes = target.mass
     if o.probabilities:
         on_all = g
-        on_classes = mass
-    elif o.dense:
-        on_classes += problem.spread_mass
-    on_classes = tl.where(target.counts, on_classes, 0.0)
-    factor = normaliser_grad(g, grad_lse, on_classes, lse, problem.z_loss, o.has_z)
+    factor = normaliser_grad(g, grad_lse, tl.where(target.counts, mass, 0.0), lse, problem.z_loss, o.has_z)
     return RowGradient(factor, g * target.mass, on_all, number(0.0, o.acc))
 
 

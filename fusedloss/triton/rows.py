@@ -30,7 +30,7 @@ from fusedloss.triton.class_loss import (
     tile_view,
     weights_of,
 )
-from fusedloss.triton.launch import shown_floats
+from fusedloss.triton.launch import shown, shown_floats
 from fusedloss.triton.portable import converted, exp_nonpositive, fast_exp, max_ignoring_nan, number
 from fusedloss.triton.reduce import Totals
 
@@ -44,6 +44,7 @@ class Options:
     dense: bool  # every class has mass
     probabilities: bool  # they are the target
     weighted: bool  # rows have weights of their own
+    sharded: bool  # the classes are some of many; forward has no gradient then
     scaled: bool
     capped: bool
     has_z: bool
@@ -67,8 +68,16 @@ options_of = functools.cache(Options)  # a kernel that is compiled for the very 
 # --- What kernels are handed -------------------------------------------------------------------------------------
 
 
+class Shard(NamedTuple):
+    """Which classes there are, of how many; hidden."""
+
+    first_class: int
+    all_classes: int
+
+
 class Inputs(NamedTuple):
     shape: Shape
+    shard: Shard  # or None: the classes are all
     logits: View
     target: Vector  # class indices, or None
     probabilities: View  # or None
@@ -87,7 +96,7 @@ class Outputs(NamedTuple):
     max: tl.tensor
     log_sum: tl.tensor
     gap: tl.tensor
-    mass: tl.tensor  # of probabilities, in float64
+    mass: tl.tensor
     total: Totals
 
 
@@ -112,12 +121,12 @@ class Slices(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward has saved of each row; mass is its own of probabilities, else the sum of all weights or None."""
+    """What forward has saved of each row."""
 
     max: tl.tensor
     log_sum: tl.tensor
     gap: tl.tensor  # for an entropy's gradient
-    mass: tl.tensor
+    mass: tl.tensor  # or None: that of a class index, which need not be saved
 
 
 class GradOutputs(NamedTuple):
@@ -140,12 +149,14 @@ class Gradients(NamedTuple):
 class TargetClass(NamedTuple):
     index: tl.tensor
     counts: tl.tensor  # whether the position does; without classes none does
-    weight: tl.tensor  # of the class, 0 where the position does not count
+    exists: tl.tensor  # whether it counts, and its class is one of these
+    weight: tl.tensor  # of the class, 0 where there is none
     sample_weight: tl.tensor  # likewise of the position; stands for nothing where it has none
 
 
 class Rows(NamedTuple):
     shape: Shape
+    all_classes: tl.tensor  # how many
     position: tl.tensor
     live: tl.tensor  # whether there is such a position
     readable: tl.tensor  # whether its logits are to be read
@@ -157,16 +168,32 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def _target_class(inputs, shape, position, live, ignore_index, o: tl.constexpr):
-    index, counts = class_of(inputs.target, position, live, ignore_index, shape.classes)
+def all_classes_of(inputs, shape, o: tl.constexpr):
+    """How many there are."""
+    if o.sharded:
+        return shown(inputs.shard.all_classes)
+    else:
+        return shape.classes
+
+
+@triton.jit
+def _target_class(inputs, shape, all_classes, position, live, ignore_index, o: tl.constexpr):
     if o.probabilities:
+        index, counts = class_of(None, position, live, ignore_index, shape.classes)
+        exists = counts
         weight = weights_of(None, index, counts, o.acc)
     else:
-        weight = weights_of(inputs.weight, index, counts, o.acc)
+        index, counts = class_of(inputs.target, position, live, ignore_index, all_classes)
+        exists = counts
+        if o.sharded:
+            index -= shown(inputs.shard.first_class).to(tl.int32)
+            exists = counts & (index >= 0) & (index < shape.classes)
+            index = tl.where(exists, index, -1)
+        weight = weights_of(inputs.weight, index, exists, o.acc)
     sample_weight = weight
     if o.weighted:
         sample_weight = load_positions(inputs.sample_weight, position, counts).to(o.acc)
-    return TargetClass(index, counts, weight, sample_weight)
+    return TargetClass(index, counts, exists, weight, sample_weight)
 
 
 @triton.jit
@@ -186,19 +213,20 @@ def options_shown(inputs):
 def rows_of(inputs, block, ignore_index, tile: tl.constexpr, o: tl.constexpr):
     shape = sizes_of(inputs.shape)
     position, live = positions_of(block, shape.positions, tile)
-    target = _target_class(inputs, shape, position, live, ignore_index, o)
+    all_classes = all_classes_of(inputs, shape, o)
+    target = _target_class(inputs, shape, all_classes, position, live, ignore_index, o)
     logits = tile_view(inputs.logits, position, shape, tile)
     masses = _masses_view(inputs, logits, position, shape, tile)
     readable = live & (target.counts | o.every_row)
     options = options_shown(inputs)
-    problem = math.row_problem(options, shape.classes, shape.classes, o)
-    return Rows(shape, position, live, readable, logits, masses, target, options, problem)
+    problem = math.row_problem(options, all_classes, shape.classes, o)
+    return Rows(shape, all_classes, position, live, readable, logits, masses, target, options, problem)
 
 
 @triton.jit
 def problem_with(rows, weight_sum, o: tl.constexpr):
     """The problem of rows whose weights' sum is known only when they have been read."""
-    return math.row_problem(rows.options, rows.shape.classes, weight_sum, o)
+    return math.row_problem(rows.options, rows.all_classes, weight_sum, o)
 
 
 # --- Entries of a tile -------------------------------------------------------------------------------------------
@@ -411,8 +439,8 @@ def target_logits(rows, o: tl.constexpr):
         return tl.zeros(target.index.shape, o.acc)
     else:
         at = rows.logits.rows + (target.index + rows.logits.head).to(tl.int64) * rows.logits.class_stride
-        x = tl.load(at, mask=target.counts, other=0.0).to(o.acc)
-        x, slope = _seen(x, rows.options, target.counts, o)
+        x = tl.load(at, mask=target.exists, other=0.0).to(o.acc)
+        x, slope = _seen(x, rows.options, target.exists, o)
         return x
 
 
@@ -431,12 +459,12 @@ def row_target(rows, shifted, o: tl.constexpr):
         mass = tl.zeros(rows.target.weight.shape, o.acc)
     else:
         mass = math.index_mass(rows.problem, rows.target.weight)
-    shifted = tl.where(rows.target.counts, shifted, 0.0)
+    shifted = tl.where(rows.target.exists, shifted, 0.0)
     return math.RowTarget(rows.target.counts, mass, shifted, rows.target.sample_weight)
 
 
 @triton.jit
-def store_rows(rows, row, largest, losses, out, o: tl.constexpr):
+def store_rows(rows, row, mass, largest, losses, out, o: tl.constexpr):
     """Writes what is wanted of finished rows. (sum of their losses, of the mean's divisor)"""
     if out.loss is not None:
         tl.store(out.loss + rows.position, converted(losses, out.loss), mask=rows.live)
@@ -449,6 +477,8 @@ def store_rows(rows, row, largest, losses, out, o: tl.constexpr):
         tl.store(out.entropy + rows.position, math.row_entropy(row), mask=rows.live)
     if out.gap is not None:
         tl.store(out.gap + rows.position, row.gap, mask=rows.live)
+    if out.mass is not None:
+        tl.store(out.mass + rows.position, mass, mask=rows.live)
     if out.argmax is not None:
         tl.store(out.argmax + rows.position, largest.index.to(tl.int64), mask=rows.live)
     return tl.sum(losses.to(tl.float64), 0), tl.sum(weighted(rows.target.weight.to(tl.float64), rows, o), 0)

@@ -73,8 +73,10 @@ void loss_of(const Acc* x, Acc* y) {
 
 template <class Acc, Target kTarget>
 void gradient_of(const Acc* x, Acc* y) {
+  const RowProblem<Acc> problem = problem_from<Acc, kTarget>(x);
   const RowTarget<Acc> target{x[3] > Acc(0.5), x[4], Acc(0)};
-  const RowGradient<Acc> gradient = row_gradient(problem_from<Acc, kTarget>(x), target, x[5], x[6], x[7], x[8]);
+  const Acc mass = row_mass(problem, target.mass, x[5]);
+  const RowGradient<Acc> gradient = row_gradient(problem, target, mass, x[6], x[7], x[8]);
   store(y, {gradient.factor, gradient.on_target, gradient.on_all, gradient.on_gap});
 }
 

@@ -133,6 +133,40 @@ const ClassOptions kAnswers[] = {
      .entropy = true},
 };
 
+// Of classes that are some of many.
+const ClassOptions kParts[] = {
+    {.name = "the first classes, none", .reduction = Reduction::none, .ignored = 5, .after = 40},
+    {.name = "classes between others, smoothing, weights, z loss, none",
+     .reduction = Reduction::none,
+     .ignored = 4,
+     .weight = true,
+     .smoothing = 0.1,
+     .z_loss = 1e-3,
+     .before = 7,
+     .after = 9},
+    {.name = "the last classes, lse, none, in place",
+     .reduction = Reduction::none,
+     .ignored = 3,
+     .lse = true,
+     .in_place = true,
+     .before = 100},
+    {.name = "probabilities of some classes, smoothing, none",
+     .reduction = Reduction::none,
+     .smoothing = 0.2,
+     .probabilities = true,
+     .grad_probabilities = true,
+     .before = 3,
+     .after = 3},
+    {.name = "entropy and argmax of some classes, none, weights, scale",
+     .reduction = Reduction::none,
+     .ignored = 4,
+     .weight = true,
+     .scale = 0.7,
+     .entropy = true,
+     .argmax = true,
+     .before = 5},
+};
+
 const ClassOptions kRare[] = {
     {.name = "all ignored", .ignored = 1},
     {.name = "all ignored, none", .reduction = Reduction::none, .ignored = 1, .weight = true, .smoothing = 0.1},
@@ -183,6 +217,7 @@ void check_answers(const CpuReference& cpu, const ClassCase& c, int& turn) {
   for (int i = 0; i < 2; ++i, ++turn) {
     check_cross_entropy(cpu, c, kWeighted[turn % std::size(kWeighted)]);
     check_cross_entropy(cpu, c, kAnswers[turn % std::size(kAnswers)]);
+    check_cross_entropy(cpu, c, kParts[turn % std::size(kParts)]);
   }
 }
 
@@ -259,6 +294,7 @@ void small_cross_entropy(const CpuReference& cpu, Dtype dtype) {
   for (const ClassCase& c : {tiles[1], tiles[3], tiles[5], rows[0], columns[0], columns[1]}) {
     check_all(cpu, c, kWeighted);
     check_all(cpu, c, kAnswers);
+    check_all(cpu, c, kParts);
   }
   for (const ClassCase& c : {tiles[0], tiles[2], tiles[4], tiles[6], rows[1]}) check_answers(cpu, c, answers);
   for (const ClassCase& c : {columns[0], columns[1]}) {
@@ -294,6 +330,7 @@ void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
   }
   for (const std::int64_t classes : {1, 2, 16, 33, 128, 129, 257, 2048}) {
     check_all(cpu, {.shape = {2, classes, 9}, .dtype = dtype, .lead = 1}, kAnswers);
+    check_all(cpu, {.shape = {2, classes, 9}, .dtype = dtype, .lead = 1}, kParts);
   }
   check_invariance(dtype, true);
   // Many positions: the divisor has a launch of its own.
@@ -342,6 +379,7 @@ void full_cross_entropy(const CpuReference& cpu, Dtype dtype) {
     }
     check_all(cpu, {.shape = {2, classes, 7}, .layout = Layout::columns, .dtype = dtype}, kRare);
     check_all(cpu, {.shape = {2, classes, 7}, .layout = Layout::columns, .dtype = dtype}, kAnswers);
+    check_all(cpu, {.shape = {2, classes, 7}, .layout = Layout::columns, .dtype = dtype}, kParts);
   }
   for (const ClassShape& shape : {ClassShape{1, 19, 20}, ClassShape{1, 7, 8400}}) {
     check_all(cpu, {.shape = shape, .layout = Layout::columns, .dtype = dtype}, kWeighted);

@@ -44,6 +44,10 @@ struct ClassOptions {
   bool peaked = false;     // every second row has an entropy of a millionth or a few
   Dtype index = Dtype::int64;
   int index_lead = 0;  // elements before the first
+  int before = 0;      // classes that are elsewhere, before these and
+  int after = 0;       // behind them
+
+  bool is_part() const { return before + after > 0; }
 };
 
 struct ClassCase {
@@ -201,7 +205,7 @@ class CrossEntropyCheck {
       }
     } else {
       index_ = Buffer(options_.index, positions, options_.index_lead);
-      const std::int64_t limit = options_.index == Dtype::uint8 ? std::min<std::int64_t>(classes, 255) : classes;
+      const std::int64_t limit = options_.index == Dtype::uint8 ? std::min<std::int64_t>(classes, 255) : all_classes();
       for (std::int64_t i = 0; i < positions; ++i) {
         const bool ignored = limit == 0 || (options_.ignored > 0 && i % options_.ignored == options_.ignored - 1);
         index_.set(i, ignored ? double(ignore_index()) : double(random.below(limit)));
@@ -234,6 +238,7 @@ class CrossEntropyCheck {
       grad_entropy_.upload();
     }
     if (options_.argmax) argmax_ = Buffer(Dtype::int64, positions);
+    if (options_.is_part()) mass_ = Buffer(acc_, positions);
     max_ = Buffer(acc_, positions);
     log_sum_ = Buffer(acc_, positions);
     if (options_.lse) {
@@ -259,14 +264,15 @@ class CrossEntropyCheck {
   }
 
   std::int64_t ignore_index() const { return options_.index == Dtype::uint8 ? 255 : -100; }
+  std::int64_t all_classes() const { return options_.before + shape_.classes + options_.after; }
   double weight(std::int64_t c) const { return weight_ ? weight_.at(c) : 1; }
   double mass(std::int64_t position, std::int64_t c) const {
-    const double s = options_.smoothing, spread = s / double(shape_.classes);
+    const double s = options_.smoothing, spread = s / double(all_classes());
     if (options_.probabilities) {
       return weight(c) * ((1 - s) * probabilities_.at(probability_strides_.at(shape_, position, c)) + spread);
     }
     const double on_all = spread * weight(c);
-    return c == std::int64_t(index_.at(position)) ? on_all + (1 - s) * weight(c) : on_all;
+    return c == std::int64_t(index_.at(position)) - options_.before ? on_all + (1 - s) * weight(c) : on_all;
   }
 
   void find_truth() {
@@ -274,7 +280,8 @@ class CrossEntropyCheck {
     for (std::int64_t i = 0; i < shape_.positions(); ++i) {
       Truth& row = truth_[i];
       row.counts = options_.probabilities || std::int64_t(index_.at(i)) != ignore_index();
-      row.weight = !row.counts || shape_.classes == 0 ? 0 : options_.probabilities ? 1 : weight(index_.at(i));
+      const bool unweighted = !row.counts || shape_.classes == 0 || options_.is_part();
+      row.weight = unweighted ? 0 : options_.probabilities ? 1 : weight(index_.at(i));
       if (sample_weight_ && row.counts) {
         // Rounded to the accumulate type first.
         row.sample_weight = acc_ == Dtype::float64 ? sample_weight_.at(i) : float(sample_weight_.at(i));
@@ -334,6 +341,10 @@ class CrossEntropyCheck {
     CrossEntropyArgs args;
     args.shape = shape_;
     args.logits = strides_.tensor(logits_, on_device);
+    if (options_.is_part()) {
+      args.first_class = options_.before;
+      args.all_classes = all_classes();
+    }
     args.has_probabilities = options_.probabilities;
     if (options_.probabilities) {
       args.probabilities = probability_strides_.tensor(probabilities_, on_device);
@@ -356,7 +367,7 @@ class CrossEntropyCheck {
 
   void check_totals(const std::string& what) {
     Comparison compare(what);
-    if (shape_.classes > 0) {
+    if (shape_.classes > 0 && !options_.is_part()) {
       compare("divisor", 0, 0, divisor_, 0, counted_, 1e-13 * counted_);
     }
     if (!total_) return;
@@ -386,11 +397,12 @@ class CrossEntropyCheck {
       with.every_row = every_row();
       with.entropy = entropy_.data(on_device);
       with.row_gap = gap_.data(on_device);
+      with.row_mass = mass_.data(on_device);
       with.argmax = static_cast<std::int64_t*>(argmax_.data(on_device));
       with.loss = {loss_.data(on_device), case_.dtype, 1};
       return with;
     };
-    const auto outputs = {&max_, &log_sum_, &lse_, &entropy_, &gap_, &argmax_, &loss_, &total_, &divisor_};
+    const auto outputs = {&max_, &log_sum_, &lse_, &entropy_, &gap_, &mass_, &argmax_, &loss_, &total_, &divisor_};
     const auto poison = [&] {
       for (Buffer* output : outputs) {
         if (*output) output->poison();
@@ -413,6 +425,7 @@ class CrossEntropyCheck {
       if (!row.counts && !every_row()) continue;  // of no use to anyone, and left to the kernels
       if (shape_.classes == 0) continue;
       if (argmax_) compare("argmax", i, 0, argmax_, i, double(row.argmax), 0);
+      if (mass_ && row.counts) compare("mass", i, 0, mass_, i, row.mass, 4 * u * row.mass);
       const double cap = 4 * u * options_.softcap + (options_.scale != 1 ? 3 * u * std::fabs(row.max) : 0);
       compare("max", i, 0, max_, i, row.max, cap, row.finite);
       const double tolerance = u * (units() + std::fabs(row.log_sum)) + cap;
@@ -437,9 +450,10 @@ class CrossEntropyCheck {
       const Truth& row = truth_[i];
       const double g = row.counts ? grad_loss_of(i) * scale * row.sample_weight : 0;
       const double from_lse = with_lse ? grad_lse_.at(i) : 0, from_entropy = with_entropy ? grad_entropy_.at(i) : 0;
-      const double factor = g * (row.mass + 2 * options_.z_loss * row.lse) + from_lse;
+      const double mass_of_all = mass_ ? mass_.at(i) : row.mass;
+      const double factor = g * (mass_of_all + 2 * options_.z_loss * row.lse) + from_lse;
       const double loss_size =
-          std::fabs(g) * (row.mass + 2 * options_.z_loss * std::fabs(row.lse)) + std::fabs(from_lse);
+          std::fabs(g) * (mass_of_all + 2 * options_.z_loss * std::fabs(row.lse)) + std::fabs(from_lse);
       const bool skipped = !row.counts && !with_lse && !with_entropy;
       for (std::int64_t c = 0; c < shape_.classes; ++c) {
         const double x = logit(i, c), a = row.counts ? mass(i, c) : 0;
@@ -470,7 +484,7 @@ class CrossEntropyCheck {
 
   void forward_with_gradient() {
     // It has neither a gradient of its own for each position nor one of the lse.
-    if (options_.reduction == Reduction::none || !grad_) return;
+    if (options_.reduction == Reduction::none || options_.is_part() || !grad_) return;
     const std::string what = what_ + ", forward_with_gradient";
     Buffer place;
     if (options_.in_place) place = Buffer(case_.dtype, logits_.count(), case_.lead);
@@ -508,6 +522,10 @@ class CrossEntropyCheck {
     const std::string what = what_ + ", backward";
     divisor_.set(0, counted_);
     divisor_.upload();
+    if (mass_) {
+      for (std::int64_t i = 0; i < shape_.positions(); ++i) mass_.set(i, truth_[i].counts ? truth_[i].mass + 0.625 : 0);
+      mass_.upload();
+    }
     Buffer place;
     if (options_.in_place) place = Buffer(case_.dtype, logits_.count(), case_.lead);
     Buffer& grad = options_.in_place ? place : grad_;
@@ -521,6 +539,7 @@ class CrossEntropyCheck {
       if (is_mean) with.grad_divisor = static_cast<const double*>(divisor_.data(on_device));
       with.grad_lse = grad_lse_.data(on_device);
       with.row_gap = gap_.data(on_device);
+      with.row_mass = mass_.data(on_device);
       with.grad_entropy = grad_entropy_.data(on_device);
       if (options_.in_place) with.logits.data = place.data(on_device);
       if (grad) with.grad_logits = strides_.tensor(grad, on_device);
@@ -567,7 +586,7 @@ class CrossEntropyCheck {
   Strides probability_strides_{};
   Buffer logits_, probabilities_, index_, weight_;
   Buffer sample_weight_, denominator_;
-  Buffer max_, log_sum_, lse_, entropy_, gap_, argmax_, loss_, total_, divisor_;
+  Buffer max_, log_sum_, lse_, entropy_, gap_, mass_, argmax_, loss_, total_, divisor_;
   Buffer grad_loss_, grad_lse_, grad_entropy_, grad_, grad_probabilities_;
   std::vector<Truth> truth_;
   double counted_ = 0;

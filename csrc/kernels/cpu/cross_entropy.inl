@@ -110,6 +110,7 @@ struct CrossEntropy {
       }
       return;
     }
+    if (args.all_classes != 0) return load_targets_of_all(group, partial);
     using Class = typename Group<Acc>::Class;
     const std::int64_t ignore_index = args.target.ignore_index, classes = this->classes;
     const Class wanted = args.every_row, has_grad = args.grad_lse || args.grad_entropy;
@@ -147,6 +148,24 @@ struct CrossEntropy {
       const Acc target_weight = valid[i] ? weight(target[i]) : Acc(0);
       if (valid[i]) partial.divisor += double(target_weight) * double(group.weight[i]);
       group.target_mass[i] = math::index_mass(problem, target_weight);
+    }
+  }
+
+  // Where the classes are some of many, and the targets any of all.
+  [[gnu::noinline]] void load_targets_of_all(Group<Acc>& group, Partial& partial) const {
+    std::int64_t buffer[kLanes];
+    const std::int64_t* targets = load_positions(args.target.index, group.begin, group.count, buffer);
+    for (int i = 0; i < group.count; ++i) {
+      const std::int64_t target = targets[i] - args.first_class;
+      const bool counts = targets[i] != args.target.ignore_index, here = counts && target >= 0 && target < classes;
+      if (counts && (targets[i] < 0 || targets[i] >= args.all_classes) && partial.invalid < 0) {
+        partial.invalid = group.begin + i;
+      }
+      group.target[i] = here ? static_cast<typename Group<Acc>::Class>(target) : Group<Acc>::kNoClass;
+      group.counts[i] = counts;
+      group.no_grad[i] = !counts && !args.grad_lse && !args.grad_entropy;
+      group.skip[i] = group.no_grad[i] && !args.every_row;
+      group.target_mass[i] = here ? math::index_mass(problem, weight(target)) : Acc(0);
     }
   }
 
@@ -191,6 +210,10 @@ struct CrossEntropy {
       std::copy_n(group.max, count, static_cast<Acc*>(args.row_max) + group.begin);
       std::copy_n(group.log_sum, count, static_cast<Acc*>(args.row_log_sum) + group.begin);
     }
+    if (args.row_mass) {
+      Acc* mass = static_cast<Acc*>(args.row_mass) + group.begin;
+      for (int i = 0; i < count; ++i) mass[i] = Acc(mass_of(wide, group, i));
+    }
     if (args.lse) {
       Acc* lse = static_cast<Acc*>(args.lse) + group.begin;
       for (int i = 0; i < count; ++i) lse[i] = Acc(group.row(i).lse());
@@ -207,10 +230,21 @@ struct CrossEntropy {
     }
   }
 
+  // All masses of row i together.
+  [[gnu::always_inline]] static double mass_of(const math::RowProblem<double>& problem, const Group<Acc>& group,
+                                               int i) {
+    return math::row_mass(problem, double(group.target_mass[i]), group.mass[i]);
+  }
+
   // For backward: forward's statistics.
   void load_statistics(Group<Acc>& group) const {
     std::copy_n(static_cast<const Acc*>(args.row_max) + group.begin, group.count, group.max);
     std::copy_n(static_cast<const Acc*>(args.row_log_sum) + group.begin, group.count, group.log_sum);
+  }
+
+  // For backward too, in the place of what these classes have alone.
+  void load_masses_of_all(Group<Acc>& group) const {
+    if (args.row_mass) std::copy_n(static_cast<const Acc*>(args.row_mass) + group.begin, group.count, group.mass);
   }
 
   void load_grads(Group<Acc>& group) const {
@@ -226,10 +260,11 @@ struct CrossEntropy {
   // What the entries of row i share in their gradients, as the softmax sees them; what multiplies the exponentials is
   // divided by their sum.
   template <Sum kSum>
-  [[gnu::always_inline]] static math::RowGradient<double> row_gradient(const math::RowProblem<double>& problem,
-                                                                       const Group<Acc>& group, int i) {
-    auto row = math::row_gradient(problem, group.target_of(i), group.mass[i], group.row(i).lse(),
-                                  double(group.grad_loss[i]), double(group.grad_lse[i]));
+  [[gnu::always_inline]] math::RowGradient<double> row_gradient(const math::RowProblem<double>& problem,
+                                                                const Group<Acc>& group, int i) const {
+    const double mass = kSum == Sum::saved && args.row_mass ? group.mass[i] : mass_of(problem, group, i);
+    auto row = math::row_gradient(problem, group.target_of(i), mass, group.row(i).lse(), double(group.grad_loss[i]),
+                                  double(group.grad_lse[i]));
     row.factor = kSum == Sum::saved ? math::over_sum(row.factor, group.log_sum[i]) : row.factor / group.sum[i];
     return row;
   }
@@ -268,7 +303,7 @@ struct CrossEntropy {
  private:
   template <class Value>
   math::RowProblem<Value> problem_of(double weight_sum) const {
-    return math::row_problem<Value>(args, args.has_probabilities, double(classes), weight_sum);
+    return math::row_problem<Value>(args, args.has_probabilities, double(args.class_count()), weight_sum);
   }
 };
 

@@ -263,6 +263,7 @@ class Columns {
     const int lanes = group.count;
     Shared<Acc> rows;
     p_.load_grads(group);
+    if (kSum == Sum::saved) p_.load_masses_of_all(group);
     p_.with_problem([&](const math::RowProblem<double>& problem) __attribute__((always_inline)) {
 #pragma omp simd
       for (int i = 0; i < lanes; ++i) {

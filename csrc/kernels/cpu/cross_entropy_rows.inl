@@ -220,12 +220,13 @@ class Rows {
       p_.load_targets(group, unused);
       p_.load_statistics(group);
       p_.load_grads(group);
+      p_.load_masses_of_all(group);
       for (int i = 0; i < group.count; ++i) {
         if (group.no_grad[i]) {
           zero_gradient(group, i);
           continue;
         }
-        if (p_.problem.probabilities) group.mass[i] = mass_of(group.begin + i);
+        if (p_.problem.probabilities && !p_.args.row_mass) group.mass[i] = mass_of(group.begin + i);
         if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
         auto row = p_.template row_gradient<Sum::saved>(p_.wide, group, i);
         if (p_.args.grad_entropy) p_.add_entropy_grad(row, group, i);

@@ -18,7 +18,7 @@ struct Run {
 
 template <class Acc>
 struct Target {
-  int index;    // -1: no class
+  int index;    // -1: none of these classes
   bool counts;  // contributes to the loss
   bool skip;    // contributes to nothing that is asked for
   Acc mass;     // on the target class alone
@@ -72,8 +72,11 @@ struct PartStatistics<Acc, false, false> : math::RowStatistics<Acc, false> {};
 // kGeneral: entries need more than their logit, or are wanted for more than their exponentials' sum: Problem::general
 // in plan.cpp has the list.
 // kAnswers: the entropy may be wanted, or the class of the largest logit.
-template <class T, bool kGeneral, Pass kPass, bool kAnswers = kGeneral>
+// kParts: the classes may be some of many. A gradient in forward is never of those.
+template <class T, bool kGeneral, Pass kPass, bool kAnswers = kGeneral, bool kParts = kGeneral>
 class CrossEntropy {
+  static constexpr bool kOfMany = kParts && kPass != Pass::forward_with_gradient;
+
  public:
   using Acc = Accumulate<T>;
   using Statistics = PartStatistics<Acc, kGeneral, kAnswers && kPass == Pass::forward>;
@@ -98,7 +101,8 @@ class CrossEntropy {
         for (int c = threadIdx.x; c < classes_; c += blockDim.x) sums.loss += static_cast<double>(weight_[c]);
         weight_sum = block_sum_for_all(sums).loss;
       }
-      problem_ = math::row_problem<Acc>(args, args.has_probabilities, classes_, weight_sum);
+      const std::int64_t classes = kOfMany ? args.class_count() : classes_;
+      problem_ = math::row_problem<Acc>(args, args.has_probabilities, classes, weight_sum);
     }
     if constexpr (kPass == Pass::backward) {
       scale_ = math::mean_scale(args.grad_divisor);
@@ -120,11 +124,16 @@ class CrossEntropy {
 
   __device__ __forceinline__ Target<Acc> target_of(std::int64_t class_index) const {
     if (problem_.probabilities) return {-1, classes_ > 0, false, Acc(0)};
-    const int index = class_of(args_.target, class_index, classes_);
+    int index = class_of(args_.target, class_index, kOfMany ? args_.class_count() : classes_);
     const bool counts = index >= 0;
-    const Acc weight = counts && weight_ ? weight_[index] : Acc(1);
+    if (kOfMany && counts) {
+      index -= static_cast<int>(args_.first_class);
+      if (index >= classes_ || index < 0) index = -1;
+    }
+    const Acc weight = index >= 0 && weight_ ? weight_[index] : Acc(1);
+    const Acc mass = kOfMany && index < 0 ? Acc(0) : math::index_mass(problem_, weight);
     const bool is_wanted = kPass == Pass::backward ? args_.grad_lse || args_.grad_entropy : args_.every_row;
-    return {index, counts, !counts && !is_wanted, math::index_mass(problem_, weight)};
+    return {index, counts, !counts && !is_wanted, mass};
   }
 
   // Of a lane that has no row.
@@ -275,6 +284,9 @@ class CrossEntropy {
         static_cast<Acc*>(args_.row_max)[position] = row.max;
         static_cast<Acc*>(args_.row_log_sum)[position] = row.log_sum;
       }
+      if (kOfMany && args_.row_mass) {
+        static_cast<Acc*>(args_.row_mass)[position] = math::row_mass(problem_, target.mass, row.mass);
+      }
       if (args_.lse) static_cast<Acc*>(args_.lse)[position] = row.lse();
       if (has_entropy()) {
         static_cast<Acc*>(args_.entropy)[position] = row.entropy();
@@ -283,7 +295,7 @@ class CrossEntropy {
     }
     sums.loss += static_cast<double>(loss);
     if (target.counts) {
-      const bool weighted = weight_ && !problem_.probabilities;
+      const bool weighted = weight_ && !problem_.probabilities && (!kOfMany || target.index >= 0);
       sums.divisor += (weighted ? static_cast<double>(weight_[target.index]) : 1) * static_cast<double>(weight);
     }
   }
@@ -308,13 +320,17 @@ class CrossEntropy {
                                                const Statistics& statistics) const {
     const Acc sum = static_cast<Acc>(statistics.sum);
     const auto lse = [&] { return math::log_sum_exp(statistics.max, math::log(sum)); };
-    Gradient result = gradient(position, target, mass_of(statistics), statistics.max, lse, Acc(0));
+    const Acc mass = math::row_mass(problem_, target.mass, mass_of(statistics));
+    Gradient result = gradient(position, target, mass, statistics.max, lse, Acc(0));
     result.factor /= sum;
     return result;
   }
 
-  // From the statistics that forward has saved; mass: that of probabilities.
-  __device__ __forceinline__ Gradient saved_gradient(std::int64_t position, const Target<Acc>& target, Acc mass) const {
+  // From the statistics that forward has saved; of_probabilities: their mass.
+  __device__ __forceinline__ Gradient saved_gradient(std::int64_t position, const Target<Acc>& target,
+                                                     Acc of_probabilities) const {
+    const Acc mass = kOfMany && args_.row_mass ? static_cast<const Acc*>(args_.row_mass)[position]
+                                               : math::row_mass(problem_, target.mass, of_probabilities);
     const Acc max = static_cast<const Acc*>(args_.row_max)[position];
     const Acc log_sum = static_cast<const Acc*>(args_.row_log_sum)[position];
     const Acc grad_lse = args_.grad_lse ? static_cast<const Acc*>(args_.grad_lse)[position] : Acc(0);

@@ -20,8 +20,8 @@ namespace fusedloss::cuda {
 // threads that have met the row's largest logit look at their turn again: for its class, and for the digits that the
 // sum of a peaked row has lost beside 1.
 template <class T, bool kGeneral, Pass kPass, bool kCluster, bool kAnswers = kGeneral>
-class Rows : CrossEntropy<T, kGeneral, kPass, kAnswers> {
-  using Base = CrossEntropy<T, kGeneral, kPass, kAnswers>;
+class Rows : CrossEntropy<T, kGeneral, kPass, kAnswers, true> {
+  using Base = CrossEntropy<T, kGeneral, kPass, kAnswers, true>;
   using Base::args_;
   using typename Base::Acc;
   using typename Base::Gradient;

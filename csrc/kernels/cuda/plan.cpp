@@ -63,8 +63,9 @@ struct Problem {
       args.logits.dtype == Dtype::float64 || args.has_probabilities || args.label_smoothing != 0 || args.transforms();
   // More is wanted of them than the sum of their exponentials.
   bool answers = pass != Pass::backward && (args.entropy || args.argmax);
-  bool general = rich_entries || answers || (pass == Pass::backward && args.grad_entropy) ||
-                 (pass == Pass::forward_with_gradient && args.every_row);  // a row may have no gradient, and be read
+  bool rich_rows = rich_entries || answers || (pass == Pass::backward && args.grad_entropy) ||
+                   (pass == Pass::forward_with_gradient && args.every_row);  // a row may have no gradient, and be read
+  bool general = rich_rows || args.all_classes != 0;  // without which only rows know of other classes
   // What is known of a row is the same to the bit, whatever else is in the batch, and wherever the row lies: where it
   // is not added to the others', someone may compare it.
   bool invariant = pass == Pass::forward && args.loss.data;
@@ -159,7 +160,7 @@ int preferred_slices(const Problem& problem, std::int64_t row_bytes) {
 std::optional<Step> plan_rows(const Problem& problem, Workspace& workspace) {
   const std::int64_t packets = ceil_div(problem.classes, problem.width);
   RowPlan plan{.slices = preferred_slices(problem, packets * kPacketBytes), .from_start = problem.invariant};
-  Step step{plan, problem.pass, problem.general};
+  Step step{plan, problem.pass, problem.rich_rows};
   if (problem.answers && !problem.rich_entries && problem.pass == Pass::forward) {
     step.general = false;
     step.answers = true;
