@@ -165,10 +165,8 @@ def _class_divisor(input, values):
     """The weights of the positions that count, added up in float64."""
     like, target = input.select(reference.class_dimension(input), 0), values["target"]
     indices = None if target.is_floating_point() else target.long().reshape(like.shape)
-    count, weights = reference.counts(indices, values["weight"], values["ignore_index"], like)
-    if values.get("sample_weight") is not None:
-        weights = torch.where(count, weights * values["sample_weight"], 0.0)
-    return weights.sum()
+    weights = (values["weight"], values["ignore_index"], like, values.get("sample_weight"))
+    return reference.counts(indices, *weights)[1].sum()
 
 
 def rescale_grad(grad, grad_output, scale, keep_zeros):

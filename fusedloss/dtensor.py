@@ -277,10 +277,8 @@ def _divisor(local):
     indices = None if local["target"].is_floating_point() else local["target"].long()
     positions = local["input"].new_empty(()).expand(*local["input"].shape[:-1], *local["linear_weight"].shape[1:-1])
     ignore_index = -100 if local["ignore_index"] is None else local["ignore_index"]
-    counts, weights = reference.counts(indices, local.get("weight"), ignore_index, positions)
-    if local.get("sample_weight") is not None:
-        weights = torch.where(counts, weights * local["sample_weight"], 0.0)
-    return weights.sum()
+    weights = (local.get("weight"), ignore_index, positions, local.get("sample_weight"))
+    return reference.counts(indices, *weights)[1].sum()
 
 
 def _linear_layout(loss, tensors):

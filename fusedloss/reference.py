@@ -186,14 +186,16 @@ def _wide(input):
     return input if input.dtype == torch.float64 else input.float()
 
 
-def counts(indices, weight, ignore_index, like):
+def counts(indices, weight, ignore_index, like, sample_weight=None):
     """Which positions count, and their weights in the mean, float64; all of them alike for probabilities."""
     if indices is None:
-        return torch.ones_like(like, dtype=torch.bool), torch.ones_like(like, dtype=torch.float64)
-    count = indices != ignore_index
-    if weight is None:
-        return count, count.double()
-    return count, weight.double().flatten()[indices.where(count, torch.zeros_like(indices))] * count
+        count, weights = torch.ones_like(like, dtype=torch.bool), torch.ones_like(like, dtype=torch.float64)
+    else:
+        count = indices != ignore_index
+        weights = count.double()
+        if weight is not None:
+            weights = weight.double().flatten()[indices.where(count, torch.zeros_like(indices))] * count
+    return count, weights if sample_weight is None else torch.where(count, weights * sample_weight, 0.0)
 
 
 def _without_ignored(native_loss, input, target, reduction, ignore_index):

@@ -30,7 +30,6 @@ class Classes(NamedTuple):
     group: Any
     name: str
     ranks: int
-    rank: int
     first: int
     all: int
 
@@ -56,7 +55,7 @@ def classes_of(loss: str, process_group, num_classes: int | None, holder: Tensor
     if num_classes is None:
         num_classes = ranks * local
     first, expected = _chunk(num_classes, rank, ranks)
-    classes = Classes(process_group, process_group.group_name, ranks, rank, first, num_classes)
+    classes = Classes(process_group, process_group.group_name, ranks, first, num_classes)
     if local != expected:
         if ranks > 1 and not _agreed.get(process_group) and not torch.compiler.is_compiling() and not holder.is_meta:
             _compare(loss, classes, None, holder)  # the others are about to make their first call
@@ -255,10 +254,10 @@ def merge(parts: Tensor, return_entropy: bool = False, return_argmax: bool = Fal
 def _reduced(rows, target, weight, sample_weight, denominator, reduction, ignore_index, z_loss):
     """(the loss in float64, the divisor of the mean)"""
     indices = None if target.is_floating_point() else target.long()
-    counts, weights = reference.counts(indices, weight, ignore_index, rows.loss)
+    counts, weights = reference.counts(indices, weight, ignore_index, rows.loss, sample_weight)
     loss = rows.loss if z_loss == 0 else rows.loss + z_loss * rows.lse.square()
     if sample_weight is not None:
-        loss, weights = loss * sample_weight, torch.where(counts, weights * sample_weight, 0.0)
+        loss = loss * sample_weight
     loss = torch.where(counts, loss, 0.0)
     divisor = weights.sum() if denominator is None else denominator.reshape(()).double()
     if reduction == _NONE:
