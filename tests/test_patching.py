@@ -5,9 +5,11 @@ import functools
 import inspect
 import io
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import types
 import unittest.mock
 
 import pytest
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from support import LOSSES, each
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import fusedloss
 
@@ -310,6 +314,340 @@ def test_native_code_is_scripted_while_patched(tmp_path):
             torch.jit.script(module).save(tmp_path / "model.pt")
             value = torch.jit.load(tmp_path / "model.pt")(input, target)
             assert torch.equal(value, NATIVE["cross_entropy"](input, target, label_smoothing=0.1))
+
+
+COPIES = """
+import collections, dataclasses, functools
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+named = cross_entropy
+partial = functools.partial(cross_entropy, reduction="mean")
+class Partial(functools.partial):
+    __slots__ = ()
+nested = Partial(Partial(cross_entropy, label_smoothing=0.0), reduction="mean")
+def apply(x, y, loss): return loss(x, y)
+by_keyword = functools.partial(apply, loss=cross_entropy)
+by_position = functools.partial(lambda loss, x, y: loss(x, y), cross_entropy)
+table = {"losses": [None, collections.OrderedDict(ce=cross_entropy)]}
+class Lazy(dict):
+    def items(self): raise NotImplementedError
+    __getitem__ = __setitem__ = items
+lazy = Lazy(ce=cross_entropy)
+Named = collections.namedtuple("Named", "loss other")
+pair = Named(cross_entropy, 1)
+
+def in_default(x, y, loss=cross_entropy): return loss(x, y)
+def in_keyword_default(x, y, *, loss=cross_entropy): return loss(x, y)
+def closed_over(loss):
+    def inner(x, y): return loss(x, y)
+    return inner
+closure = closed_over(cross_entropy)
+@functools.lru_cache
+def cached(): return closed_over(cross_entropy)
+@functools.wraps(cross_entropy)
+def wrapper(x, y, loss=cross_entropy): return loss(x, y)
+def empty_cell():
+    def inner(): return later
+    return inner
+    later = None
+of_empty_cell = empty_cell()
+
+class Criterion:
+    static = staticmethod(cross_entropy)
+    plain = cross_entropy
+    partial = functools.partial(cross_entropy)
+    def method(self, x, y, loss=cross_entropy): return loss(x, y)
+    @classmethod
+    def of_class(cls, x, y, loss=cross_entropy): return loss(x, y)
+    @property
+    def computed(self, loss=cross_entropy): return loss
+    class Inner:
+        static = staticmethod(cross_entropy)
+class Module(nn.Module):
+    def __init__(self, loss=cross_entropy):
+        super().__init__()
+        self.loss = loss
+    def forward(self, x, y): return self.loss(x, y)
+module = Module()
+@dataclasses.dataclass
+class Config:
+    loss: object = cross_entropy
+registry = {"a": Criterion(), "b": Config()}
+
+def keyed(x, y): return next(iter({cross_entropy: 1}))(x, y)
+keys = {cross_entropy: "ce"}
+members = {cross_entropy}
+bound = Criterion.plain.__get__(Criterion())
+def local():
+    loss = cross_entropy
+    while True: yield loss
+running = local()
+next(running)
+"""
+# How code holds native's function, in a module that has the text above; each gives a function of logits and target.
+REACHED = {
+    "a name": lambda m: m.named,
+    "another name": lambda m: m.cross_entropy,
+    "a partial": lambda m: m.partial,
+    "a nested partial of a subclass": lambda m: m.nested,
+    "a keyword of a partial": lambda m: m.by_keyword,
+    "an argument of a partial": lambda m: m.by_position,
+    "a dict in a list in a dict": lambda m: m.table["losses"][1]["ce"],
+    "a dict that computes its items": lambda m: dict.get(m.lazy, "ce"),
+    "a named tuple": lambda m: m.pair.loss,
+    "a default": lambda m: m.in_default,
+    "a default by keyword": lambda m: m.in_keyword_default,
+    "a closure": lambda m: m.closure,
+    "a wrapper": lambda m: m.wrapper,
+    "a static method": lambda m: m.Criterion.static,
+    "a class attribute": lambda m: m.Criterion.plain,
+    "a partial in a class": lambda m: m.Criterion.partial,
+    "a method's default": lambda m: m.Criterion().method,
+    "a class method's default": lambda m: m.Criterion.of_class,
+    "a property's default": lambda m: m.Criterion().computed,
+    "a class in a class": lambda m: m.Criterion.Inner.static,
+    "a module that exists": lambda m: m.module,
+    "a module that is made": lambda m: m.Module(),
+    "a dataclass": lambda m: m.Config().loss,
+    "an object": lambda m: m.registry["b"].loss,
+}
+OUT_OF_REACH = {
+    "a key": lambda m: next(iter(m.keys)),
+    "a member": lambda m: next(iter(m.members)),
+    "a running function": lambda m: next(m.running),
+    "a bound method": lambda m: m.bound.__func__,
+    "a cache": lambda m: m.cached(),
+}
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """A module whose code has copied native's function."""
+    module = types.ModuleType("copies")
+    monkeypatch.setitem(sys.modules, "copies", module)
+    exec(COPIES, vars(module))
+    return module
+
+
+def is_ours(loss):
+    """Native's refuses int32."""
+    logits, target = sample("cross_entropy")
+    try:
+        value = loss(logits, target.int())
+    except (RuntimeError, AssertionError):  # of an exported program's guards
+        assert torch.equal(loss(logits, target), NATIVE["cross_entropy"](logits, target))
+        return False
+    torch.testing.assert_close(value, NATIVE["cross_entropy"](logits, target))
+    return True
+
+
+class Subclass(nn.CrossEntropyLoss):
+    def forward(self, input, target):
+        return super().forward(input, target)
+
+
+def traced():
+    return torch.jit.trace(lambda x, y: F.cross_entropy(x, y), sample("cross_entropy"))
+
+
+def exported():
+    return torch.export.export(nn.CrossEntropyLoss(), sample("cross_entropy")).module()
+
+
+BY_NAME = {
+    "F": lambda: lambda x, y: F.cross_entropy(x, y),
+    "torch.nn.functional": lambda: lambda x, y: torch.nn.functional.cross_entropy(x, y),
+    "nn.functional": lambda: {"ce": lambda x, y: nn.functional.cross_entropy(x, y)}["ce"],
+    "a module": nn.CrossEntropyLoss,
+    "a subclass": Subclass,
+}
+NOT_BY_NAME = {
+    "a function": lambda: NATIVE["cross_entropy"],
+    "scripted": lambda: torch.jit.script(nn.CrossEntropyLoss()),
+    "traced": traced,
+    "exported": exported,
+    "torch._C._nn": lambda: functools.partial(torch._C._nn.cross_entropy_loss, reduction=1),
+    "torch.ops.aten": lambda: torch.ops.aten.cross_entropy_loss,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [*BY_NAME.values(), *NOT_BY_NAME.values()], ids=[*BY_NAME, *NOT_BY_NAME])
+def test_what_every_patch_reaches(make):
+    loss = make()
+    assert not is_ours(loss)
+    with fusedloss.patch():
+        assert is_ours(loss) == (make in BY_NAME.values())
+    assert not is_ours(loss)
+
+
+@pytest.mark.parametrize("find", REACHED.values(), ids=REACHED)
+def test_what_a_patch_of_modules_reaches(copies, find):
+    assert not is_ours(find(copies))
+    with fusedloss.patch():
+        assert not is_ours(find(copies))
+    with fusedloss.patch(modules=["copies"]):
+        assert is_ours(find(copies))
+    assert not is_ours(find(copies))
+    with fusedloss.patch(modules=[copies]):
+        assert is_ours(find(copies))
+        fusedloss.unpatch()
+        assert not is_ours(find(copies))
+
+
+@pytest.mark.parametrize("find", OUT_OF_REACH.values(), ids=OUT_OF_REACH)
+def test_what_a_patch_of_modules_does_not_reach(copies, find):
+    assert not is_ours(find(copies))
+    with fusedloss.patch(modules=[copies]):
+        assert not is_ours(find(copies))
+
+
+def snapshot(module):
+    """Everything that a patch may look into, by the very objects."""
+    criterion = vars(module.Criterion)
+    return [
+        *vars(module).values(),
+        *criterion.values(),
+        *module.table["losses"][1].values(),
+        *dict.values(module.lazy),
+        *(getattr(p, name) for p in (module.partial, module.nested) for name in ("func", "args", "keywords")),
+        *(module.by_keyword.keywords["loss"], *module.by_position.args),
+        *(module.in_default.__defaults__, module.in_keyword_default.__kwdefaults__["loss"]),
+        *(module.closure.__closure__[0].cell_contents, criterion["method"].__defaults__),
+        *(module.module.loss, module.registry["b"].loss),
+    ]
+
+
+def test_everything_is_put_back(copies):
+    before = snapshot(copies)
+    with fusedloss.patch(modules=["copies"]):
+        changed = [a is not b for a, b in zip(before, snapshot(copies), strict=True)]
+    assert sum(changed) > 10
+    assert all(a is b for a, b in zip(before, snapshot(copies), strict=True))
+
+
+@each_name
+def test_each_function_is_exchanged_in_modules(name, copies):
+    copies.copied = functools.partial(NATIVE[name])
+    arguments = sample(name)
+    with fusedloss.patch(modules=[copies]):
+        assert torch.equal(copies.copied(*arguments, backend="cpu"), getattr(fusedloss, name)(*arguments))
+    assert copies.copied.func is NATIVE[name]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)], ids=str)
+def test_patches_of_a_module_may_end_in_any_order(order, copies):
+    """A module is native again when the last patch of it has ended, whatever other patches there are."""
+    of_modules = [["copies"], [], [copies]]
+    blocks = [fusedloss.patch(modules=modules).__enter__() for modules in of_modules]
+    for i, position in enumerate(order):
+        blocks[position].__exit__(None, None, None)
+        left = order[i + 1 :]
+        assert [is_ours(find(copies)) for find in REACHED.values()] == [0 in left or 2 in left] * len(REACHED)
+        assert is_patched() == bool(left)
+
+
+def test_one_patch_of_a_module_for_several_blocks(copies):
+    patch = fusedloss.patch(modules=[copies])
+    for _ in range(2):
+        with patch, patch:
+            assert is_ours(copies.named)
+        assert not is_ours(copies.named)
+        copies.later = NATIVE["cross_entropy"]
+        with patch:
+            assert is_ours(copies.later)
+
+
+def test_what_others_put_into_a_module_meanwhile_stays(copies):
+    theirs = doubled(NATIVE["cross_entropy"])
+    with fusedloss.patch(modules=[copies]):
+        copies.named = copies.table["losses"][1]["ce"] = copies.Criterion.plain = theirs
+        copies.in_default.__defaults__ = (theirs,)
+        del copies.pair
+        copies.table["losses"].insert(0, "new")
+        with fusedloss.patch(modules=[copies]):
+            assert copies.named is theirs
+    assert copies.named is copies.table["losses"][2]["ce"] is copies.Criterion.plain is theirs
+    assert copies.in_default.__defaults__ == (theirs,)
+    assert not hasattr(copies, "pair")
+    assert copies.cross_entropy is NATIVE["cross_entropy"]
+
+
+def test_a_module_that_is_run_again_meanwhile(copies):
+    with fusedloss.patch(modules=[copies]):
+        exec(COPIES, vars(copies))
+        assert [is_ours(find(copies)) for find in REACHED.values()] == [True] * len(REACHED)
+    assert [is_ours(find(copies)) for find in REACHED.values()] == [False] * len(REACHED)
+
+
+def test_a_package_is_it_and_what_is_below_it(monkeypatch):
+    modules = {name: types.ModuleType(name) for name in ("mine", "mine.below", "mine.below.deep", "mine_not")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        module.loss = NATIVE["cross_entropy"]
+    monkeypatch.setitem(sys.modules, "mine.blocked", None)  # how an import is forbidden
+
+    def ours():
+        return [name for name, module in modules.items() if is_ours(module.loss)]
+
+    for package in ("mine", modules["mine"]):
+        with fusedloss.patch(modules=[package]):
+            assert ours() == ["mine", "mine.below", "mine.below.deep"]
+    with fusedloss.patch(modules=["mine.below", "mine_not"]):
+        assert ours() == ["mine.below", "mine.below.deep", "mine_not"]
+    assert ours() == []
+
+
+@pytest.mark.parametrize(
+    ("modules", "error", "message"),
+    [
+        ("copies", TypeError, "got 'copies'"),
+        (types, TypeError, "list of modules"),
+        ([1], TypeError, "got int: 1"),
+        (["copies", "no.such.module"], ModuleNotFoundError, "'no.such.module'"),
+        ([""], ModuleNotFoundError, "''"),
+        (["torch"], ValueError, "torch is"),
+        (["torch.nn.functional"], ValueError, "torch.nn.functional is"),
+        ([fusedloss], ValueError, "fusedloss is"),
+        ([fusedloss.native], ValueError, "fusedloss.native is"),
+    ],
+    ids=str,
+)
+def test_modules_that_cannot_be_patched(modules, error, message, copies):
+    with pytest.raises(error, match=re.escape(message)):
+        fusedloss.patch(modules=modules)
+    assert not is_patched()
+    assert not is_ours(copies.named)
+
+
+# Methods' defaults, which torch.compile does not look at again.
+UNGUARDED = ["a method's default", "a property's default", "a module that is made", "a dataclass"]
+
+
+@pytest.mark.parametrize("name", ["an attribute of torch.nn.functional", *REACHED])
+def test_compiled_code_follows_a_patch(name, copies):
+    """What has been compiled before finds ours when the patch begins, and native's when it ends."""
+    torch.compiler.reset()
+    find = REACHED.get(name, lambda m: F.cross_entropy)
+    ran = []
+
+    def note(graph, _):
+        fused = any("fusedloss" in str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(lambda *arguments: ran.append(fused) or graph(*arguments))
+
+    compiled = torch.compile(lambda x, y: find(copies)(x, y), backend=aot_autograd(fw_compiler=note))
+    logits, target = sample("cross_entropy")
+    expected = NATIVE["cross_entropy"](logits, target)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(logits, target), expected)
+        with fusedloss.patch(modules=[copies]):
+            if name in UNGUARDED:
+                torch.compiler.reset()
+            torch.testing.assert_close(compiled(logits, target), expected)
+        if name in UNGUARDED:
+            torch.compiler.reset()
+    assert ran == [False, True] * 2
 
 
 def test_unpatching_what_is_not_patched_changes_nothing():
