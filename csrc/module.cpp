@@ -1,5 +1,6 @@
 // The Python module fusedloss._C. Importing it registers the operators (csrc/register.cpp); all it exports itself is
-// what this build was made of, where Python leaves the Triton kernels, and what its tests ask the CUDA launcher.
+// what this build was made of, how often operators have run, where Python leaves the Triton kernels, and what its tests
+// ask the CUDA launcher.
 // Operators are never called through pybind11: torch.compile could not see them.
 
 #include <fusedloss_build_info.h>
@@ -11,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/calls.h"
 #include "ops/double_backward.h"
 #include "ops/launch.h"
 #include "triton.h"
@@ -68,6 +70,7 @@ void enter_engine_without_lock(const std::function<void()>& run) {
 PYBIND11_MODULE(_C, m) {
   fusedloss::ops::enter_engine = &enter_engine_without_lock;
   m.def("build_info", &build_info);
+  m.def("calls", &fusedloss::ops::Calls::all);
   m.def("install_triton", &fusedloss::install_triton);
   m.def("cuda_class_borders", &cuda_class_borders, py::kw_only(), py::arg("dtype"), py::arg("pass_"),
         py::arg("columns"), py::arg("general"), py::arg("positions"), py::arg("most"));

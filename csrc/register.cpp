@@ -170,17 +170,28 @@ static void answer(torch::Library& m) {
   m.impl(name_of<kBackend, kOperator>(), Operator<kFunction>::template under<kBackend>);
 }
 
+// The same, counted: the operators that a call of a loss runs one of, once.
+template <Backend kBackend, auto kOperator>
+static void answer_counted(torch::Library& m) {
+  m.impl(name_of<kBackend, kOperator>(), Operator<kOperator>::template counted<kBackend>);
+}
+
 template <Backend kBackend>
 static void implement(torch::Library& m) {
   for_each_loss([&]<class Loss>(Loss) {
-    answer<kBackend, &Loss::forward>(m);
+    constexpr bool kShared = requires { &Loss::statistics; };
+    if constexpr (kShared) {
+      answer_counted<kBackend, &Loss::statistics>(m);
+      answer<kBackend, &Loss::forward>(m);
+    } else {
+      answer_counted<kBackend, &Loss::forward>(m);
+    }
     answer<kBackend, &Loss::backward>(m);
-    if constexpr (requires { &Loss::with_grad; }) answer<kBackend, &Loss::with_grad>(m);
+    if constexpr (requires { &Loss::with_grad; }) answer_counted<kBackend, &Loss::with_grad>(m);
     if constexpr (requires { &Loss::gradients; }) answer<kBackend, &Loss::gradients>(m);
-    if constexpr (requires { &Loss::statistics; }) answer<kBackend, &Loss::statistics>(m);
     if constexpr (requires { &Loss::write_grad; }) answer<kBackend, &Loss::write_grad>(m);
   });
-  answer<kBackend, &LinearCrossEntropyShard::statistics>(m);
+  answer_counted<kBackend, &LinearCrossEntropyShard::statistics>(m);
   answer<kBackend, &LinearCrossEntropyShard::backward>(m);
   answer<kBackend, &rescale_grad_>(m);
   answer<kBackend, &rescale_grad>(m);

@@ -7,6 +7,7 @@ modules.py -> functional.py -> the operators in csrc/register.cpp -> csrc/ops ->
 from fusedloss import decompositions, reference
 from fusedloss._library import build_info
 from fusedloss.backend import backends, use_backend
+from fusedloss.calls import report
 from fusedloss.functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -38,6 +39,7 @@ __all__ = [
     "patch",
     "reference",
     "replace_losses",
+    "report",
     "token_log_probs",
     "unpatch",
     "use_backend",

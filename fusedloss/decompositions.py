@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.export import exported_program
 
-from fusedloss import reference
+from fusedloss import calls, reference
 from fusedloss.backend import NAMESPACES
 from fusedloss.functional import REDUCTIONS
 
@@ -37,10 +37,20 @@ def table() -> dict:
     """The decompositions of all operators of all namespaces, for ``decomposition_table=`` and ``decomp_table=``."""
     return {
         # A graph is decomposed after it has been made functional, and native's losses write in place.
-        getattr(getattr(torch.ops, namespace), name).default: dispatch_functionalize(decomposition)
+        getattr(getattr(torch.ops, namespace), name).default: dispatch_functionalize(_counted(name, decomposition))
         for namespace in NAMESPACES
         for name, decomposition in _DECOMPOSITIONS.items()
     }
+
+
+def _counted(name, decomposition):
+    @functools.wraps(decomposition)
+    def counted(*arguments, **options):
+        outputs = decomposition(*arguments, **options)
+        calls.count_native(name, "decomposed, for each graph")
+        return outputs
+
+    return counted if name in _LOSSES else decomposition
 
 
 def register() -> None:

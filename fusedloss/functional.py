@@ -23,7 +23,7 @@ from torch.nn import _reduction as native_reduction
 from torch.overrides import has_torch_function_variadic
 from typing_extensions import Unpack
 
-from fusedloss import dtensor, reference, vocab_parallel
+from fusedloss import calls, dtensor, reference, vocab_parallel
 from fusedloss.arguments import as_finite, as_float, as_int, as_positive, check_bool, check_tensors, hand_over
 from fusedloss.backend import Backend, operators
 
@@ -375,7 +375,8 @@ def cross_entropy(
             "return_entropy": return_entropy,
             "return_argmax": return_argmax,
         }
-        return reference.cross_entropy(input, target, weight, ignore_index, REDUCTIONS[code], label_smoothing, **added)
+        of_native = (input, target, weight, ignore_index, REDUCTIONS[code], label_smoothing)
+        return _by_native("cross_entropy", reference.cross_entropy(*of_native, **added))
     weights = (weight, sample_weight, denominator)
     of_rows = (code, ignore_index, label_smoothing, z_loss, logit_scale, logit_softcap or 0.0)
     outputs = kernels.cross_entropy.default(input, target, *weights, *of_rows, *answers, *options)
@@ -478,7 +479,7 @@ def token_log_probs(
     if process_group is not None or num_classes is not None:
         kernels = _shared("token_log_probs", kernels, process_group, num_classes, logits, None, target)
     if _native_road():
-        return reference.token_log_probs(
+        found = reference.token_log_probs(
             logits,
             target,
             ignore_index=ignore_index,
@@ -486,6 +487,7 @@ def token_log_probs(
             logit_softcap=logit_softcap,
             return_entropy=return_entropy,
         )
+        return _by_native("cross_entropy", found)
     of_rows = (_CODES["none"], ignore_index, 0.0, 0.0, logit_scale, logit_softcap or 0.0)
     upcast = True  # a loss of half-precision logits is float32
     outputs = kernels.cross_entropy.default(
@@ -733,6 +735,7 @@ def linear_cross_entropy(
             return_entropy=return_entropy,
             return_argmax=return_argmax,
         )
+        _by_native("linear_cross_entropy", outputs)
         wanted = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
         outputs = kernels.linear_cross_entropy.default(
@@ -877,6 +880,7 @@ def linear_token_log_probs(
             logit_softcap=logit_softcap,
             return_entropy=return_entropy,
         )
+        _by_native("linear_cross_entropy", found)
         log_probs, *entropy = found if return_entropy else (found,)
     else:
         of_rows = (_CODES["none"], ignore_index, 0.0, 0.0, logit_scale, logit_softcap or 0.0)
@@ -1058,7 +1062,7 @@ def nll_loss(
     code = _reduction_code(reduction, size_average, reduce)
     kernels = operators(backend, input)
     if _native_road():
-        return reference.nll_loss(input, target, weight, ignore_index, REDUCTIONS[code])
+        return _by_native("nll_loss", reference.nll_loss(input, target, weight, ignore_index, REDUCTIONS[code]))
     return kernels.nll.default(input, target, weight, code, ignore_index)[0]
 
 
@@ -1114,9 +1118,9 @@ def binary_cross_entropy_with_logits(
     options = _gradient_options("binary_cross_entropy_with_logits", input, grad_in_forward, grad_scale, inplace)
     kernels = operators(backend, input)
     if _native_road():
-        return reference.binary_cross_entropy_with_logits(
-            input, target, weight, REDUCTIONS[code], pos_weight, ignore_index=ignore_index
-        )
+        of_native = (input, target, weight, REDUCTIONS[code], pos_weight)
+        loss = reference.binary_cross_entropy_with_logits(*of_native, ignore_index=ignore_index)
+        return _by_native("binary_cross_entropy_with_logits", loss)
     return kernels.bce_with_logits.default(input, target, weight, pos_weight, code, ignore_index, *options)[0]
 
 
@@ -1165,7 +1169,8 @@ def binary_cross_entropy(
     options = _gradient_options("binary_cross_entropy", input, grad_in_forward, grad_scale)[:3]
     kernels = operators(backend, input)
     if _native_road():
-        return reference.binary_cross_entropy(input, target, weight, REDUCTIONS[code], ignore_index=ignore_index)
+        loss = reference.binary_cross_entropy(input, target, weight, REDUCTIONS[code], ignore_index=ignore_index)
+        return _by_native("binary_cross_entropy", loss)
     return kernels.bce.default(input, target, weight, code, ignore_index, *options)[0]
 
 
@@ -1176,6 +1181,19 @@ def _native_road() -> bool:
     runtimes without these operators (ONNX's older exporter).
     """
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
+
+
+def _by_native(loss, outputs):
+    """Outputs of the native road, whose call is counted by the reason to take it."""
+    if _are_functorch_transforms_active():
+        reason = "a transform of torch.func"
+    elif forward_ad._current_level >= 0:
+        reason = "forward-mode AD"
+    elif _get_tracing_state() is not None:
+        reason = "torch.jit.trace"
+    else:
+        reason = "a weight that requires grad beside probabilities"
+    return calls.by_native(loss, reason, outputs)
 
 
 def _shared(loss, kernels, process_group, num_classes, holder, weight, target, linear=False, sums=True):

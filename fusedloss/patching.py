@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.overrides import has_torch_function
 
-from fusedloss import functional, modules, native
+from fusedloss import calls, functional, modules, native
 from fusedloss.arguments import hand_over
 
 _FUSED = {
@@ -45,7 +45,8 @@ class _StandIn:
 
     def __call__(self, *arguments, **options):
         if not _patched:
-            return self.native(*arguments, **options)
+            loss = self.native(*arguments, **options)
+            return calls.by_native(self.__name__, "taken from a patch that has ended", loss)
         if has_torch_function((*arguments, *options.values())):
             call = inspect.signature(self.fused).bind(*arguments, **options)
             call.apply_defaults()
@@ -108,8 +109,8 @@ class patch:
 
     Out of reach are local variables of what runs, keys of dicts and members of sets, objects that no name leads to or
     that keep their attributes in slots, bound methods and what C functions hold, modules that TorchScript has compiled
-    or traced, exported programs, and the operators of torch.ops.aten. What has been compiled by torch.compile is
-    compiled again.
+    or traced, exported programs, and the operators of torch.ops.aten. What torch.compile has compiled is compiled
+    again, but for default arguments of methods, which it does not look at before torch.compiler.reset().
 
     Functions and models can be pickled and copied as without it. Meanwhile native's functions call themselves
     ``fusedloss.native``'s, which is where they can be found.
@@ -190,7 +191,7 @@ class _Place:
         write(self.holder, self.key, value)
 
     def put_back(self) -> None:
-        if any(key == self.key and value is self.ours for key, value in _held(self.holder)):
+        if any(value is self.ours and key == self.key for key, value in _held(self.holder)):
             self.write(self.found)
 
 

@@ -44,6 +44,7 @@ struct LossFunction : torch::autograd::Function<Derived> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const BackendGuard guard(static_cast<Backend>(ctx->saved_data["backend"].toInt()));
+    const NoCalls no_calls;
     variable_list input_grads(argument_count(Derived::evaluate));
     std::array<bool, Derived::kDifferentiable> wanted;
     const std::size_t given = Derived::differentiable(ctx);

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "backend.h"
+#include "calls.h"
 #include "options.h"
 
 namespace fusedloss::ops {
@@ -111,6 +112,16 @@ struct Operator<kFunction, Result(Parameter...), std::tuple<Argument...>> {
     return [&]<std::size_t... I>(std::tuple<Argument&&...> all, std::index_sequence<I...>) -> Result {
       return kFunction(Flat<Parameter>::template collect<first_argument(I)>(std::move(all))...);
     }({static_cast<Argument&&>(argument)...}, std::index_sequence_for<Parameter...>());
+  }
+
+  // The same, of a loss whose calls are counted, unless they raise.
+  template <Backend kBackend>
+  static Result counted(Argument... argument) {
+    static Calls& calls = Calls::of_operator(handle(kBackend)->operator_name().name);
+    const at::Tensor& input = std::get<0>(std::tie(argument...));
+    Result result = under<kBackend>(static_cast<Argument&&>(argument)...);
+    count_call(calls, kBackend, input);
+    return result;
   }
 
  private:

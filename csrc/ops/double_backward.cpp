@@ -26,6 +26,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "calls.h"
 #include "losses.h"
 
 namespace fusedloss::ops {
@@ -289,6 +290,8 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
     const variable_list first =
         differentiate(loss(values), values.tensors(wanted), values.tensors(kGradOutputs), /*create_graph=*/true);
     const variable_list second = differentiate(first, from, of_wanted, create_graph);
+
+    if (!from.empty() && !from[0].is_meta()) Calls::of_operator(name).count(Route::second_derivative);
 
     variable_list results;
     for (const std::string& tensor : values.names()) {
