@@ -17,6 +17,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "signature"
 napoleon_use_rtype = False
+autodoc_mock_imports = ["transformers"]  # whose integration is described without it
 
 html_theme = "furo"
 html_title = f"fusedloss {version}"

@@ -1,6 +1,7 @@
 """Documents that cannot drift: Sybil finds the parts of a Markdown file that make a claim, and checks each.
 
     ```python                   runs; all blocks of a document share one namespace, in order
+    <!-- needs: PACKAGES -->    before such a block: it runs where these are installed, and is left out elsewhere
     <!-- output --> ```text     equals what the block before has printed; what is printed must be shown
     <!-- output: torch 2.13 --> is compared beside that torch alone: some of it is torch's own words
     <!-- run --> ```sh          runs from the repository's root; without the mark it is for the reader alone
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,26 +31,28 @@ from sybil.document import Document
 ROOT = Path(__file__).resolve().parents[1]
 FOR_THE_READER = ("sh", "text")
 _BLOCK = re.compile(
-    r"^(?:<!-- (?P<mark>output(?:: torch [\d.]+)?|run|(?:excerpt|result): \S+) -->\n)?"
+    r"^(?:<!-- (?P<mark>output(?:: torch [\d.]+)?|run|(?:excerpt|result): \S+|needs: [\w ]+) -->\n)?"
     r"```(?P<language>\S*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-_MARK = re.compile(r"<!-- (output|run|excerpt|result|value)\b")
+_MARK = re.compile(r"<!-- (output|run|excerpt|result|needs|value)\b")
 _VALUE = re.compile(r"<!-- value: (?P<path>\S+) (?P<key>[^>]+?) -->(?P<shown>[^<]*)<!-- /value -->")
 _PRINTED = "printed, and not shown yet"
+_MISSING = "packages that blocks need, and that are not installed"
 
 
-def check(path: Path) -> None:
-    """Runs and compares everything that a document claims."""
+def check(path: Path) -> list[str]:
+    """Runs and compares everything that a document claims; returns which packages are missing for some of it."""
     document = Document.parse(str(path), _blocks, _values)
     document.namespace["__name__"] = path.stem
-    document.namespace[_PRINTED] = ""
+    document.namespace.update({_PRINTED: "", _MISSING: set()})
     marks = list(_MARK.finditer(document.text))
     read = sum(region.parsed["mark"] is not None for _, region in document.regions)
     assert len(marks) == read, f"{path}: {len(marks)} marks, of which {len(marks) - read} belong to no block"
     for example in document:
         example.evaluate()
     _all_is_shown(document.namespace, f"{path}: the last block")
+    return sorted(document.namespace[_MISSING])
 
 
 def _blocks(document):
@@ -68,10 +72,13 @@ def _check_block(example):
     mark, language, text = (example.parsed[name] for name in ("mark", "language", "text"))
     where = f"{example.path}:{example.line}"
     kind, _, path = (mark or "").partition(": ")
+    assert kind != "needs" or language == "python", (
+        f"{where}: only a block of Python can need packages, got {language!r}"
+    )
     if kind == "output":
         printed = example.namespace[_PRINTED]
         words_of = path.removeprefix("torch ")  # empty: everyone's
-        if torch.__version__.startswith(words_of):
+        if printed is not None and torch.__version__.startswith(words_of):
             assert text == printed, f"{where} shows\n{text}but the block before prints\n{printed}"
         example.namespace[_PRINTED] = ""
         return
@@ -79,7 +86,9 @@ def _check_block(example):
         assert _is_part_of((ROOT / path).read_text(), text), f"{where} is not what stands in {path}:\n{text}"
     elif language == "python":
         _all_is_shown(example.namespace, f"{where}: the block before")
-        example.namespace[_PRINTED] = _printed_by_python(text, example)
+        missing = {package for package in path.split() if find_spec(package) is None}
+        example.namespace[_MISSING] |= missing
+        example.namespace[_PRINTED] = None if missing else _printed_by_python(text, example)
     elif kind == "run":
         assert language == "sh", f"{where}: only a block of sh can be run, got {language!r}"
         _all_is_shown(example.namespace, f"{where}: the block before")

@@ -8,10 +8,12 @@ last place of its dtype.
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import fusedloss
 
@@ -200,3 +202,12 @@ def judge(ours, native, truth, grain=None, roundings=1):
         grain = grain or ours.dtype
         allowed = max(allowed, roundings * UNITS.get(grain, 1) * unit(truth[rest].abs().max().item(), grain))
         assert error <= allowed, f"error {error:.3g}; native's, or the last place, allows {allowed:.3g}"
+
+
+def peak_bytes(run):
+    """What a call takes beside what there was, at its peak."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))

@@ -14,13 +14,12 @@ import types
 import unittest
 import warnings
 from functools import partial
-from itertools import accumulate
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from support import DTYPES, REDUCTIONS, each_dtype, each_reduction, eighths, outputs_of, short, widen
+from support import DTYPES, REDUCTIONS, each_dtype, each_reduction, eighths, outputs_of, peak_bytes, short, widen
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.library import opcheck
@@ -201,15 +200,6 @@ def work(case, wanted=NAMES, **options):
 
     in_forward = total(forward)
     return in_forward, total(lambda: loss[0].sum().backward()) if wanted else 0.0
-
-
-def peak_bytes(run):
-    """What a call takes beside what there was, at its peak."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 PARAMETERS = ("input", "linear_weight", "linear_bias")

@@ -1,0 +1,1 @@
+"""fusedloss inside other projects, one module for each; a module imports the project that it is named after."""
