@@ -1,4 +1,4 @@
-"""Builds fusedloss._C; the metadata is in pyproject.toml.
+"""Builds fusedloss._C; the metadata that do not depend on torch are in pyproject.toml.
 
 FUSEDLOSS_CUDA=auto|1|0 decides whether the CUDA kernels are built: auto means if nvcc is found. A GPU in the build
 machine decides nothing. Build with --no-build-isolation: an isolated build would use another torch than yours.
@@ -13,13 +13,16 @@ from pathlib import Path
 
 from setuptools import setup
 
+ROOT = Path(__file__).resolve().parent
+VERSION = (ROOT / "fusedloss/version.txt").read_text().strip()
+TORCH = (ROOT / "requirements/torch.txt").read_text().splitlines()[-1]
+
 try:
     import torch
     from torch.utils import cpp_extension
 except ModuleNotFoundError:
-    sys.exit("fusedloss builds against torch. Install torch 2.11 to 2.13, then: pip install --no-build-isolation .")
+    sys.exit(f"fusedloss builds against torch. First: pip install '{TORCH}'; then: pip install --no-build-isolation .")
 
-ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
 # Overridden by TORCH_CUDA_ARCH_LIST. Code runs on later minor versions too: that for 8.0 on 8.6 and 8.9.
 CUDA_ARCHS = "8.0 9.0+PTX 10.0 12.0"
@@ -66,7 +69,7 @@ def write_build_info(cuda_archs):
     git = f'git -C "{ROOT}" rev-parse --short HEAD'
     revision = os.environ.get("FUSEDLOSS_REVISION") or subprocess.getoutput(git)  # a copy of the tree has no history
     facts = {
-        "VERSION": (ROOT / "fusedloss/version.txt").read_text().strip(),
+        "VERSION": VERSION,
         "GIT_REVISION": revision if revision.isalnum() else "unknown",
         "TORCH_VERSION": torch.__version__,
         "CUDA_ARCHS": cuda_archs.replace(";", " "),
@@ -104,6 +107,27 @@ def extension():
     return cpp_extension.CppExtension("fusedloss._C", sources, **options)
 
 
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's, and beside the library a file that says which torch it is to be loaded with."""
+
+    def run(self):
+        super().run()
+        library = Path(self.get_ext_fullpath("fusedloss._C"))
+        library.with_name("_C.torch").write_text(f"{torch.__version__}\n")
+
+
+def required_torch():
+    """What is built holds the layout of torch's classes, and requires that torch; a source distribution takes any."""
+    minor = ".".join(torch.__version__.split(".")[:2])
+    return TORCH if "sdist" in sys.argv else f"torch=={minor}.*"
+
+
 # torch looks for ninja on the PATH; in a virtual environment that is not activated it is beside the interpreter.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+local = os.environ.get("FUSEDLOSS_LOCAL_VERSION")  # of a wheel, which its name has to tell from another torch's
+setup(
+    version=f"{VERSION}+{local}" if local else VERSION,
+    install_requires=[required_torch()],
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -1,14 +1,31 @@
 """Loads the compiled operators, once, with a clear word when that cannot work."""
 
+from pathlib import Path
+
 import torch
 
+_VERSION = Path(__file__).with_name("_C.torch")  # setup.py leaves it beside the library
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+_BUILD = "in a clone of its repository, by `pip install --no-build-isolation --force-reinstall --no-deps .`"
+
+# Before it is loaded: beside another torch the library lacks symbols, or misreads torch's classes.
+_beside = _VERSION.read_text().strip() if _VERSION.exists() else torch.__version__
+if _minor(_beside) != _minor(torch.__version__):
+    raise ImportError(
+        f"fusedloss is built beside torch {_beside}, and this is torch {torch.__version__}: "
+        f"install a wheel of it that is built for torch {_minor(torch.__version__)}, or build it, {_BUILD}"
+    )
 try:
     from fusedloss import _C
 except ImportError as error:
     raise ImportError(
-        f"fusedloss's compiled part does not load beside torch {torch.__version__}: {error}. "
-        "It is built for one minor version of torch; rebuild it with `pip install --no-build-isolation .` "
-        "(or `python setup.py build_ext --inplace` in a checkout)."
+        f"fusedloss's compiled part does not load beside torch {torch.__version__}: {error}. Build it, {_BUILD} "
+        "(or, to use it from there, by `python setup.py build_ext --inplace`)"
     ) from error
 
 ops = torch.ops.fusedloss

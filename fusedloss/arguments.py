@@ -51,8 +51,8 @@ def as_int(loss: str, name: str, value) -> int:
     """An int of whatever has an __index__ (an int, a numpy scalar, a tensor of one integer), but for bool."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         raise TypeError(_message(loss, name, "be an int", value))
-    if is_symbol(value):
-        return value  # which a comparison would tie to what it stands for now
+    if may_be_symbol(value):
+        return value  # what is done with one would tie the graph to what it stands for now
     try:
         index = operator.index(value)
     except TypeError:
@@ -62,11 +62,9 @@ def as_int(loss: str, name: str, value) -> int:
     return index
 
 
-def is_symbol(value) -> bool:
-    """Whether an int is a compiler's, whose value is not known yet: it passes for an int, and is of another class."""
-    return isinstance(value, torch.SymInt) or (
-        torch.compiler.is_dynamo_compiling() and isinstance(value, int) and value.__class__ is not int
-    )
+def may_be_symbol(value) -> bool:
+    """Whether an int may be a compiler's, whose value is not known yet. While one traces, it passes for any int."""
+    return isinstance(value, torch.SymInt) or (torch.compiler.is_dynamo_compiling() and isinstance(value, int))
 
 
 def as_float(loss: str, name: str, value) -> float:

@@ -10,7 +10,7 @@ import threading
 
 import torch
 
-from fusedloss import _C
+from fusedloss._library import _C
 from fusedloss.reference import CLASS_LOSSES, ELEMENTWISE_LOSSES
 
 _LOSSES = {name: loss.__name__ for name, loss in (CLASS_LOSSES | ELEMENTWISE_LOSSES).items()}
@@ -60,10 +60,10 @@ def report() -> Report:
     ``linear_cross_entropy``, and classes that a ``process_group`` shares are ``losses of shared classes`` on each rank.
     Not counted are backward, tensors without elements, a compiler's fake tensors, and replays of a CUDA graph.
 
-    Of native torch the report has what fusedloss has sent there, and why: the kinds of calls that the README lists, and
-    functions that were taken from torch.nn.functional within a :class:`patch` and are kept for longer. What a compiler
-    traces or decomposes counts once for each graph, and not when the graph runs. Native's own functions, which code
-    that a patch does not reach goes on calling, are not seen.
+    Of native torch the report has what fusedloss has sent there, and why: the kinds of calls that docs/options.md
+    lists, and functions that were taken from torch.nn.functional within a :class:`patch` and are kept for longer. What
+    a compiler traces or decomposes counts once for each graph, and not when the graph runs. Native's own functions,
+    which code that a patch does not reach goes on calling, are not seen.
 
     Returns:
         A :class:`Report`: ``fused`` is a Counter of (loss, backend), ``native`` one of (loss, reason). As a context,

@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
 
 import fusedloss
+from fusedloss.triton.launch import COMPILED_WITH
 
 SPILLED_BYTES = 32  # that a kernel may spill: a value or two, around a loop
 
@@ -80,8 +82,7 @@ class Compiler:
     def start(self, function, programs, *arguments, warps=4, **constants):
         if programs == 0:
             return
-        options = {"num_warps": warps, "sanitize_overflow": False}
-        kernel = function.warmup(*arguments, grid=(programs,), **constants, **options)
+        kernel = function.warmup(*arguments, grid=(programs,), **constants, num_warps=warps, **COMPILED_WITH)
         if kernel.hash not in self.compiled:
             self.compiled[kernel.hash] = self.examine(function.fn.__name__, warps, kernel.asm["ptx"])
 
@@ -91,11 +92,11 @@ class Compiler:
             source.write_text(ptx)
             suffix = "a" if self.capability >= 90 else ""
             arch = f"--gpu-name=sm_{self.capability}{suffix}"
-            ptxas = (
-                triton.knobs.nvidia.ptxas.path if self.capability < 100 else triton.knobs.nvidia.ptxas_blackwell.path
-            )
+            ptxas = get_ptxas(self.capability).path  # Triton brings two, for versions of PTX that it writes for each
             command = [ptxas, "-v", arch, source, "-o", Path(folder, "kernel.cubin")]
-            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            report = done.stderr
         registers = int(re.search(r"Used (\d+) registers", report)[1])
         spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
         accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
@@ -273,7 +274,7 @@ def main():
     parser.add_argument("--verbose", action="store_true", help="show every kernel")
     options = parser.parse_args()
 
-    triton.runtime.driver.set_active(Nowhere(options.capability))
+    driver.set_active(Nowhere(options.capability))
     from fusedloss.triton import class_loss, cross_entropy, elementwise, launch, nll, reduce, rescale
 
     compiler = Compiler(options.capability)

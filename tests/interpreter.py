@@ -1,9 +1,10 @@
 """Triton's interpreter, fit for these tests.
 
-Kernels are interpreted with NumPy where there is no GPU (TRITON_INTERPRET=1). Four things are mended here: conversions
+Kernels are interpreted with NumPy where there is no GPU (TRITON_INTERPRET=1). Five things are mended here: conversions
 to bfloat16, which the interpreter truncates where a GPU rounds to the nearest; device_assert, which it passes over;
-NumPy's warnings of infinities and NaN, which are right answers here; and bounds of loops, arrays of one element that
-Triton 3.6 takes for integers, and NumPy since 2.4 does not.
+NumPy's warnings of infinities and NaN, which are right answers here; bounds of loops, arrays of one element that
+Triton 3.6 takes for integers, and NumPy since 2.4 does not; and a truth value for a whole block, which becomes numbers
+that Triton 3.9 refuses as a mask.
 """
 
 import dataclasses
@@ -51,7 +52,13 @@ def _patch_tensors_and_bounds(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _splat(self, type, value):
+    first = np.ravel(value.data)[0]
+    return interpreter.TensorHandle(np.full(type.shape, first, dtype=value.data.dtype), value.dtype.scalar)
+
+
 def mend():
+    interpreter.InterpreterBuilder.create_splat = _splat
     interpreter._patch_lang_tensor = _patch_tensors_and_bounds
     interpreter._convert_float = _convert
     builder = interpreter.interpreter_builder

@@ -203,7 +203,8 @@ def test_broken_calls(loss, device):
         if ours is NotImplementedError and not input.numel():
             return  # native meets the dtype in its loop over elements, and so accepts any where there are none
         if isinstance(native, type) or isinstance(ours, type):
-            assert ours is native
+            # Of a complex loss native has no derivative; that is a RuntimeError, and one of a narrower kind since 2.15.
+            assert ours is native or (target.is_complex() and issubclass(native, ours))
         else:
             assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in native[: len(ours)]]
             close_to_truth(loss, ours, input.contiguous(), legal.contiguous(), options)

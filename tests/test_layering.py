@@ -90,3 +90,10 @@ def test_python_never_waits_for_a_gpu():
     found = [f"{path.name}: {line}" for path in files for line in path.read_text().splitlines() if WAITS.search(line)]
     assert files
     assert found == READ_ON_THE_CPU
+
+
+def test_one_file_loads_the_library():
+    """It says what to do where that fails; another that loads it first would let the loader speak."""
+    files = (ROOT / "fusedloss").rglob("*.py")
+    loading = re.compile(r"from fusedloss import .*\b_C\b|import fusedloss\._C")
+    assert [path.name for path in files if loading.search(path.read_text())] == ["_library.py"]

@@ -5,6 +5,7 @@ The truth is the layer, then the reference, in float64. What half precision may 
 entropy at that dtype, lose: the unchunked call.
 """
 
+import collections
 import contextlib
 import importlib
 import itertools
@@ -534,6 +535,7 @@ def test_natives_own_samples(flags, dtype, held_out):
         warnings.simplefilter("ignore")
         samples = list(held_out.sample_inputs_linear_cross_entropy(None, "cpu", dtype, True, **flags))
     assert samples
+    errors = collections.defaultdict(list)  # ours and native's, by plan
     for given in samples:
         case = {"input": given.input, "linear_weight": given.args[0], "target": given.args[1]}
         options = dict(given.kwargs)
@@ -542,10 +544,19 @@ def test_natives_own_samples(flags, dtype, held_out):
         plain = {name: value for name, value in options.items() if name != "options"}
         truth = differentiate(native, wide(case), **wide(plain))
         peer = differentiate(native, case, **plain)
-        for plan in (options, plain | {"memory": AMPLE}, plain | recomputing(case)):
+        plans = {"as asked": options, "one chunk": {**plain, "memory": AMPLE}, "again": {**plain, **recomputing(case)}}
+        for name, plan in plans.items():
             actual = differentiate(ours, case, **plan)
-            no_worse(actual, peer, truth, dtype, factor=1.5)
+            no_worse(actual, peer, truth, dtype, factor=4)  # of one row with a tiny gradient all digits may be luck
+            errors[name] += [
+                (distance(our, true), distance(theirs, true))
+                for our, theirs, true in zip(actual, peer, truth, strict=True)
+            ]
         assert truth[0].isfinite().all()
+    for name, pairs in errors.items():
+        ours_of_all, native_of_all = torch.tensor(pairs, dtype=torch.float64).norm(dim=0)
+        # Logits that are computed again, by a product of another shape, are not rounded as those of forward were.
+        assert ours_of_all <= (2 if name == "again" else 1.25) * native_of_all or dtype == torch.float64
 
 
 def test_natives_own_errors(held_out):

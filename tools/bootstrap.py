@@ -1,11 +1,11 @@
 """Make an environment that can build and run fusedloss, and build the extension in place.
 
-    python3 tools/bootstrap.py --torch torch==2.13.0
+    python3 tools/bootstrap.py [--torch torch==2.13.0]
 
-An active virtual or conda environment that has a torch we support is used as it is. Otherwise the
-environment is .venv: it sees the torch of a system interpreter that has one, and else gets the one that
---torch names. The path of the chosen interpreter is left in build/python-path. An environment that has
-everything is stamped, and from then on only the build, which is incremental, is run.
+An active virtual or conda environment that has a torch we support (requirements/torch.txt) is used as it is. Otherwise
+the environment is .venv: it sees the torch of a system interpreter that has one, and else gets the one that --torch
+names, or the newest that we support. The path of the chosen interpreter is left in build/python-path. An environment
+that has everything is stamped, and from then on only the build, which is incremental, is run.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-REQUIREMENTS = ROOT / "requirements" / "dev.txt"
+REQUIREMENTS = [ROOT / "requirements" / name for name in ("dev.txt", "triton.txt")]
+TORCH = ROOT / "requirements" / "torch.txt"
 STAMP = "fusedloss-dev.stamp"  # in the environment that it vouches for, and gone with it
 
 
@@ -31,7 +32,7 @@ def main():
         version = "{}.{}".format(*sys.version_info)
         fail(f"Python 3.10 or newer is needed, and this is {version}: name another, as in PYTHON=python3.12")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch", required=True, help="what pip installs where there is no torch yet")
+    parser.add_argument("--torch", help="what pip installs where there is no torch yet, such as torch==2.13.0")
     parser.add_argument("--no-build", action="store_true", help="only make the environment")
     options = parser.parse_args()
     if not options.no_build:
@@ -47,7 +48,7 @@ def main():
     # The environment need not be active: ninja, which pip puts beside the interpreter, is found all the same.
     os.environ["PATH"] = os.pathsep.join([str(python.parent), os.environ.get("PATH", os.defpath)])
 
-    complete(python, prefix / STAMP, torch, options.torch)
+    complete(python, prefix / STAMP, torch, options.torch or requirement_of_torch())
     path = ROOT / "build" / "python-path"
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"{python}\n")
@@ -75,8 +76,17 @@ def supported_torch():
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
         return None
-    major, minor = map(int, re.match(r"(\d+)\.(\d+)", version).groups())
-    return version if (2, 11) <= (major, minor) < (2, 14) else None
+    found, oldest, first_beyond = map(minor_version, [version, *re.findall(r"[=<]([\d.]+)", requirement_of_torch())])
+    return version if oldest <= found < first_beyond else None
+
+
+def requirement_of_torch():
+    """As in "torch>=2.11,<2.16"."""
+    return next(line for line in TORCH.read_text().splitlines() if line.startswith("torch"))
+
+
+def minor_version(version):
+    return tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups()))
 
 
 def in_environment():
@@ -108,7 +118,7 @@ def version_of(python):
 
 def complete(python, stamp, torch, torch_requirement):
     """Install what the environment lacks."""
-    facts = [sys.version, torch or torch_requirement, REQUIREMENTS.read_text()]
+    facts = [sys.version, torch or torch_requirement, *(path.read_text() for path in REQUIREMENTS)]
     digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == digest:
         return
@@ -118,7 +128,8 @@ def complete(python, stamp, torch, torch_requirement):
     install = [*pip, "install", "--disable-pip-version-check"]
     if not torch:  # first of all, so that nothing else brings another
         run(f"installing {torch_requirement}", *install, torch_requirement)
-    run(f"installing {REQUIREMENTS.relative_to(ROOT)}", *install, "--quiet", "-r", REQUIREMENTS)
+    for path in REQUIREMENTS:
+        run(f"installing {path.relative_to(ROOT)}", *install, "--quiet", "-r", path)
     stamp.write_text(digest)  # last: whatever interrupts this, the next run does it again
 
 

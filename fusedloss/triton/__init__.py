@@ -10,7 +10,7 @@ Importing this package imports Triton.
 from functools import partial
 from types import SimpleNamespace
 
-from fusedloss import _C
+from fusedloss._library import _C
 from fusedloss.triton import cross_entropy, elementwise, nll, rescale
 
 _C.install_triton(
