@@ -1,14 +1,13 @@
 # Every target sets up what it needs by itself (tools/bootstrap.py); running it again is quick.
 
-TORCH ?= torch==2.13.0
+# TORCH=torch==2.13.0 installs that one where there is none yet; the default is the newest of requirements/torch.txt.
 PYTHON ?= python3
 
-bootstrap = $(PYTHON) tools/bootstrap.py --torch '$(TORCH)'
+bootstrap = $(PYTHON) tools/bootstrap.py $(if $(TORCH),--torch '$(TORCH)')
 in-env = PATH="$$(dirname "$$(cat build/python-path)"):$$PATH"
 cpp-files = $(shell find csrc include tests/cpp tests/kernels docs/tutorial -name '*.[ch]*' -not -name '*.pyc' -o -name '*.inl')
-cmake := $(shell command -v cmake 2> /dev/null)
 
-.PHONY: help demo test sanitize bench docs check-links lint format clean
+.PHONY: help demo test test-all wheel matrix sanitize bench docs check-links lint format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,16 +16,21 @@ demo: ## train three models on real data, with native and fused losses side by s
 	$(bootstrap)
 	$(in-env) python -m examples.demo
 
-test: ## run every test that this machine can run
+test: ## run tests of every kind, in minutes, and say what was left out
 	$(bootstrap)
-	$(in-env) python -m pytest -rs
-ifdef cmake
-	$(in-env) cmake -G Ninja -S . -B build/cmake
-	cmake --build build/cmake
-	ctest --test-dir build/cmake --output-on-failure
-else
-	@echo "Skipped the C++ tests: there is no cmake."
-endif
+	@$(in-env) sh tools/test.sh --quick
+
+test-all: ## run every test that this machine can run
+	$(bootstrap)
+	@$(in-env) sh tools/test.sh
+
+wheel: ## build a wheel for this torch, CUDA kernels included, and try it in an empty environment
+	$(bootstrap) --no-build
+	$(in-env) python -m pip install --quiet -r requirements/wheel.txt
+	$(in-env) python tools/wheel.py
+
+matrix: ## build and test beside the oldest and the newest torch, for CPUs and for GPUs, each in its own environment
+	$(PYTHON) tools/matrix.py
 
 sanitize: ## run C++ and Python tests in builds that look for errors of memory, undefined behaviour and data races
 	$(bootstrap) --no-build

@@ -1,5 +1,6 @@
 """Fixtures every test file shares."""
 
+import collections
 import importlib.util
 import os
 import signal
@@ -59,8 +60,11 @@ ONE_IN = 40
 
 
 def pytest_addoption(parser):
+    help = "of each test, cases that show every value of each of its parameters; and none that is marked long"
+    parser.addoption("--quick", action="store_true", help=help)
     help = f"the tests over devices that run Triton's interpreter: all, none, or a sample of one in {ONE_IN}"
     parser.addoption("--interpreted", choices=["all", "sample", "none"], default="sample", help=help)
+    parser.addoption("--wheel", help="a wheel to install and try: tools/wheel.py")
     parser.addoption("--sanitized", choices=["address", "thread"], help="what the build looks for: tools/sanitize.py")
 
 
@@ -80,17 +84,66 @@ def pytest_configure(config):
         support.UNITS[torch.float32] *= 2
 
 
+def is_interpreted(item):
+    return hasattr(item, "callspec") and item.callspec.params.get("device") == ("triton", "cpu")
+
+
 def pytest_collection_modifyitems(config, items):
     wish = config.getoption("--interpreted")
 
     def left_out(item):
-        parameters = getattr(item, "callspec", None)
-        if parameters is None or parameters.params.get("device") != ("triton", "cpu"):
+        if not is_interpreted(item):
             return False
         return wish == "none" or (wish == "sample" and zlib.crc32(item.nodeid.encode()) % ONE_IN != 0)
 
-    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
-    items[:] = [item for item in items if not left_out(item)]
+    kept = [item for item in items if not left_out(item)]
+    if config.getoption("--quick"):
+        kept = [item for item in kept if not item.get_closest_marker("long")]
+        kept = covering(kept)
+    config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=items.index))
+    count_left_out(config, items, kept)
+    items[:] = kept
+
+
+def covering(items):
+    """Of the cases of each test as many as show every value of each parameter."""
+    shown, kept = set(), set()
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):  # in no order, and always in the same
+        values = item.callspec.params.items() if hasattr(item, "callspec") else [("", None)]
+        new = {(item.nodeid.partition("[")[0], name, id(value)) for name, value in values} - shown
+        if new:
+            shown |= new
+            kept.add(item)
+    return [item for item in items if item in kept]
+
+
+# --- what was left out, which a run says at its end -------------------------------------------------------------------
+
+left_out_of = collections.Counter()  # cases by kind; pytest-xdist's workers send theirs
+
+
+def count_left_out(config, items, kept):
+    kept = set(kept)
+    for item in items:
+        if item not in kept:
+            long = item.get_closest_marker("long")
+            kind = "of Triton's interpreter" if is_interpreted(item) else "long" if long else "of more combinations"
+            left_out_of[kind] += 1
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = dict(left_out_of)
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_testnodedown(node):
+    """Every worker collects all tests: one speaks for all."""
+    left_out_of.clear()
+    left_out_of.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left_out_of and config.getoption("--quick"):
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(left_out_of.items()))
+        terminalreporter.write_line(f"Left out: cases {kinds}. `make test-all` runs them too.")
 
 
 failed = []  # in this process, of the test that runs

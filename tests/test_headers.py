@@ -92,7 +92,14 @@ def reason_to_skip(path):
     return None if COMPILER else "there is no C++ compiler"
 
 
-@pytest.mark.parametrize("path", HEADERS, ids=[str(path.relative_to(CSRC)) for path in HEADERS])
+def named(path):
+    """As a parameter; a header of torch or CUDA takes seconds."""
+    marks = [pytest.mark.long] if is_of_torch(path) or is_of_cuda(path) else []
+    return pytest.param(path, id=str(path.relative_to(CSRC)), marks=marks)
+
+
+@pytest.mark.xdist_group("headers")  # which a process compiles at once
+@pytest.mark.parametrize("path", [named(path) for path in HEADERS])
 def test_a_header_compiles_alone(path, compilers):
     if reason := reason_to_skip(path):
         pytest.skip(reason)

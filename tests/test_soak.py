@@ -27,6 +27,7 @@ for leak in (keep_tensor, keep_graph, keep_file):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts what glibc and /proc tell")
 def test_nothing_is_left_behind():
     root = Path(__file__).parent.parent

@@ -603,6 +603,7 @@ def python(*command):
     return result.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_for_a_gpu_that_is_not_there(capability):
     assert f"for compute capability {capability}" in python(ROOT / "tests/compile_triton.py", str(capability))

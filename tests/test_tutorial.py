@@ -26,12 +26,14 @@ def run(*command, cwd):
     return done.stdout
 
 
+@pytest.mark.long
 def test_the_miniature(tmp_path):
     folder = shutil.copytree(TUTORIAL / "minimal", tmp_path / "minimal", ignore=shutil.ignore_patterns("build", "*.so"))
     run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=folder)
     assert "passed" in run(sys.executable, "-m", "pytest", "--rootdir", folder, "test_tinyloss.py", cwd=folder)
 
 
+@pytest.mark.long
 @needs_cmake
 def test_the_program_in_cpp():
     """In build/, so that the next run compiles only what has changed."""

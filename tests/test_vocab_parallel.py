@@ -2073,10 +2073,15 @@ def liger_a_target_104_below_the_largest_costs_infinity(ranks):
 
 # --- The tests -------------------------------------------------------------------------------------------------------
 
-ALL = [(world, name) for world, names in WORLDS.items() for name in names]
+ALL = [
+    pytest.param(world, name, id=f"{name}-{world}", marks=[pytest.mark.long] if world > 2 else [])
+    for world, names in WORLDS.items()
+    for name in names
+]
 
 
-@pytest.mark.parametrize(("world", "name"), ALL, ids=[f"{name}-{world}" for world, name in ALL])
+@pytest.mark.xdist_group("ranks")  # which a process starts once for all its tests
+@pytest.mark.parametrize(("world", "name"), ALL)
 def test_classes_shared_between_ranks(world, name, outcome):
     failures = [f"rank {rank} of {world}: {text}" for rank, text in sorted(outcome(world, name).items()) if text]
     assert not failures, f"{name}\n" + "\n".join(failures)

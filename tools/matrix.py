@@ -1,0 +1,117 @@
+"""Build and test fusedloss beside each torch at the ends of what is supported, and write docs/matrix.md.
+
+    python tools/matrix.py [oldest] [newest] [cpu]
+
+Each lane is a clone of this commit in build/matrix, where `make test` makes an environment and runs in it, as for
+anyone: pip's settings are the machine's own. A build of torch for CPUs has "+cpu" in its version. Where pip finds none,
+that lane is left out, and the table says so; PIP_EXTRA_INDEX_URL names where they are.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bootstrap import minor_version, requirement_of_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER, PAGE = ROOT / "build/matrix", ROOT / "docs/matrix.md"
+OLDEST = "{}.{}".format(*minor_version(re.search(r"[\d.]+", requirement_of_torch())[0]))
+# What pip is asked for, and the interpreter that is taken for it where there is one.
+LANES = {
+    "oldest": (f"torch=={OLDEST}.*", "python3.10"),
+    "newest": (requirement_of_torch(), "python3.13"),
+    "cpu": ("torch==2.13.0+cpu", "python3.11"),
+}
+WHAT_IS_THERE = """
+import json, importlib.metadata, platform, torch, fusedloss
+print(json.dumps({
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "triton": importlib.metadata.version("triton"),
+    "kernels": ", ".join(["CPU"] + ["CUDA"] * bool(fusedloss.build_info()["cuda"])),
+}))
+"""
+HEAD = """# Beside which torch it has been tested
+
+`make matrix` builds the library and runs `make test` beside the oldest and the newest torch that are supported
+([requirements/torch.txt](../requirements/torch.txt)), as the package index has them, which is for GPUs, and beside a
+build of torch for CPUs: each in an environment of its own, made from nothing.
+
+| asked for | torch | Triton | Python | kernels built | tests passed | failed | skipped | C++ tests |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lanes", nargs="*", metavar="|".join(LANES), help="all, where none is named")
+    lanes = parser.parse_args().lanes or list(LANES)
+    if unknown := set(lanes) - set(LANES):
+        parser.error(f"there is no lane {', '.join(unknown)}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for lane in lanes:
+        (FOLDER / f"{lane}.json").write_text(json.dumps(result_of(lane)))
+    found = {lane: json.loads(path.read_text()) for lane in LANES if (path := FOLDER / f"{lane}.json").exists()}
+    PAGE.write_text(HEAD + "".join(map(row, found.values())) + foot(found))
+    print(PAGE.read_text())
+    sys.exit(
+        any(result.get("failed") != 0 or result["cpp"] != "pass" for result in found.values() if "torch" in result)
+    )
+
+
+def result_of(lane):
+    requirement, interpreter = LANES[lane]
+    python = shutil.which(interpreter)
+    if not python or subprocess.run([python, "--version"], capture_output=True).returncode:
+        python = sys.executable
+    clone = FOLDER / lane
+    shutil.rmtree(clone, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    log = FOLDER / f"{lane}.log"
+    print(f"matrix: {lane}: make test TORCH='{requirement}' PYTHON={python}; see {log}", flush=True)
+    with log.open("w") as file:
+        command = ["make", "test", f"TORCH={requirement}", f"PYTHON={python}"]
+        subprocess.run(command, cwd=clone, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    text = log.read_text()
+    result = {"requirement": requirement, "revision": revision(), "date": time.strftime("%Y-%m-%d")}
+    if re.search("No matching distribution found for torch", text):
+        return {**result, "missing": "pip found none"}
+    (python,) = (clone / "build/python-path").read_text().split()
+    there = subprocess.run([python, "-c", WHAT_IS_THERE], cwd=clone, capture_output=True, text=True, check=True).stdout
+    closing = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+) in [\d.]+s", text, re.MULTILINE)[-1]
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", closing)}
+    cpp = "pass" if re.search("100% tests passed", text) else "none" if "no cmake" in text else "FAIL"
+    counts = {word: counts.get(word, 0) for word in ("passed", "failed", "skipped", "errors")}
+    counts["failed"] += counts.pop("errors")
+    return {**result, **json.loads(there), **counts, "cpp": cpp}
+
+
+def row(result):
+    asked = result["requirement"]
+    if "missing" in result:
+        return f"| `{asked}` | {result['missing']} | | | | | | | |\n"
+    columns = ("torch", "triton", "python", "kernels", "passed", "failed", "skipped", "cpp")
+    return f"| `{asked}` | {' | '.join(str(result[column]) for column in columns)} |\n"
+
+
+def foot(found):
+    made = sorted({f"{result['revision']}, {result['date']}" for result in found.values()})
+    return f"\nOn {platform.system()} {platform.machine()}, without a GPU, of revision {'; '.join(made)}.\n"
+
+
+def revision():
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
