@@ -440,7 +440,7 @@ def token_log_probs(
 
     What reinforcement learning of language models needs of every token: the negative of :func:`cross_entropy`,
     unreduced and in float32. A row's results are bitwise the same whatever else is in the batch, given the same memory
-    layout and ``return_entropy``; the README says what that asks of each backend.
+    layout and ``return_entropy``; docs/options.md says what that asks of each backend.
 
     Args:
         logits: (C), (N, C) or (N, C, d1, d2, ...); float32, float64, bfloat16 or float16, any strides. Logits of shape
@@ -628,7 +628,7 @@ def linear_cross_entropy(
 
     The same as :func:`cross_entropy` of ``torch.nn.functional.linear(input, linear_weight, linear_bias)``, without the
     memory of the logits and their copies: they are made once, or a chunk of them at a time, and turned into their
-    gradient where they lie. The README says which plan is taken when.
+    gradient where they lie. docs/linear.md says which plan is taken when.
 
     Args:
         input: of the linear layer, (D), (N, D) or (N1, N2, ..., D); float32, float64, bfloat16 or float16.

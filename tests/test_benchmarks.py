@@ -414,13 +414,13 @@ def test_a_picture_shows_usual_steps_and_one_point_for_each_number_of_classes(tm
     assert list(lines["fusedloss"]) == [pytest.approx(4096 * 1000 * 4 / 1e9)]
 
 
-def test_the_readme_shows_the_committed_results():
-    text = (ROOT / "README.md").read_text()
-    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
-    assert readme.written(text) == text, "run python -m benchmarks.readme"
-    assert "cross entropy 64x128256 float32" in text.partition(readme.BEGIN)[2]
-    method = (ROOT / "benchmarks" / "README.md").read_text()
-    assert readme.written(method, readme.defeats) == method, "run python -m benchmarks.readme"
+def test_the_documents_show_the_committed_results():
+    for name, block in readme.TABLES.items():
+        text = (ROOT / name).read_text()
+        assert text.count(readme.BEGIN) == text.count(readme.END) == 1
+        assert readme.written(text, block) == text, "run python -m benchmarks.readme"
+    assert "cross entropy 64x128256 float32" in (ROOT / "docs/speed.md").read_text().partition(readme.BEGIN)[2]
+    assert all(words in (ROOT / "README.md").read_text() for words in readme.GAINS.values())
 
 
 def test_where_we_lose_is_every_case_in_which_someone_is_quicker(tmp_path):
@@ -894,6 +894,7 @@ def on_a_fake_gpu(monkeypatch, *arguments):
     command_line.main()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cross entropy 32x10 autocast bfloat16", "cross entropy 65536x10 bfloat16"])
 def test_a_run_on_a_gpu_writes_goals_and_cases(name, monkeypatch, tmp_path, capsys):
     on_a_fake_gpu(monkeypatch, "--filter", f"^{name}$", "--output", str(tmp_path))
