@@ -100,8 +100,10 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--quick"):
         kept = [item for item in kept if not item.get_closest_marker("long")]
         kept = covering(kept)
-    config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=items.index))
-    count_left_out(config, items, kept)
+    kept_ones = set(kept)
+    others = [item for item in items if item not in kept_ones]
+    config.hook.pytest_deselected(items=others)
+    count_left_out(config, others)
     items[:] = kept
 
 
@@ -122,13 +124,11 @@ def covering(items):
 left_out_of = collections.Counter()  # cases by kind; pytest-xdist's workers send theirs
 
 
-def count_left_out(config, items, kept):
-    kept = set(kept)
+def count_left_out(config, items):
     for item in items:
-        if item not in kept:
-            long = item.get_closest_marker("long")
-            kind = "of Triton's interpreter" if is_interpreted(item) else "long" if long else "of more combinations"
-            left_out_of[kind] += 1
+        long = item.get_closest_marker("long")
+        kind = "of Triton's interpreter" if is_interpreted(item) else "long" if long else "of more combinations"
+        left_out_of[kind] += 1
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = dict(left_out_of)
 
