@@ -11,6 +11,25 @@ from examples.integrations.compare import Comparison, compare
 from fusedloss.integrations.transformers import apply
 
 VOCABULARY = 256
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 3,
+    "max_steps": 6,
+    "learning_rate": 0.5,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
 
 
 def sentences(count: int = 48, length: int = 16) -> list[dict[str, torch.Tensor]]:
@@ -31,27 +50,12 @@ class Recorder(TrainerCallback):
 
 
 def train(arguments: dict | None = None, **options) -> list[float]:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-        )
-    )
+    model = tiny_llama()
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=3,
-            max_steps=6,
-            learning_rate=0.5,
-            optim="sgd",
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
+            **SETTINGS,
             **(arguments or {}),
         )
         Trainer(model, settings, train_dataset=sentences(), callbacks=[recorder], **options).train()

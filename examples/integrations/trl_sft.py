@@ -6,14 +6,13 @@ replaced, asks the model for the loss; with that one back, ``apply(linear=True)`
 
 import tempfile
 
-import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from examples.integrations.compare import Comparison, compare
-from examples.integrations.huggingface_trainer import VOCABULARY, Recorder, sentences
+from examples.integrations.huggingface_trainer import SETTINGS, VOCABULARY, Recorder, sentences, tiny_llama
 from fusedloss.integrations.transformers import apply
 
 
@@ -28,30 +27,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train(trainer=SFTTrainer, **options) -> list[float]:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-        )
-    )
+    model = tiny_llama()
     data = Dataset.from_list([{name: ids.tolist() for name, ids in each.items()} for each in sentences()])
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=3,
-            max_steps=6,
-            learning_rate=0.5,
-            optim="sgd",
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
+            **SETTINGS,
             bf16=False,
             gradient_checkpointing=False,
-            disable_tqdm=True,
             **options,
         )
         trainer(model, settings, train_dataset=data, processing_class=tokenizer(), callbacks=[recorder]).train()
