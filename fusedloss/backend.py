@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
+from fusedloss import native
 from fusedloss._library import build_info, ops
 from fusedloss.dtensor import Sharded
 
@@ -67,7 +68,7 @@ def operators(backend: Backend | Sharded | None, input: torch.Tensor):
     return _triton_ops if _is_triton(backend, input.device) else ops
 
 
-@torch.compiler.assume_constant_result
+@native.assume_constant_result
 def _is_triton(backend, device):
     return _decide(backend, device)
 

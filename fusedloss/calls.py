@@ -10,6 +10,7 @@ import threading
 
 import torch
 
+from fusedloss import native
 from fusedloss._library import _C
 from fusedloss.reference import CLASS_LOSSES, ELEMENTWISE_LOSSES
 
@@ -88,7 +89,7 @@ def by_native(loss: str, reason: str, outputs):
     return outputs
 
 
-@torch.compiler.assume_constant_result  # a compiler calls it while it traces, and has nothing of it in its graph
+@native.assume_constant_result  # a compiler calls it while it traces, and has nothing of it in its graph
 def count_native(loss: str, reason: str) -> None:
     """Counts a call, by the name of the loss or of its operator."""
     with _lock:

@@ -11,7 +11,7 @@ A linear layer's input lies as logits would, without their classes, and its weig
 
 import torch
 
-from fusedloss import reference, vocab_parallel
+from fusedloss import native, reference, vocab_parallel
 from fusedloss.reference import CLASS_LOSSES, ELEMENTWISE_LOSSES
 
 _FUNCTIONS = {name: loss.__name__ for name, loss in (CLASS_LOSSES | ELEMENTWISE_LOSSES).items()}
@@ -153,7 +153,7 @@ def _added_up(loss, mesh, placements, is_mean, divisor, is_given):
     return reference.mean_over(total, divisor) if is_given else total / counted[0].detach()
 
 
-@torch.compiler.assume_constant_result
+@native.assume_constant_result
 def _argument_names(operator):
     return [argument.name for argument in operator._schema.arguments]
 

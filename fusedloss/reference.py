@@ -177,7 +177,7 @@ def autocasts(device):
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler does not know this function
+@native.assume_constant_result  # torch 2.11's compiler does not know this function
 def _has_autocast(device):
     return torch.amp.is_autocast_available(device)
 

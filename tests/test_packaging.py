@@ -1,4 +1,4 @@
-"""The source distribution holds what git does, and a build without torch says so."""
+"""What is packed, installed and imported; and what a build or an import says that cannot be."""
 
 import os
 import shutil
@@ -66,6 +66,12 @@ def test_another_torch_than_the_build_s_is_a_sentence(tmp_path):
         assert done.returncode == 1
         assert all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
         (package / "_C.torch").unlink(missing_ok=True)
+
+
+def test_an_import_leaves_torch_s_compiler_alone():
+    """It takes as long again as the import of torch."""
+    done = run(sys.executable, "-c", "import sys, fusedloss; print('torch._dynamo' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_building_without_torch_says_what_to_install():
