@@ -13,6 +13,7 @@ not replace those. The files are written after each case: an interrupted run kee
 
 import argparse
 import gc
+import math
 import re
 import sys
 import time
@@ -71,7 +72,7 @@ def main() -> str | int | None:
 
     gc.freeze()  # what has been imported would be looked through before each case
     if not cuda:
-        machine.touch_memory()
+        machine.touch_memory(max(math.prod(case.shape) for case in cases))
     device = DEVICES[options.device]()
     facts = machine.facts(options.device) | ({"copy_bandwidth": device.bandwidth} if cuda else {})
     print(report.header(facts))

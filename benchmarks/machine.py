@@ -1,5 +1,6 @@
 """Where, when and with what the numbers were made."""
 
+import math
 import os
 import platform
 import re
@@ -68,15 +69,16 @@ def driver() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0].strip()
 
 
-def touch_memory() -> None:
-    """Writes to as much memory as the cases use, and gives it back.
+def touch_memory(logits: float = math.inf) -> None:
+    """Writes to as much memory as cases of up to so many logits use, and gives it back.
 
     A virtual machine gets each page from its host when it is first touched, which takes longer than a whole loss.
     Without this, whoever happens to be the first to get such a page pays for it.
     """
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        torch.ones(min(free // 2, 8 << 30), dtype=torch.uint8)
+        of_entries = 200 * logits  # logits and gradients of all entries, in float64 those of the errors too
+        torch.ones(int(min(free // 2, 8 << 30, of_entries)), dtype=torch.uint8)
 
 
 def slug(device: str) -> str:

@@ -1,6 +1,5 @@
 """Fixtures every test file shares."""
 
-import collections
 import importlib.util
 import os
 import signal
@@ -89,61 +88,76 @@ def is_interpreted(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    wish = config.getoption("--interpreted")
-
-    def left_out(item):
-        if not is_interpreted(item):
-            return False
-        return wish == "none" or (wish == "sample" and zlib.crc32(item.nodeid.encode()) % ONE_IN != 0)
-
-    kept = [item for item in items if not left_out(item)]
+    choices = {"of Triton's interpreter (pytest --interpreted all)": SAMPLES[config.getoption("--interpreted")]}
     if config.getoption("--quick"):
-        kept = [item for item in kept if not item.get_closest_marker("long")]
-        kept = covering(kept)
-    kept_ones = set(kept)
-    others = [item for item in items if item not in kept_ones]
-    config.hook.pytest_deselected(items=others)
-    count_left_out(config, others)
+        choices["that are long (make test-all)"] = not_long
+        choices["of more combinations of parameters (make test-all)"] = covering
+    kept = list(items)
+    for kind, choose in choices.items():
+        before, kept = kept, choose(kept)
+        left_out[kind] = len(before) - len(kept)
+    if hasattr(config, "workeroutput"):  # pytest-xdist's process: the one that tells has collected nothing
+        config.workeroutput["left_out"] = left_out
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
 
 
+def sample(items):
+    return [item for item in items if not is_interpreted(item) or zlib.crc32(item.nodeid.encode()) % ONE_IN == 0]
+
+
+def none(items):
+    return [item for item in items if not is_interpreted(item)]
+
+
+def not_long(items):
+    return [item for item in items if not item.get_closest_marker("long")]
+
+
+SAMPLES = {"all": list, "sample": sample, "none": none}
+
+
 def covering(items):
-    """Of the cases of each test as many as show every value of each parameter."""
+    """Of the cases of each test few that show every value of each parameter."""
+    # In no order, and always in the same; but of what is interpreted, and slow, first what has the fewest options.
+    in_some_order = sorted(
+        items, key=lambda item: (is_interpreted(item) * len(item.nodeid), zlib.crc32(item.nodeid.encode()))
+    )
+    values = {item: values_of(item) for item in in_some_order}
+    most = max(map(len, values.values()), default=0)
     shown, kept = set(), set()
-    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):  # in no order, and always in the same
-        values = item.callspec.params.items() if hasattr(item, "callspec") else [("", None)]
-        new = {(item.nodeid.partition("[")[0], name, id(value)) for name, value in values} - shown
-        if new:
-            shown |= new
-            kept.add(item)
+    # What is interpreted takes longest: it comes where nothing else shows a value. Cases that show more come first.
+    for these in ([item for item in values if is_interpreted(item) == interpreted] for interpreted in (False, True)):
+        for new in range(most, 0, -1):
+            for item in these:
+                if len(values[item] - shown) >= new:
+                    shown |= values[item]
+                    kept.add(item)
     return [item for item in items if item in kept]
+
+
+def values_of(item):
+    """(test, parameter, value), the latter by its identity: it need not be hashable."""
+    parameters = item.callspec.params.items() if hasattr(item, "callspec") else [("", None)]
+    return {(item.nodeid.partition("[")[0], name, id(value)) for name, value in parameters}
 
 
 # --- what was left out, which a run says at its end -------------------------------------------------------------------
 
-left_out_of = collections.Counter()  # cases by kind; pytest-xdist's workers send theirs
-
-
-def count_left_out(config, items):
-    for item in items:
-        long = item.get_closest_marker("long")
-        kind = "of Triton's interpreter" if is_interpreted(item) else "long" if long else "of more combinations"
-        left_out_of[kind] += 1
-    if hasattr(config, "workeroutput"):
-        config.workeroutput["left_out"] = dict(left_out_of)
+left_out: dict[str, int] = {}  # cases by kind
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
 def pytest_testnodedown(node):
     """Every worker collects all tests: one speaks for all."""
-    left_out_of.clear()
-    left_out_of.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+    left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if left_out_of and config.getoption("--quick"):
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(left_out_of.items()))
-        terminalreporter.write_line(f"Left out: cases {kinds}. `make test-all` runs them too.")
+def pytest_terminal_summary(terminalreporter):
+    kinds = ", ".join(f"{number} {kind}" for kind, number in left_out.items() if number)
+    if kinds:
+        terminalreporter.write_line(f"Left out: cases {kinds}.")
 
 
 failed = []  # in this process, of the test that runs
@@ -166,14 +180,15 @@ def pytest_runtest_logfinish():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def as_the_first():
+    """Every test begins with the same numbers, and with one thread: more only slow these small samples down, and what a
+    test leaves behind would change what the next one measures. test_threads shows that their number changes no bit."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Threads only slow these small samples down; test_threads shows that their number changes no bit."""
-    torch.set_num_threads(1)
-    # Autograd starts its threads when a process first goes backward. Beside a torch with CUDA it starts one too many if
-    # that is with fake tensors, and then refuses to run in a fork.
+def threads_of_autograd():
+    """It starts its threads when a process first goes backward. Beside a torch with CUDA it starts one too many if that
+    is with fake tensors, and then refuses to run in a fork."""
     torch.ones(1, requires_grad=True).sum().backward()

@@ -348,7 +348,7 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
 
     arguments = ["--threads", "2", "--no-compile", "--filter", "^nll", "--output", str(tmp_path)]
     monkeypatch.setattr(command_line, "run", interrupted)
-    monkeypatch.setattr(machine, "touch_memory", lambda: None)
+    monkeypatch.setattr(machine, "touch_memory", lambda logits: None)
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     with pytest.raises(KeyboardInterrupt):
         command_line.main()
@@ -518,6 +518,7 @@ def test_the_memory_of_a_step_against_the_vocabulary(tmp_path, monkeypatch, caps
         assert found["native, chunked"][1] is None
 
 
+@pytest.mark.long
 def test_a_step_whose_classes_are_shared(monkeypatch, capsys):
     monkeypatch.setattr(machine, "touch_memory", lambda: None)
     arguments = ["--shapes", "40x64,4x65", "--dtype", "float32", "--rounds", "1"]

@@ -92,6 +92,7 @@ def test_the_checks_of_documents(text, holds, tmp_path):
             documents.check(path)
 
 
+@pytest.mark.long
 def test_the_demo(tmp_path):
     """A few steps of each training: exits with an error if native and fused curves part."""
     pytest.importorskip("sklearn", reason="scikit-learn, which has the demo's data, is not installed")
@@ -103,6 +104,7 @@ def test_the_demo(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_the_example_of_shared_classes():
     """Two ranks with a part of the classes each: exits with an error if their losses are not those of the whole."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -112,6 +112,7 @@ def work(rank, file, failures):
     os._exit(0)  # where Python takes everything down, a thread of torch's that still runs may abort the process
 
 
+@pytest.mark.long
 def test_two_processes_have_the_loss_of_one(tmp_path):
     failures = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(work, (tmp_path / "store", failures), nprocs=RANKS)

@@ -14,7 +14,11 @@ from examples.integrations.compare import Comparison, missing
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", NEEDS)
+# Processes of which each imports torch take longer than all of the others.
+each_example = [pytest.param(name, marks=[pytest.mark.long] * (name == "distributed")) for name in NEEDS]
+
+
+@pytest.mark.parametrize("name", each_example)
 def test_an_example_trains_as_with_native_losses(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if absent := missing(NEEDS[name]):

@@ -45,7 +45,13 @@ def test_the_committed_results_are_of_these_rungs():
     assert list(json.loads((RESULTS / "cuda-resources.json").read_text())["rungs"]) == list(cuda.RUNGS)
 
 
-@pytest.mark.parametrize("name", cpu.RUNGS)
+def each_rung():
+    """Each takes a second to compile, and the first and the last are the ones with least in common."""
+    ends = (cpu.RUNGS[0], cpu.RUNGS[-1])
+    return [pytest.param(name, marks=[] if name in ends else [pytest.mark.long]) for name in cpu.RUNGS]
+
+
+@pytest.mark.parametrize("name", each_rung())
 def test_a_rung_of_the_cpu_ladder(name, folder):
     step = cpu.compile_rung(name, folder)
     # One class; a ragged vector; whole chunks and a ragged one, of which later ones raise the maximum; fewer rows than
@@ -62,6 +68,7 @@ def test_every_cuda_rung_is_listed():
     assert sorted(cuda.RUNGS) == sorted(path.stem for path in (LADDER / "cuda").glob("*.cu"))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc to compile the ladder with")
 def test_the_cuda_ladder_compiles_to_what_the_chapter_reports():
     found, reported = cuda.resources(), json.loads((RESULTS / "cuda-resources.json").read_text())

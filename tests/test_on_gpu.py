@@ -46,18 +46,26 @@ def test_the_dry_run_finds_nothing_wrong(tmp_path):
     assert re.search(r"tests .* \d{4} tests collected", done.stdout)
 
 
+def starts_torch(*row):
+    return pytest.param(*row, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
         (["python", "-m", "pytest", "tests/test_nothing.py"], "no such file: tests/test_nothing.py"),
-        (["python", "-m", "pytest", "tests/test_lesson.py", "-k", "no_such_test"], "pytest selects nothing"),
-        (["python", "-m", "benchmarks", "--filter", "^(nll 1x1 float32)$"], "of 1 cases that the filter names, 0"),
-        (["python", "-m", "benchmarks", "--no-such", "--filter", "nll"], "knows nothing of --no-such"),
+        starts_torch(
+            ["python", "-m", "pytest", "tests/test_lesson.py", "-k", "no_such_test"], "pytest selects nothing"
+        ),
+        starts_torch(
+            ["python", "-m", "benchmarks", "--filter", "^(nll 1x1 float32)$"], "of 1 cases that the filter names, 0"
+        ),
+        starts_torch(["python", "-m", "benchmarks", "--no-such", "--filter", "nll"], "knows nothing of --no-such"),
         (["python", "tools/nothing.py"], "no such file"),
         (["nvcc", "-o", "x", "tests/kernels/nothing.cu"], "no such file"),
         (["build/check_kernels", "float8"], "knows nothing of float8"),
         (["compute-sanitizer", "--tool", "leakcheck", "build/check_kernels"], "leakcheck"),
-        (["ncu", "python", "tools/gpu_facts.py"], "eight cases are wanted"),
+        starts_torch(["ncu", "python", "tools/gpu_facts.py"], "eight cases are wanted"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

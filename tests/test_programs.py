@@ -12,7 +12,7 @@ from fusedloss import reference
 PROGRAMS, PARTS = 300, 6  # tools/fuzz_programs.py runs any number
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, PARTS))])
 def test_programs(part):
     findings = []
     for seed in range(part, PROGRAMS, PARTS):

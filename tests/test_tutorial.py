@@ -62,6 +62,7 @@ def test_a_torch_with_cuda_does_not_ask_cmake_for_a_toolkit(project, tmp_path):
     run("cmake", "-G", "Ninja", "-S", project, "-B", tmp_path / "build", *options, cwd=ROOT)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", sorted(TUTORIAL.glob("figures/*.py")), ids=lambda path: path.name)
 def test_a_script_that_draws_figures(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -23,6 +23,7 @@ def keyword_only(function):
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
+@pytest.mark.long
 def test_what_a_type_checker_sees():
     pytest.importorskip("mypy", reason="mypy, which checks types, is not installed")
     command = [sys.executable, "-m", "mypy", "--warn-unused-ignores", "tests/typed.py"]

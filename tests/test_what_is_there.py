@@ -25,3 +25,11 @@ def interpreted(request):
 def test_no_test_has_an_address_in_its_name(request):
     """It would differ between the workers of pytest-xdist, and none of them would start."""
     assert [item.nodeid for item in request.session.items if " at 0x" in item.nodeid] == []
+
+
+def test_a_group_of_tests_has_one_process(request):
+    """pytest-xdist knows it by the name of the test. Else its processes all do what one would do for the group."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("tests are not grouped: not pytest -n NUMBER --dist loadgroup")
+    grouped = [item for item in request.session.items if item.get_closest_marker("xdist_group")]
+    assert [item.nodeid for item in grouped if not item.nodeid.endswith(("@ranks", "@headers"))] == []
