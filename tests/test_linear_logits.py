@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import peak_bytes, short
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 from fusedloss.integrations.linear_logits import LinearLogits, linear_logits
@@ -97,6 +98,32 @@ def overwritten(logits):
     return F.cross_entropy(before, labels_of(logits))
 
 
+def copied_before_the_write(logits):
+    shifted, half, rows = logits[..., :-1, :].contiguous(), logits / 2, logits.view(-1, CLASSES)
+    logits.mul_(3.0)
+    wide = logits.float() * 1.0
+    return F.cross_entropy(shifted.view(-1, CLASSES), labels_of(shifted)) + half.sum() + rows.mean() + wide.mean()
+
+
+def copied_from_what_was_written_to(logits):
+    half = logits / 2
+    third = half / 1.5
+    half[..., 0] = -100.0
+    logits.add_(1.0)
+    return plain(third) + plain(half) + plain(logits)
+
+
+def read_in_inference_mode(logits):
+    with torch.inference_mode():
+        logits.argmax(-1)
+    return plain(logits) + logits.square().mean()
+
+
+def read_in_a_checkpoint(logits):
+    loss = plain(logits)
+    return loss + checkpoint(lambda logits: logits.log_softmax(-1).square().mean(), logits, use_reentrant=False)
+
+
 def read_before(logits):
     return logits.square().mean() + plain(logits)
 
@@ -106,6 +133,7 @@ def read_after(logits):
     return loss + logits.square().mean() + (logits.float() - logits.tanh()).mean()
 
 
+LATE = [read_in_inference_mode, read_in_a_checkpoint, copied_before_the_write, copied_from_what_was_written_to]
 READ = [probabilities, classes_second, with_answers, negated, other_classes, one_class, overwritten, read_before]
 
 
@@ -132,7 +160,7 @@ def past_overrides(logits):
         return logits.square().mean() + torch.tanh(half).sum()
 
 
-@pytest.mark.parametrize("loss_of", [*SPARED, *READ, read_after, in_function, past_overrides])
+@pytest.mark.parametrize("loss_of", [*SPARED, *READ, *LATE, read_after, in_function, past_overrides])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -143,7 +171,7 @@ def test_losses_and_gradients_are_those_of_the_output(loss_of, dtype, autocast, 
         assert type(logits) is LinearLogits
         found = loss_of(logits)
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    assert logits.later.call.is_made == (loss_of in (*READ, read_after, in_function))
+    assert logits.later.call.is_made == (loss_of in (*READ, *LATE, read_after, in_function))
     half = dtype != torch.float32 or autocast
     tolerance = {"rtol": 3e-2, "atol": 3e-2} if half else {"rtol": 1e-5, "atol": 1e-6}
     scale = max(1.0, expected.abs().item() ** 0.5)
@@ -221,14 +249,68 @@ def test_reading_a_change_past_overrides_raises():
     layer, input = layer_and_input()
     logits = linear_logits(layer, input)
     half = logits / 2
+    rows = logits.view(-1, CLASSES)
     logits.mul_(2)
-    for read in (logits, half):
-        torch.testing.assert_close(read.clone(), layer(input) * (2 if read is logits else 1))
+    torch.testing.assert_close(half.clone(), layer(input) / 2)
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.testing.assert_close(half.square(), (layer(input) / 2).square())
+    for read in (logits, rows):
+        torch.testing.assert_close(read.clone(), (layer(input) * 2).view(read.shape))
         with (
             torch._C.DisableTorchFunctionSubclass(),
             pytest.raises(RuntimeError, match=r"Hand it a copy, as logits.clone"),
         ):
             read.square()
+
+
+def test_copies_in_inference_mode_are_of_what_there_was():
+    """Nothing tells there that a tensor has been written to."""
+    layer, input = layer_and_input()
+    with torch.inference_mode():
+        logits = linear_logits(layer, input.detach().clone())
+        half, rows = logits / 2, logits.view(-1, CLASSES)
+        logits.mul_(2)
+        torch.testing.assert_close(half.clone(), layer(input) / 2)
+        torch.testing.assert_close(rows.clone(), (layer(input) * 2).view(-1, CLASSES))
+
+
+def test_values_that_could_have_no_gradient_raise():
+    """As native's do where the layer is called."""
+    layer, input = layer_and_input()
+    with torch.inference_mode():
+        input = input.detach().clone()
+    logits = linear_logits(layer, input)
+    with pytest.raises(RuntimeError, match="Inference tensors"):
+        logits.argmax(-1)
+
+
+@pytest.mark.parametrize("read", [plain, lambda logits: logits.argmax(-1)], ids=["loss", "values"])
+def test_reading_after_a_parameter_has_other_data_raises(read):
+    layer, input = layer_and_input()
+    logits = linear_logits(layer, input)
+    layer.weight.data = layer.weight.data + 1
+    with pytest.raises(RuntimeError, match="has changed or been freed"):
+        read(logits)
+
+
+def test_a_parameter_that_is_freed_when_the_layer_has_run_has_ordinary_logits():
+    """As DeepSpeed's are, which it marks."""
+    layer, input = layer_and_input()
+    layer.weight.ds_id = 0
+    assert type(linear_logits(layer, input)) is torch.Tensor
+
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize("index", [(ALL, slice(-1)), (ALL, slice(-1), ALL), (..., slice(-1), ALL)], ids=str)
+def test_slices_of_rows_are_remembered(index):
+    layer, input = layer_and_input()
+    logits = linear_logits(layer, input)
+    found, expected = logits[index], layer(input)[index]
+    torch.testing.assert_close(plain(found), F.cross_entropy(expected.reshape(-1, CLASSES), labels_of(expected)))
+    assert not logits.later.call.is_made
+    assert torch.equal(found, expected)
 
 
 def test_hooks():
@@ -237,6 +319,12 @@ def test_hooks():
     logits.register_hook(seen.append)
     plain(logits).backward()
     assert seen[0].shape == logits.shape
+    logits = linear_logits(layer, input)
+    with torch.no_grad():
+        plain(logits)
+    logits.retain_grad()  # no loss has a graph yet
+    plain(logits).backward()
+    torch.testing.assert_close(logits.grad, *seen)
     logits = linear_logits(layer, input)
     plain(logits)
     with pytest.raises(RuntimeError, match="register_hook on logits of which a loss was computed before"):

@@ -291,6 +291,36 @@ def test_a_loss_of_the_models_own_is_kept():
         assert model(**batch()).loss == 5
 
 
+def test_a_loss_of_the_models_own_may_be_set_meanwhile():
+    model = model_of()
+    with integration.apply():
+        model.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 5
+        assert model(**batch()).loss == 5
+    assert model(**batch()).loss == 5
+
+
+@each_linear
+@pytest.mark.parametrize("count", [0, torch.tensor(0)], ids=["number", "tensor"])
+def test_a_batch_in_which_nothing_counts(linear, count):
+    model, ignored = model_of(), torch.full_like(batch()["labels"], -100)
+    with integration.apply(linear=linear):
+        outputs, gradients = step(model, labels=ignored, num_items_in_batch=count)
+    assert outputs.loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("name", ["ForCausalLM", "ForMaskedLM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_logits_that_are_cut(name, dtype):
+    """As BLIP-2 cuts them: transformers' copy to float32 makes them contiguous, and nobody copies here."""
+    model = type("Model", (PreTrainedModel,), {"__init__": lambda self: None, "loss_type": name})()
+    logits = LOGITS.to(dtype)[:, 2:]
+    arguments = {"logits": logits, "labels": IDS[:, 2:].contiguous(), "vocab_size": 10}
+    expected = loss_utils.LOSS_MAPPING[name](**arguments | {"logits": logits.contiguous()})
+    with integration.apply():
+        torch.testing.assert_close(model.loss_function(**arguments), expected)
+
+
 def test_without_labels_logits_are_plain():
     model, ids = model_of().eval(), batch()["input_ids"]
     arguments = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}

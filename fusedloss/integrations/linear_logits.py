@@ -6,6 +6,7 @@ For models whose forward calls the layer and then the loss, and cannot be edited
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -43,8 +44,9 @@ class LinearLogits(Tensor):
     once, as an ordinary tensor with its place in the graph, and works on that tensor; from then on a loss does so too.
 
     Raises:
-        RuntimeError: they are read after the layer's input or a parameter has changed or been freed; or a hook is
-            registered, or ``retain_grad`` called, after a loss has been computed, which has no gradient of them.
+        RuntimeError: they are read after the layer's input or a parameter has changed or been freed (what is written
+            through ``parameter.data`` nobody can see); or a hook is registered, or ``retain_grad`` called, after a loss
+            has been computed, which has no gradient of them.
     """
 
     later: "_Later"
@@ -82,9 +84,13 @@ class _Call:
         self.device = input.device.type
         self.casts = torch.is_autocast_enabled(self.device) and input.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(self.device) if self.casts else input.dtype
-        self.has_loss = False  # one that was computed without the output
+        self.in_inference_mode = torch.is_inference_mode_enabled()
+        self.has_loss = False  # one that was computed without the output, and has a gradient
         self.hooks: list[Callable] = []
-        self.versions = [_version(tensor) for tensor in self.tensors]
+        self.classes = weight.shape[0]
+        # Kept, so that no other storage gets the place of one of these, by which they are known.
+        self.storages = [tensor.untyped_storage() for tensor in self.tensors] if self.is_plain else []
+        self.identities = [_identity(tensor) for tensor in self.tensors] if self.is_plain else []
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -99,6 +105,7 @@ class _Call:
             and self.input.dim() > 1
             and self.input.shape[-1] == self.weight.shape[-1]
             and all(type(each) is nn.Parameter and each.device == self.input.device for each in parameters)
+            and not any(hasattr(each, "ds_id") for each in parameters)  # DeepSpeed's, freed when the layer has run
             and (self.casts or all(each.dtype == self.input.dtype for each in parameters))
         )
 
@@ -120,8 +127,8 @@ class _Call:
             return linear(*tensors)
 
     def check(self) -> None:
-        for tensor, version in zip(self.tensors, self.versions, strict=True):
-            if _version(tensor) != version or (tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0):
+        for tensor, identity in zip(self.tensors, self.identities, strict=True):
+            if _identity(tensor) != identity or (tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0):
                 raise RuntimeError(
                     "logits are computed when they are read, and the input or a parameter of their linear layer has "
                     "changed or been freed since the layer was called: read them before, as before optimizer.step()"
@@ -142,23 +149,48 @@ class _Later:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.input.shape[:-1], self.call.weight.shape[0])
+        return (*self.input.shape[:-1], self.call.classes)
 
     @cached_property
     def values(self) -> Tensor:
-        with torch.set_grad_enabled(self.has_grad):
-            values = self.call.output if self.before is None else self.step(self.before.values)
-        self.version = _version(values)
-        return values
+        """As they are in the graph of where the layer was called, whoever reads them first, and in whatever mode."""
+        with (
+            torch.inference_mode(self.call.in_inference_mode),
+            torch.set_grad_enabled(self.has_grad),
+            _nobody_keeps_count_of_saved_tensors(),
+        ):
+            if self.before is None:
+                values = self.call.output
+                self.version = _version(values)
+                return values
+            was_made = self.call.is_made
+            values = self.step(self.before.values)
+            if values.untyped_storage().data_ptr() == self.before.values.untyped_storage().data_ptr():
+                self.version = self.before.version  # a view, which what is written to the whole changes too
+                return values
+            if was_made and self.before.has_changed is not False:
+                values = self.step(self.before.fresh())  # a copy is of what there was when it was made
+            self.version = _version(values)
+            return values
+
+    @property
+    def has_changed(self) -> bool | None:
+        """Whether somebody has written to the values since they were made; None where nobody knows."""
+        version = _version(self.values)
+        return None if version is None else version != self.version
+
+    def fresh(self) -> Tensor:
+        """The values before anybody wrote to them, computed anew and not kept."""
+        return self.call.compute() if self.before is None else self.step(self.before.fresh())
 
     def compute(self) -> Tensor:
-        """The values, computed anew and not kept: where a graph of them would lead nowhere."""
-        if "values" in vars(self) and _version(self.values) != self.version:
+        """The values, computed anew: where a graph of those that are kept would lead nowhere."""
+        if self.call.is_made and self.has_changed:
             raise RuntimeError(
                 "logits were changed in place before an autograd Function, or C++, has read them: it would read them, "
                 "and their gradient, as they were. Hand it a copy, as logits.clone()"
             )
-        return self.call.compute() if self.before is None else self.step(self.before.compute())
+        return self.fresh()
 
     def then(self, function, arguments, **changes) -> Tensor:
         given = {"input": self.input, "dtype": self.dtype, "inner": self.inner, "outer": self.outer, **changes}
@@ -204,6 +236,18 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _identity(tensor: Tensor) -> tuple:
+    """Another where the tensor has been written to or has another storage. One storage may move, as FSDP's do."""
+    return _version(tensor), tensor.untyped_storage()._cdata, tensor.shape, tensor.dtype
+
+
+def _nobody_keeps_count_of_saved_tensors():
+    """A checkpoint runs its function again, and counts; the second time, values that are kept save nothing."""
+    if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 # --- Answers without values, or NotImplemented -----------------------------------------------------------------------
 
 
@@ -232,13 +276,13 @@ def _reshaped(function, logits, *args, **kwargs):
 
 
 def _sliced(function, logits, index):
-    """Slices of rows that keep all classes: ``[:, :-1]`` and ``[..., :-1, :]`` of three dimensions."""
+    """Slices of rows that keep all classes: ``[:, :-1]``, ``[:, :-1, :]`` and ``[..., :-1, :]`` of three dimensions."""
     index = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(each, slice) or each is ... for each in index):
         return NotImplemented
-    has_classes = (
-        index[-1:] == (slice(None),) if index[:1] == (...,) else ... not in index and len(index) < logits.dim()
-    )
+    everything = (slice(None),)
+    of_classes = index[-1:] if index[:1] == (...,) or len(index) == logits.dim() else everything
+    has_classes = of_classes == everything and ... not in index[1:]
     return logits.later.then(function, (index,), input=logits.later.input[index]) if has_classes else NotImplemented
 
 
@@ -266,7 +310,7 @@ def _cross_entropy(function, logits, target, *args, **kwargs):
     if logits.dim() != 2 or target.is_floating_point() or not asked.keys() <= _OPTIONS or not has_graph:
         return NotImplemented
     call.check()
-    call.has_loss = True
+    call.has_loss |= torch.is_grad_enabled()
     casts = torch.is_autocast_enabled(call.device)
     with torch.autocast(call.device, call.dtype, enabled=call.dtype in HALF):
         loss = functional.linear_cross_entropy(

@@ -33,12 +33,16 @@ except ImportError as error:
 
 
 def fixed_cross_entropy(source, target, num_items_in_batch=None, ignore_index=-100, **kwargs):
-    """transformers' function of that name; 0, where that is NaN, if num_items_in_batch is a tensor and counts none."""
-    if not isinstance(num_items_in_batch, Tensor):
-        return functional.cross_entropy(source, target, ignore_index=ignore_index, denominator=num_items_in_batch)
-    denominator = num_items_in_batch.to(source.device)
+    """transformers' function of that name; 0, where that is NaN, if num_items_in_batch is 0 and no target counts."""
+    denominator = num_items_in_batch
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(source.device)
+    elif denominator == 0:  # as a number it is an error
+        denominator = source.new_zeros((), dtype=torch.int64)
     loss = functional.cross_entropy(source, target, ignore_index=ignore_index, denominator=denominator)
-    return loss.view(denominator.shape)  # of a sum divided by it: (1), if DataParallel has scattered it
+    if isinstance(denominator, Tensor):
+        return loss.view(denominator.shape)  # of a sum divided by it: (1), if DataParallel has scattered it
+    return loss
 
 
 def _in_float32(logits, target, *args, **kwargs):
@@ -55,12 +59,12 @@ def ForCausalLMLoss(
     if shift_labels is None:
         shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
-    return _in_float32(logits.view(-1, vocab_size), target, num_items_in_batch, ignore_index)
+    return _in_float32(logits.reshape(-1, vocab_size), target, num_items_in_batch, ignore_index)
 
 
 def ForMaskedLMLoss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, **kwargs):
     target = labels.view(-1).to(logits.device)
-    return _in_float32(logits.view(-1, vocab_size), target, num_items_in_batch, ignore_index)
+    return _in_float32(logits.reshape(-1, vocab_size), target, num_items_in_batch, ignore_index)
 
 
 def ForTokenClassification(logits, labels, config, **kwargs):
@@ -76,10 +80,12 @@ _OURS: list[tuple[Any, Callable]] = [  # theirs, or None where there is none of 
 ]
 
 
-@property  # type: ignore[misc]
-def _loss_function(model):
+def _loss_of(model):
     found = _native_loss_function.fget(model)
     return next((ours for native, ours in _OURS if native is found), found)
+
+
+_loss_function = property(_loss_of, _native_loss_function.fset, _native_loss_function.fdel)
 
 
 def _call(model, *args, **kwargs):
