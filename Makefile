@@ -1,6 +1,7 @@
 # Every target sets up what it needs by itself (tools/bootstrap.py); running it again is quick.
 
-# TORCH=torch==2.13.0 installs that one where there is none yet; the default is the newest of requirements/torch.txt.
+# TORCH=torch==2.13.0 makes a .venv with that one; the default is what the active environment has, or else the newest of
+# requirements/torch.txt.
 PYTHON ?= python3
 
 bootstrap = $(PYTHON) tools/bootstrap.py $(if $(TORCH),--torch '$(TORCH)')

@@ -5,6 +5,7 @@ machine decides nothing. Build with --no-build-isolation: an isolated build woul
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -39,18 +40,29 @@ def find_cuda_home():
             return str(home)
 
 
+def what_hinders_cuda(home):
+    """Why the CUDA kernels cannot be built with the toolkit there, or None."""
+    if not home:
+        return "no CUDA toolkit (nvcc) was found"
+    said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", said)
+    theirs, ours = torch.version.cuda, release[1] if release else "unknown"
+    if theirs and ours.split(".")[0] != theirs.split(".")[0]:
+        return f"the CUDA toolkit in {home} is {ours}, and this torch's {theirs}: torch wants the same major version"
+
+
 def decide_cuda():
     """The toolkit to build the CUDA kernels with, or None; says what was decided and why."""
     wish = os.environ.get("FUSEDLOSS_CUDA", "auto")
-    home = find_cuda_home()
     if wish not in ("auto", "1", "0"):
         sys.exit(f"FUSEDLOSS_CUDA must be auto, 1 or 0, got {wish!r}")
-    if wish == "1" and not home:
-        sys.exit("FUSEDLOSS_CUDA=1, but no CUDA toolkit (nvcc) was found")
-    build = home and wish != "0"
-    reason = f"nvcc in {home}" if build else "FUSEDLOSS_CUDA=0" if wish == "0" else "no CUDA toolkit (nvcc) was found"
-    print(f"fusedloss: {'building' if build else 'not building'} the CUDA kernels: {reason}", file=sys.stderr)
-    return home if build else None
+    home = find_cuda_home()
+    obstacle = "FUSEDLOSS_CUDA=0" if wish == "0" else what_hinders_cuda(home)
+    if wish == "1" and obstacle:
+        sys.exit(f"FUSEDLOSS_CUDA=1, but {obstacle}")
+    decision = f"not building the CUDA kernels: {obstacle}" if obstacle else f"building the CUDA kernels: {home}"
+    print(f"fusedloss: {decision}", file=sys.stderr)
+    return None if obstacle else home
 
 
 def gencode(archs):
@@ -71,7 +83,6 @@ def write_build_info(cuda_archs):
     facts = {
         "VERSION": VERSION,
         "GIT_REVISION": revision if revision.isalnum() else "unknown",
-        "TORCH_VERSION": torch.__version__,
         "CUDA_ARCHS": cuda_archs.replace(";", " "),
     }
     text = "".join(f'#define FUSEDLOSS_{name} "{value}"\n' for name, value in facts.items())
@@ -85,6 +96,8 @@ def extension():
     kinds = ("csrc/**/*.cpp", "csrc/kernels/cuda/*.cu")
     sources, cuda_sources = (sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(kind)) for kind in kinds)
     options = {"include_dirs": [str(BUILD)], "extra_link_args": ["-fopenmp"]}
+    # In the command of each file, which is compiled again beside another torch: its headers may be older than objects.
+    options["define_macros"] = [("FUSEDLOSS_TORCH_VERSION", f'"{torch.__version__}"')]
     cuda_home = decide_cuda()
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home
@@ -96,7 +109,7 @@ def extension():
         # One CUDA runtime in the process: torch's where it has one, else our own.
         runtime = ["cudart"] if torch.version.cuda else ["cudart_static", "dl", "rt", "pthread"]
         options |= {"libraries": runtime, "library_dirs": [f"{cuda_home}/{lib}" for lib in ("lib64", "lib")]}
-        options["define_macros"] = [("FUSEDLOSS_WITH_CUDA", None)]
+        options["define_macros"] += [("FUSEDLOSS_WITH_CUDA", None)]
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST")  # torch makes flags of it
     write_build_info((archs or CUDA_ARCHS) if cuda_home else "")
     # The environment's CXXFLAGS come last, and win: setuptools puts its own before ours, where it reads them at all.

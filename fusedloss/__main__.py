@@ -3,10 +3,10 @@
 The step is timed where its tensors would lie in training: on the GPU if this build has kernels for it, else on the CPU.
 """
 
+import importlib.metadata
 import importlib.util
 import platform
 import statistics
-import sys
 
 import torch
 from torch.utils.benchmark import Timer
@@ -49,8 +49,9 @@ def missing_here(info):
         if not info["cuda"] or backend._not_compiled_for(torch.device("cuda")):
             command = f"FUSEDLOSS_CUDA=1 TORCH_CUDA_ARCH_LIST={architecture} {REBUILD}"
             yield "CUDA kernels for this GPU: in a clone of the repository, with a CUDA toolkit", command
-    if importlib.util.find_spec("triton") is None and sys.platform == "linux":
-        yield "Triton kernels", "pip install triton"
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        of_torch = (each for each in importlib.metadata.requires("torch") or () if each.startswith("triton"))
+        yield "Triton kernels", f"pip install '{next(of_torch, 'triton').partition(';')[0].strip()}'"
 
 
 def compare(device: str) -> None:

@@ -11,21 +11,27 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-_BUILD = "in a clone of its repository, by `pip install --no-build-isolation --force-reinstall --no-deps .`"
+_PARENT = Path(__file__).parents[1]
+if (_PARENT / "setup.py").exists():
+    _BUILD = (
+        f"build it in place, by `python setup.py build_ext --inplace`. These are the sources, in {_PARENT}: "
+        "to import a fusedloss that is installed, start Python from another folder"
+    )
+else:
+    _BUILD = "build it in a clone, by `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
 # Before it is loaded: beside another torch the library lacks symbols, or misreads torch's classes.
 _beside = _VERSION.read_text().strip() if _VERSION.exists() else torch.__version__
 if _minor(_beside) != _minor(torch.__version__):
     raise ImportError(
         f"fusedloss is built beside torch {_beside}, and this is torch {torch.__version__}: "
-        f"install a wheel of it that is built for torch {_minor(torch.__version__)}, or build it, {_BUILD}"
+        f"install a wheel of it that is built for torch {_minor(torch.__version__)}, or {_BUILD}"
     )
 try:
     from fusedloss import _C
 except ImportError as error:
     raise ImportError(
-        f"fusedloss's compiled part does not load beside torch {torch.__version__}: {error}. Build it, {_BUILD} "
-        "(or, to use it from there, by `python setup.py build_ext --inplace`)"
+        f"fusedloss's compiled part does not load beside torch {torch.__version__}: {error}. To mend it, {_BUILD}"
     ) from error
 
 ops = torch.ops.fusedloss

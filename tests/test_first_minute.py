@@ -1,5 +1,6 @@
 """python -m fusedloss tells what is here and what is missing, and compares a step with native's."""
 
+import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -48,10 +49,18 @@ def test_missing_cuda_kernels(built_for, is_enough, on_a_gpu, monkeypatch):
     )
 
 
-def test_missing_triton_and_openmp(monkeypatch):
+OF_TORCH = ["numpy", 'triton==3.9.0; platform_system == "Linux"']
+
+
+@pytest.mark.parametrize(("requirements", "wanted"), [(OF_TORCH, "triton==3.9.0"), (None, "triton")])
+def test_missing_triton(requirements, wanted, on_a_gpu, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
+    missing = dict(command.missing_here({"openmp": True, "cuda": ""}))
+    assert missing["Triton kernels"] == f"pip install '{wanted}'"
+
+
+def test_without_a_gpu_nothing_of_it_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    missing = dict(command.missing_here({"openmp": False, "cuda": ""}))
-    assert missing["Triton kernels"] == "pip install triton"
-    assert any("OpenMP" in what for what in missing)
-    assert not any("CUDA" in what for what in missing), "there is no GPU to run them"
+    assert [what.partition(":")[0] for what, _ in command.missing_here({"openmp": False, "cuda": ""})] == ["Threads"]

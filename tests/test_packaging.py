@@ -7,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import bootstrap
 import pytest
 import torch
 from conftest import missing_cuda
@@ -68,6 +69,16 @@ def test_another_torch_than_the_build_s_is_a_sentence(tmp_path):
         (package / "_C.torch").unlink(missing_ok=True)
 
 
+def test_sources_that_hide_what_is_installed_say_so(tmp_path):
+    """Python looks in the current folder first, and there, in a clone, nobody has built in place."""
+    package = shutil.copytree(ROOT / "fusedloss", tmp_path / "fusedloss", ignore=shutil.ignore_patterns("_C*.so"))
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    done = run(sys.executable, "-c", "import fusedloss", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"These are the sources, in {package.parent}" in done.stderr.splitlines()[-1], done.stderr
+    assert "from another folder" in done.stderr.splitlines()[-1]
+
+
 def test_an_import_leaves_torch_s_compiler_alone():
     """It takes as long again as the import of torch."""
     done = run(sys.executable, "-c", "import sys, fusedloss; print('torch._dynamo' in sys.modules)")
@@ -83,16 +94,58 @@ def test_building_without_torch_says_what_to_install():
     assert "Traceback" not in built.stderr
 
 
+@pytest.mark.parametrize("named", [[], ["--torch", "torch==2.12.1"]], ids=["", "named"])
+def test_a_torch_that_is_named_has_an_environment_of_its_own(named, tmp_path, monkeypatch):
+    """However good that of the active environment is."""
+    of_its_own = tmp_path / ".venv/bin/python"
+    for name, value in {
+        "ROOT": tmp_path,
+        "VENV": tmp_path / ".venv",
+        "supported_torch": lambda: "2.13.0",
+        "in_environment": lambda: True,
+        "make_venv": lambda python, sees_system: asked.append((python, sees_system)),
+        "complete": lambda python, stamp, torch, requirement: asked.append((python, torch, requirement)),
+    }.items():
+        monkeypatch.setattr(bootstrap, name, value)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # puts back what main() leaves
+    monkeypatch.setattr(sys, "argv", ["bootstrap", "--no-build", *named])
+    asked = []
+    bootstrap.main()
+    used = Path((tmp_path / "build/python-path").read_text().strip())
+    if named:
+        assert used == of_its_own
+        assert asked == [(of_its_own, False), (of_its_own, None, "torch==2.12.1")]
+    else:
+        assert used == Path(sys.executable)
+        assert asked == [(used, "2.13.0", bootstrap.requirement_of_torch())]
+
+
 @pytest.mark.parametrize("wish", ["yes", "1"])
 def test_a_cuda_switch_that_cannot_be_obeyed_stops_the_build(wish, monkeypatch):
     monkeypatch.setenv("FUSEDLOSS_CUDA", wish)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    built = run(sys.executable, "setup.py", "--version")
-    if wish == "1" and list(ROOT.glob("csrc/kernels/cuda/*.cu")):
+    if wish == "1" and Path("/usr/local/cuda/bin/nvcc").exists():
         pytest.skip("the default place of the CUDA toolkit cannot be hidden")
+    built = run(sys.executable, "setup.py", "--version")
     assert built.returncode != 0
     assert "FUSEDLOSS_CUDA" in built.stderr
+
+
+@pytest.mark.parametrize("wish", ["auto", "1"])
+def test_a_toolkit_of_another_cuda_than_torch_s_is_not_taken(wish, monkeypatch, tmp_path):
+    """torch refuses to compile with it, after pages of commands."""
+    for name, text in {"bin/nvcc": "#!/bin/sh\necho release 12.8, V12.8.93\n", "include/cuda_runtime.h": ""}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FUSEDLOSS_CUDA", wish)
+    script = "import torch, runpy, sys; torch.version.cuda = '13.2'; sys.argv = ['setup.py', '--version']; "
+    built = run(sys.executable, "-c", script + "runpy.run_path('setup.py')")
+    assert f"the CUDA toolkit in {tmp_path} is 12.8, and this torch's 13.2" in built.stderr
+    assert (built.returncode == 0) == (wish == "auto")
+    assert ("not building the CUDA kernels" in built.stderr) == (wish == "auto")
 
 
 def test_what_the_cuda_launcher_is_asked_names_what_is_missing():

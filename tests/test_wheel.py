@@ -75,5 +75,7 @@ def test_a_wheel_says_which_torch_it_requires(environment):
     )
     version, requires = json.loads(run(environment, "-c", script))
     minor = ".".join(torch.__version__.split(".")[:2])
-    assert version.endswith(f"+torch{minor}")
+    has_cuda = torch.version.cuda and os.environ.get("FUSEDLOSS_CUDA") != "0"
+    cuda = f".cu{torch.version.cuda.split('.')[0]}" if has_cuda else ""
+    assert version.endswith(f"+torch{minor}{cuda}")
     assert f"torch=={minor}.*" in requires

@@ -2,10 +2,11 @@
 
     python3 tools/bootstrap.py [--torch torch==2.13.0]
 
-An active virtual or conda environment that has a torch we support (requirements/torch.txt) is used as it is. Otherwise
-the environment is .venv: it sees the torch of a system interpreter that has one, and else gets the one that --torch
-names, or the newest that we support. The path of the chosen interpreter is left in build/python-path. An environment
-that has everything is stamped, and from then on only the build, which is incremental, is run.
+Where --torch names one, the environment is .venv, and has that torch. Otherwise an active virtual or conda environment
+that has a torch we support (requirements/torch.txt) is used as it is; or it is .venv, which sees the torch of a system
+interpreter that has one, and else gets the newest that we support. The path of the chosen interpreter is left in
+build/python-path. An environment that has everything is stamped, and from then on only the build, which is incremental,
+is run.
 """
 
 import argparse
@@ -32,13 +33,13 @@ def main():
         version = "{}.{}".format(*sys.version_info)
         fail(f"Python 3.10 or newer is needed, and this is {version}: name another, as in PYTHON=python3.12")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch", help="what pip installs where there is no torch yet, such as torch==2.13.0")
+    parser.add_argument("--torch", help="what pip installs into .venv, such as torch==2.13.0")
     parser.add_argument("--no-build", action="store_true", help="only make the environment")
     options = parser.parse_args()
     if not options.no_build:
         os.environ["CXX"] = compiler()
 
-    torch = supported_torch()
+    torch = None if options.torch else supported_torch()
     if torch and in_environment():
         prefix, python = Path(sys.prefix), Path(sys.executable)
         say(f"using the active environment, with its torch {torch}")

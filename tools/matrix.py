@@ -36,6 +36,7 @@ print(json.dumps({
     "torch": torch.__version__,
     "triton": importlib.metadata.version("triton"),
     "kernels": ", ".join(["CPU"] + ["CUDA"] * bool(fusedloss.build_info()["cuda"])),
+    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
 }))
 """
 HEAD = """# Beside which torch it has been tested
@@ -61,9 +62,7 @@ def main():
     found = {lane: json.loads(path.read_text()) for lane in LANES if (path := FOLDER / f"{lane}.json").exists()}
     PAGE.write_text(HEAD + "".join(map(row, found.values())) + foot(found))
     print(PAGE.read_text())
-    sys.exit(
-        any(result.get("failed") != 0 or result["cpp"] != "pass" for result in found.values() if "torch" in result)
-    )
+    sys.exit(not all(result["passes"] for result in found.values()))
 
 
 def result_of(lane):
@@ -71,40 +70,47 @@ def result_of(lane):
     python = shutil.which(interpreter)
     if not python or subprocess.run([python, "--version"], capture_output=True).returncode:
         python = sys.executable
-    clone = FOLDER / lane
+    clone, log = FOLDER / lane, FOLDER / f"{lane}.log"
     shutil.rmtree(clone, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
-    log = FOLDER / f"{lane}.log"
     print(f"matrix: {lane}: make test TORCH='{requirement}' PYTHON={python}; see {log}", flush=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     with log.open("w") as file:
         command = ["make", "test", f"TORCH={requirement}", f"PYTHON={python}"]
-        subprocess.run(command, cwd=clone, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    text = log.read_text()
+        done = subprocess.run(command, cwd=clone, env=environment, stdout=file, stderr=subprocess.STDOUT)
     result = {"requirement": requirement, "revision": revision(), "date": time.strftime("%Y-%m-%d")}
+    text = log.read_text()
     if re.search("No matching distribution found for torch", text):
-        return {**result, "missing": "pip found none"}
-    (python,) = (clone / "build/python-path").read_text().split()
+        return {**result, "passes": True, "instead": "pip found none"}
+    closing = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+) in [\d.]+s", text, re.MULTILINE)
+    if not closing:
+        return {**result, "passes": False, "instead": "it came to no test"}
+    counts = {word.rstrip("s"): int(number) for number, word in re.findall(r"(\d+) (\w+)", closing[-1])}
+    python = (clone / "build/python-path").read_text().rstrip("\n")
     there = subprocess.run([python, "-c", WHAT_IS_THERE], cwd=clone, capture_output=True, text=True, check=True).stdout
-    closing = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+) in [\d.]+s", text, re.MULTILINE)[-1]
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", closing)}
-    cpp = "pass" if re.search("100% tests passed", text) else "none" if "no cmake" in text else "FAIL"
-    counts = {word: counts.get(word, 0) for word in ("passed", "failed", "skipped", "errors")}
-    counts["failed"] += counts.pop("errors")
-    return {**result, **json.loads(there), **counts, "cpp": cpp}
+    return {
+        **result,
+        **json.loads(there),
+        "passes": done.returncode == 0,
+        "passed": counts.get("passed", 0),
+        "failed": counts.get("failed", 0) + counts.get("error", 0),
+        "skipped": counts.get("skipped", 0),
+        "cpp": "pass" if "100% tests passed" in text else "none" if "Skipped the C++ tests" in text else "FAIL",
+    }
 
 
 def row(result):
-    asked = result["requirement"]
-    if "missing" in result:
-        return f"| `{asked}` | {result['missing']} | | | | | | | |\n"
+    asked = f"| `{result['requirement']}` |"
+    if "instead" in result:
+        return f"{asked} {result['instead']} | | | | | | | |\n"
     columns = ("torch", "triton", "python", "kernels", "passed", "failed", "skipped", "cpp")
-    return f"| `{asked}` | {' | '.join(str(result[column]) for column in columns)} |\n"
+    return f"{asked} {' | '.join(str(result[column]) for column in columns)} |\n"
 
 
 def foot(found):
+    gpus = sorted({result["gpu"] for result in found.values() if "gpu" in result})
     made = sorted({f"{result['revision']}, {result['date']}" for result in found.values()})
-    return f"\nOn {platform.system()} {platform.machine()}, without a GPU, of revision {'; '.join(made)}.\n"
+    return f"\nOn {platform.system()} {platform.machine()}, {', '.join(gpus)}, of revision {'; '.join(made)}.\n"
 
 
 def revision():

@@ -23,7 +23,7 @@ OF_TORCH = ["libc10.so", "libtorch_cpu.so", "libtorch_python.so", "libgomp.so.1"
 
 def main():
     os.environ.setdefault("FUSEDLOSS_CUDA", "1")
-    os.environ["FUSEDLOSS_LOCAL_VERSION"] = f"torch{'.'.join(torch.__version__.split('.')[:2])}"
+    os.environ["FUSEDLOSS_LOCAL_VERSION"] = local_version()
     shutil.rmtree(WHEELS, ignore_errors=True)
     run("pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", RAW, ROOT)
     (built,) = RAW.glob("*.whl")
@@ -32,6 +32,12 @@ def main():
     (wheel,) = WHEELS.glob("*.whl")
     run("pytest", "tests/test_wheel.py", "--wheel", wheel)
     print(f"built, and tried: {wheel.relative_to(ROOT)}, {wheel.stat().st_size / 1e6:.1f} MB")
+
+
+def local_version():
+    """As in torch2.15.cu13: wheels with kernels need the CUDA runtime of that major version, which torch brings."""
+    cuda = torch.version.cuda if os.environ["FUSEDLOSS_CUDA"] != "0" else None
+    return f"torch{'.'.join(torch.__version__.split('.')[:2])}" + (f".cu{cuda.split('.')[0]}" if cuda else "")
 
 
 def run(module, *arguments):
