@@ -45,7 +45,9 @@ def _calls(function: Callable, **values: str) -> Callable[[_Loss], _Loss]:
     by_name = [name for name in of_function if name not in (*by_position, *_DEPRECATED)]
     options = ", ".join([values[name] for name in by_position] + [f"{name}={values[name]}" for name in by_name])
     arguments = ", ".join(["self, input, target", *["*"][: len(of_a_call)], *(f"{name}=None" for name in of_a_call)])
-    forward = eval(f"lambda {arguments}: functional.{function.__name__}({options})")
+    text = f"lambda {arguments}: functional.{function.__name__}({options})"
+    # Not "<string>", under which Python 3.13 finds what it was given by -c, and TorchScript would read that.
+    forward = eval(compile(text, f"<forward of {function.__name__}>", "eval"))
     forward.__annotations__ = {name: function.__annotations__[name] for name in (*of_forward, "return")}
     # What TorchScript sees: it has no place for keyword-only arguments, nor for the defaults of others.
     parameters = inspect.signature(forward).parameters.values()

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import linecache
 import pickle
 import warnings
 
@@ -154,6 +155,14 @@ def test_legacy_module_options_warn_and_act_as_natively(name, options):
     )
     assert ours.reduction == native.reduction
     assert our_warnings == their_warnings
+
+
+@each_module
+def test_no_other_source_passes_for_that_of_forward(name, monkeypatch):
+    """From 3.13 on Python has what -c gave it as the file "<string>", and what is evaluated has that name, too."""
+    monkeypatch.setitem(linecache.cache, "<string>", (4, None, ["x = 1\n"], "<string>"))
+    with pytest.raises(OSError, match="could not get source code"):
+        inspect.getsource(getattr(fusedloss, name).forward)
 
 
 def test_build_info_names_the_build():
