@@ -419,6 +419,8 @@ def _linear_cross_entropy(
     trains = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (input, linear_weight, linear_bias)
     )
+    if trains and torch.compiler.is_compiling() and not _COMPILES_GRADIENTS:
+        raise NotImplementedError(f"{loss}: a compiled step with process_group needs torch 2.12 or newer")
     keeps = trains and reduction != _NONE and not return_lse and not return_entropy and grad_in_forward is not False
     keeps = keeps and not target.requires_grad and _fits(classes, input, linear_weight, memory, chunk)
     if torch.compiler.is_compiling() and keeps:
@@ -464,6 +466,10 @@ def _computed_rows(call, target, positions):
 
 def _rows(tensor, computed):
     return tensor if tensor is None or computed is None else tensor[computed]
+
+
+# 2.11's compiler has zeros for the gradient that comes in.
+_COMPILES_GRADIENTS = not torch.__version__.startswith("2.11.")
 
 
 class _LinearFunction(torch.autograd.Function):

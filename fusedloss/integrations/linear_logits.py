@@ -30,7 +30,7 @@ def linear_logits(layer: nn.Linear, input: Tensor) -> Tensor:
     without autocast (meta); nor where the layer's tensors are no plain ones (quantised, sharded, replicated) or do not
     fit together. There it is computed.
     """
-    is_eager = torch.amp.is_autocast_available(input.device.type) and not _is_traced()
+    is_eager = not _is_traced() and torch.amp.is_autocast_available(input.device.type)
     call = _Call(input, layer.weight, layer.bias) if is_eager else None
     return _place(_Later(call, input, call.dtype)) if call and call.is_plain else type(layer).forward(layer, input)
 
