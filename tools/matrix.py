@@ -1,6 +1,6 @@
 """Build and test fusedloss beside each torch at the ends of what is supported, and write docs/matrix.md.
 
-    python tools/matrix.py [oldest] [newest] [cpu]
+    python tools/matrix.py [--keep] [oldest] [newest] [cpu]
 
 Each lane is a clone of this commit in build/matrix, where `make test` makes an environment and runs in it, as for
 anyone: pip's settings are the machine's own. A build of torch for CPUs has "+cpu" in its version. Where pip finds none,
@@ -53,26 +53,32 @@ build of torch for CPUs: each in an environment of its own, made from nothing.
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lanes", nargs="*", metavar="|".join(LANES), help="all, where none is named")
-    lanes = parser.parse_args().lanes or list(LANES)
+    parser.add_argument("--keep", action="store_true", help="go on with the environments of an earlier run")
+    options = parser.parse_args()
+    lanes = options.lanes or list(LANES)
     if unknown := set(lanes) - set(LANES):
         parser.error(f"there is no lane {', '.join(unknown)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     for lane in lanes:
-        (FOLDER / f"{lane}.json").write_text(json.dumps(result_of(lane)))
+        (FOLDER / f"{lane}.json").write_text(json.dumps(result_of(lane, options.keep)))
     found = {lane: json.loads(path.read_text()) for lane in LANES if (path := FOLDER / f"{lane}.json").exists()}
     PAGE.write_text(HEAD + "".join(map(row, found.values())) + foot(found))
     print(PAGE.read_text())
     sys.exit(not all(result["passes"] for result in found.values()))
 
 
-def result_of(lane):
+def result_of(lane, keep):
     requirement, interpreter = LANES[lane]
     python = shutil.which(interpreter)
     if not python or subprocess.run([python, "--version"], capture_output=True).returncode:
         python = sys.executable
     clone, log = FOLDER / lane, FOLDER / f"{lane}.log"
-    shutil.rmtree(clone, ignore_errors=True)
-    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    if keep and clone.exists():
+        subprocess.run(["git", "fetch", "--quiet", ROOT, "HEAD"], cwd=clone, check=True)
+        subprocess.run(["git", "checkout", "--quiet", "--force", "FETCH_HEAD"], cwd=clone, check=True)
+    else:
+        shutil.rmtree(clone, ignore_errors=True)
+        subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     print(f"matrix: {lane}: make test TORCH='{requirement}' PYTHON={python}; see {log}", flush=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     with log.open("w") as file:
