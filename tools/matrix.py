@@ -84,7 +84,7 @@ def result_of(lane, keep):
     with log.open("w") as file:
         command = ["make", "test", f"TORCH={requirement}", f"PYTHON={python}"]
         done = subprocess.run(command, cwd=clone, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    result = {"requirement": requirement, "revision": revision(), "date": time.strftime("%Y-%m-%d")}
+    result = {"requirement": requirement, "date": time.strftime("%Y-%m-%d")}
     text = log.read_text()
     if re.search("No matching distribution found for torch", text):
         return {**result, "passes": True, "instead": "pip found none"}
@@ -115,14 +115,8 @@ def row(result):
 
 def foot(found):
     gpus = sorted({result["gpu"] for result in found.values() if "gpu" in result})
-    made = sorted({f"{result['revision']}, {result['date']}" for result in found.values()})
-    return f"\nOn {platform.system()} {platform.machine()}, {', '.join(gpus)}, of revision {'; '.join(made)}.\n"
-
-
-def revision():
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    dates = sorted({result["date"] for result in found.values()})
+    return f"\nOn {platform.system()} {platform.machine()}, {', '.join(gpus)}, {' and '.join(dates)}.\n"
 
 
 if __name__ == "__main__":
