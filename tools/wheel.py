@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bootstrap
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,7 @@ OF_TORCH = ["libc10.so", "libtorch_cpu.so", "libtorch_python.so", "libgomp.so.1"
 
 def main():
     os.environ.setdefault("FUSEDLOSS_CUDA", "1")
+    os.environ["CXX"] = bootstrap.compiler()  # as in the build in place, whose objects are then taken
     os.environ["FUSEDLOSS_LOCAL_VERSION"] = local_version()
     shutil.rmtree(WHEELS, ignore_errors=True)
     run("pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", RAW, ROOT)
