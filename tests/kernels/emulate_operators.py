@@ -59,6 +59,7 @@ def build_kernels() -> str:
 
 def build_package(kernels: str) -> None:
     """A copy of the package whose operators call them."""
+    import torch
     from setuptools import setup
     from torch.utils import cpp_extension
 
@@ -71,6 +72,7 @@ def build_package(kernels: str) -> None:
         "fusedloss._C",
         [str(path.relative_to(ROOT)) for path in sources],
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "build")],  # setup.py leaves a header in build
+        define_macros=[("FUSEDLOSS_TORCH_VERSION", f'"{torch.__version__}"')],
         extra_compile_args={"cxx": flags},
         extra_link_args=["-fopenmp", kernels],
     )
