@@ -96,7 +96,7 @@ class _Call:
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.input, self.weight, self.bias) if tensor is not None]
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         parameters = self.tensors[1:]
         return (
