@@ -84,9 +84,17 @@ def compilers(request, tmp_path_factory):
         yield {path: pool.submit(compiled, path, folder) for path in sorted(asked) if reason_to_skip(path) is None}
 
 
+def is_first_in_its_source(path):
+    """Whether csrc/.../NAME.cpp begins with NAME.h. Building it then shows that the header compiles alone."""
+    source = path.with_suffix(".cpp")
+    return source.exists() and INCLUDE.search(source.read_text()).groups() == ('"', path.name)
+
+
 def reason_to_skip(path):
     if part := PART.match(path.read_text()):
         return f"a part of {part[1]}, which includes it in its middle"
+    if is_first_in_its_source(path):
+        return f"{path.with_suffix('.cpp').name} begins with it, and has been built"
     if is_of_cuda(path):
         return None if NVCC else "there is no nvcc"
     return None if COMPILER else "there is no C++ compiler"
