@@ -5,7 +5,8 @@ sources with g++:
 
 A fast build runs every case at full size. A build that checks every access (bounds, races, barriers) then runs small
 cases in several orders of threads and blocks. Last, the bytes that each pass moves are compared with what it should
-move. Two processes share the work; builds are cached.
+move. Two processes share the work; builds are cached. --quick has two element types, one of them
+at full size, and fewer orders.
 """
 
 import argparse
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 SIZES = [4, 8, 2, 2]
 CROSS_ENTROPY, NLL, ELEMENTS, RESCALE, LAUNCHES, BORDERS = range(6)  # the parts of check_kernels.cu
+HALVES = [CROSS_ENTROPY, LAUNCHES, RESCALE], [BORDERS, ELEMENTS, NLL]  # that take about as long
 FORWARD, FORWARD_WITH_GRADIENT, BACKWARD = range(3)
 PASSES = ["forward", "forward_with_gradient", "backward"]
 
@@ -123,7 +125,7 @@ def worker(emulator, args):
     if args.check:
         orders += [("reverse", 0)] + [("random", seed) for seed in range(args.seeds)]
     for dtype in args.dtypes:
-        for part in (LAUNCHES, RESCALE, NLL, ELEMENTS, CROSS_ENTROPY, BORDERS):
+        for part in args.parts:
             cases += work.run(args.check, orders, dtype, part)
     print(cases, work.launches, work.failures, flush=True)
 
@@ -201,12 +203,13 @@ def check_bytes(emulator):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 random orders instead of 20, and two element types")
+    parser.add_argument("--quick", action="store_true", help="3 random orders instead of 20, and fewer element types")
     parser.add_argument("--cuda-emu", help="the emulator's directory; else FUSEDLOSS_CUDA_EMU, or ../shared/cuda_emu")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--dtypes", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--parts", type=int, nargs="*", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
     start = time.time()
     place = find_emulator(args.cuda_emu)
@@ -217,9 +220,9 @@ def main():
     seeds = 3 if args.quick else 20
     total = [0, 0, 0]
 
-    def share(check, dtypes):
+    def share(check, dtypes, parts):
         command = [sys.executable, __file__, "--worker", "--cuda-emu", str(place), "--seeds", str(seeds)]
-        command += ["--check"] * check + ["--dtypes", *map(str, dtypes)]
+        command += ["--check"] * check + ["--dtypes", *map(str, dtypes), "--parts", *map(str, parts)]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         *lines, last = result.stdout.rstrip().split("\n")
         numbers = last.split()
@@ -231,8 +234,8 @@ def main():
         load(emulator, check)  # built once, before two processes use it
         print(f"{what} (built after {time.time() - start:.0f} s)", flush=True)
         with ThreadPoolExecutor(2) as pool:
-            shares = [[0, 2], [1, 3]] if not args.quick else [[0], [2]]
-            for lines, numbers in pool.map(share, [check] * 2, shares):
+            dtypes = [0, 1, 2, 3] if not args.quick else [0, 2] if check else [0]
+            for lines, numbers in pool.map(share, [check] * 2, [dtypes] * 2, HALVES):
                 for line in lines:
                     print("   ", line)
                 for i, n in enumerate(numbers):
