@@ -203,6 +203,21 @@ def test_predictions_come_with_a_gradient_in_forward(loss, shape, inplace, dtype
     torch.testing.assert_close(gradient, expected)
 
 
+@each_layout
+@pytest.mark.parametrize("classes", [64, 2064])
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"logit_softcap": 1.0}], ids=str)
+def test_argmax_is_of_the_logits_whose_place_the_gradient_takes(options, classes, layout, device):
+    rows = torch.zeros(3, classes)
+    rows[:, 3], rows[:, 40] = torch.tensor(1.75).nextafter(torch.tensor(0.0)), 1.75  # the same once scaled
+    rows[1] *= 100  # or capped
+    leaf = laid_out(rows, layout).to(device).requires_grad_()
+    target = positions_of(torch.tensor([0, 1, 2]), layout).to(device)
+    _, argmax = fusedloss.cross_entropy(
+        leaf * 1, target, inplace=True, return_argmax=True, grad_in_forward=True, **options
+    )
+    assert (argmax == 40).all()
+
+
 def test_a_prediction_brings_nothing_of_an_ignored_row_into_the_gradient(device):
     input = torch.randn(4, 6, device=device)
     input[1] = torch.nan

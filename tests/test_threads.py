@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support import LOSSES, differentiate, each, each_reduction, short
+from support import LOSSES, compare, differentiate, each, each_reduction, short
+
+import fusedloss
 
 # More rows, and more elements, than one thread gets: (rows, classes) and an image.
 BIG = [(4096, 33), (4, 19, 64, 65)]
@@ -37,6 +39,60 @@ def test_one_thread_and_two_give_the_same_bits(loss, reduction, shape, dtype, tw
     two, again, one = (on_threads(n, lambda: differentiate(loss.ours, input, target, **options)) for n in (2, 2, 1))
     torch.testing.assert_close(two, again, rtol=0, atol=0)
     torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
+LONG = (3, 300_001)  # rows that are split over threads, with a ragged end
+WAYS = {
+    "plain": {},
+    "options": {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_scale": 0.5},
+    "capped": {"logit_softcap": 20.0},
+    "unreduced": {"reduction": "none"},
+    "every answer": {"return_lse": True, "return_entropy": True, "return_argmax": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@each("cross_entropy", "cross_entropy_soft")
+def test_a_long_row_is_the_same_on_one_thread_and_two_and_right(loss, options, dtype, two_threads):
+    input, target = loss.sample(*LONG, dtype=dtype, scale=3.0)
+    input[0, 200_000] = 40.0  # a maximum that later segments do not reach
+    input[1, :280_000] = -torch.inf  # segments without a finite logit
+    if not target.is_floating_point():
+        target = torch.tensor([7, 290_000, -100])
+    two, one = (
+        on_threads(count, lambda: differentiate(loss.ours, input, target, **options, **loss.separate))
+        for count in (2, 1)
+    )
+    torch.testing.assert_close(two, one, rtol=0, atol=0, equal_nan=True)
+    if "return_argmax" in options:
+        assert torch.equal(loss.ours(input, target, **options)[3], input.argmax(1))
+        options = {name: value for name, value in options.items() if name != "return_argmax"}
+    if dtype != torch.float64 and not target.is_floating_point():
+        compare(loss, input, target, **options)  # of float64 there is no wider truth, and the sum is 1 + 3.5e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
+def test_a_long_row_is_the_same_among_more_than_are_split(dtype, two_threads):
+    logits = torch.randn(17, LONG[1], dtype=dtype)
+    target = torch.randint(LONG[1], (17,))
+    options = {"reduction": "none", "return_lse": True}
+    few, many = (fusedloss.cross_entropy(logits[:count], target[:count], **options) for count in (3, 17))
+    torch.testing.assert_close(few, tuple(answer[:3] for answer in many), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 20.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_a_long_row_may_be_replaced_by_its_gradient(dtype, options, two_threads):
+    logits = torch.randn(2, LONG[1]).to(dtype)
+    target = torch.tensor([5, 299_999])
+
+    def gradient(inplace):
+        scaled = (logits.clone().requires_grad_() * 1).requires_grad_()
+        loss = fusedloss.cross_entropy(scaled, target, inplace=inplace, **options)
+        return torch.autograd.grad(loss, scaled)[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", BIG, ids=str)

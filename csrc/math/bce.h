@@ -14,13 +14,13 @@ namespace fusedloss::math {
 
 struct Bce {
   template <class Acc>
-  FUSEDLOSS_FN static bool in_domain(Acc value) {
-    return int(value >= Acc(0)) & int(value <= Acc(1));
+  FUSEDLOSS_FN static auto in_domain(Acc value) {
+    return (Acc(0) <= value) & (value <= Acc(1));
   }
 
   template <class Acc>
   FUSEDLOSS_FN static Acc at_least_minus_100(Acc value) {
-    return value < Acc(-100) ? Acc(-100) : value;
+    return select(value < Acc(-100), Acc(-100), value);
   }
 
   template <class Acc>
@@ -29,15 +29,14 @@ struct Bce {
   };
 
   // kFast: the smaller of p and 1 - p has a logarithm that an approximation is close to, and the larger one, near 1,
-  // that of the quotient of both plus 1.
+  // that of 1 less the smaller.
   template <bool kFast, class Acc>
   FUSEDLOSS_FN static Logarithms<Acc> logarithms(Acc p) {
     if constexpr (kFast) {
       const Acc rest = Acc(1) - p;
-      const bool less = p < rest;
-      const Acc smaller = less ? p : rest, larger = less ? rest : p;
-      const Acc of_smaller = fast_log(smaller), of_larger = -fast_log1p_unit(fast_divide(smaller, larger));
-      return {less ? of_smaller : of_larger, less ? of_larger : of_smaller};
+      const auto less = p < rest;
+      const Acc smaller = select(less, p, rest), of_smaller = fast_log(smaller), of_larger = fast_log1m(smaller);
+      return {select(less, of_smaller, of_larger), select(less, of_larger, of_smaller)};
     } else {
       return {log(p), log1p(-p)};
     }
@@ -50,7 +49,7 @@ struct Bce {
     const Acc variance = (Acc(1) - p) * p;
     const Logarithms<Acc> logs = logarithms<kFast>(p);
     return {(t - Acc(1)) * at_least_minus_100(logs.of_rest) - t * at_least_minus_100(logs.of_p),
-            fast_divide(p - t, variance < least ? least : variance)};
+            fast_divide(p - t, select(variance < least, least, variance))};
   }
 
   template <class Acc>

@@ -37,7 +37,7 @@ struct BceWithLogits {
     const Acc smaller = fast_divide(e, Acc(1) + e);
     const Acc both = kWeighted ? smaller * (negative + positive) : smaller;
     // What is taken off last is 0, or NaN where an infinite pos_weight makes native's gradient NaN.
-    const Acc slope = (x < Acc(0) ? both - positive : negative - both) - Acc(0) * pos_weight;
+    const Acc slope = select(x < Acc(0), both - positive, negative - both) - Acc(0) * pos_weight;
     return {loss, slope};
   }
 

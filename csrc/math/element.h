@@ -1,4 +1,5 @@
-// What the formula of an elementwise loss gives for one element.
+// What the formula of an elementwise loss gives for one element. On the CPU Acc may be a vector of elements, which a
+// formula does not notice, so long as it chooses by select and not by a conditional.
 
 #pragma once
 

@@ -69,6 +69,7 @@ struct Format<float> {
   static constexpr Int one = 0x3f800000;             // bits of 1
   static constexpr float rounder = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float log2_e = 1.44269504f;       // 1 / ln 2
+  static constexpr float ln2 = 0.693147182f;         // off by 1.9e-9
   static constexpr float ln2_high = 0.693359375f;    // few enough bits that n * ln2_high is exact
   static constexpr float ln2_low = -2.12194440e-4f;  // ln 2 - ln2_high
   static constexpr float exp_normal = -87.33654f;    // exp is denormal below
@@ -82,7 +83,12 @@ struct Format<float> {
                                            0.199567079522518358f,   -0.163651528692055351f, 0.130333642382428156f,
                                            -0.0913941377401492021f, 0.0493099734345496944f, -0.0171842669824487093f,
                                            0.00280164199280334992f};
-  // The same, to 1.5e-6
+  // (log(1 - x) + x) / x^2 for 0 <= x <= 1/2, to 1.9e-9
+  static constexpr float log1m_series[] = {-0.499999997192044374f, -0.333334453878797537f, -0.249926922200359751f,
+                                           -0.201829109470103141f, -0.143713556610583245f, -0.305515455204147709f,
+                                           0.559631233806252946f,  -1.82419119277052354f,  2.29759094271609407f,
+                                           -1.61248115602730151f};
+  // As log1p_series, to 1.5e-6
   static constexpr float fast_log1p_series[] = {-0.499907463788986206f, 0.331404268741607666f, -0.236113458871841431f,
                                                 0.151027724146842957f,  -0.0678512379527092f,  0.0145883290097117424f};
 };
@@ -126,6 +132,18 @@ FUSEDLOSS_FN Acc zero_if(bool condition, Acc value) {
 #endif
 }
 
+// condition ? a : b, likewise.
+template <class Acc>
+FUSEDLOSS_FN Acc select(bool condition, Acc a, Acc b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  using Int = typename Format<Acc>::Int;
+  const Int chosen = std::bit_cast<Int>(zero_if(!condition, a)), other = std::bit_cast<Int>(zero_if(condition, b));
+  return std::bit_cast<Acc>(chosen | other);
+#endif
+}
+
 // a * b, rounded once. nvcc takes an operator's product, unrounded, into the addition that follows; on the CPU what is
 // stored in between is rounded.
 template <class Acc>
@@ -155,11 +173,11 @@ FUSEDLOSS_FN Acc fast_divide(Acc a, Acc b) {
 // keeps the loop around it scalar. The coefficients are constants of the code: the device has no access to the array.
 template <const auto& kCoefficients, int kFirst = 0, class Acc>
 FUSEDLOSS_FN Acc polynomial(Acc x) {
-  constexpr Acc coefficient = kCoefficients[kFirst];
+  constexpr auto coefficient = kCoefficients[kFirst];
   if constexpr (kFirst + 1 == std::size(kCoefficients)) {
-    return coefficient;
+    return Acc(coefficient);
   } else {
-    return polynomial<kCoefficients, kFirst + 1>(x) * x + coefficient;
+    return polynomial<kCoefficients, kFirst + 1>(x) * x + Acc(coefficient);
   }
 }
 
@@ -272,6 +290,37 @@ FUSEDLOSS_FN Acc log(Acc x) {
 #endif
 }
 
+// log(x) of a float64 x that is no denormal, for a result that will be rounded to Acc. For float32 only what the result
+// begins with is float64: n, and near 1 all digits of f; the rest is as small as its digits are fewer.
+template <class Acc>
+FUSEDLOSS_FN double log_rounded_to(double x) {
+#if defined(__CUDA_ARCH__)
+  return ::log(x);
+#else
+  if constexpr (std::is_same_v<Acc, double>) {
+    return log(x);
+  } else {
+    using F = Format<double>;
+    using Int = F::Int;
+    const Int bits = Int(std::bit_cast<std::uint64_t>(x) + std::uint64_t(F::one - F::sqrt_half));
+    const Int exponent = (bits >> F::mantissa_bits) - F::bias;
+    const double f = std::bit_cast<double>((bits & ((Int(1) << F::mantissa_bits) - 1)) + F::sqrt_half) - 1;
+    const double n = std::bit_cast<double>(exponent + std::bit_cast<Int>(F::rounder)) - F::rounder;
+
+    const double half_square = 0.5 * f * f;
+    const Acc narrow = Acc(f), s = narrow / (Acc(2) + narrow), z = s * s;
+    Acc series = Acc(2) / Acc(2 * Format<Acc>::log_terms + 1);
+    for (int k = Format<Acc>::log_terms - 1; k >= 1; --k) series = series * z + Acc(2) / Acc(2 * k + 1);
+    const double finite =
+        n * (F::ln2_high + F::ln2_low) + (f - (half_square - double(s * (Acc(half_square) + z * series))));
+
+    const double positive = x == kInfinity<double> ? x : finite;
+    const double zero_or_nan = x == 0 ? -kInfinity<double> : kNaN<double>;
+    return x > 0 ? positive : zero_or_nan;
+  }
+#endif
+}
+
 // log(x) for x in [0, 1/2], where half precision will hide what it loses. Nearer to 1 the approximation on the device,
 // which is off by a part of 1, has fewer digits of the result.
 template <class Acc>
@@ -298,6 +347,17 @@ FUSEDLOSS_FN Acc fast_log1p_unit(Acc x) {
   if constexpr (std::is_same_v<Acc, float>) return polynomial<Format<Acc>::fast_log1p_series>(x) * (x * x) + x;
 #endif
   return log1p_unit(x);
+}
+
+// log(1 - x) for x in [0, 1/2], where half precision will hide what it loses on the device: by the shorter series, of
+// the quotient of both sides.
+template <class Acc>
+FUSEDLOSS_FN Acc fast_log1m(Acc x) {
+#if defined(__CUDA_ARCH__)
+  return -fast_log1p_unit(fast_divide(x, Acc(1) - x));
+#else
+  return polynomial<Format<Acc>::log1m_series>(x) * (x * x) - x;
+#endif
 }
 
 // log(1 + x) for x in [-1, 1]: the rounding error of 1 + x is known exactly and put back to first order.

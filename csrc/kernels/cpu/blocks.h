@@ -12,13 +12,8 @@ namespace fusedloss::cpu {
 
 // Entries of a row converted at a time: two buffers of doubles fit in the first-level cache.
 inline constexpr int kChunk = 1024;
-// Rows of one chunk that take each step together.
-inline constexpr int kRowsAtOnce = 4;
 // The elements of the widest vector.
 inline constexpr int kWidest = 16;
-// Ragged chunks are padded to a multiple of this: four vectors, which are added up together, and so that no exponential
-// of a short row is computed alone.
-inline constexpr int kPadding = 4 * kWidest;
 // Positions treated together. In column order they are the lanes of the vector loops.
 inline constexpr int kLanes = 256;
 // Elements of a tile of (classes, lanes) in column order: as float32, half of a second-level cache of 1 MB.
@@ -54,6 +49,30 @@ inline std::int64_t positions_per_block(const NllArgs& args) {
 
 // Elements of one turn of the vector loop.
 inline constexpr int kElementwiseRun = 512;
+
+// Where there are few rows, and these are long, each is split over threads: what a segment of kSegment classes adds up
+// to is merged in order.
+inline constexpr std::int64_t kSegment = 64 * kChunk;
+inline constexpr std::int64_t kFewRows = 16;
+
+inline bool splits_rows(const CrossEntropyArgs& args) {
+  return row_order(args.shape, args.logits) && args.shape.positions() < kFewRows && args.shape.classes >= 4 * kSegment;
+}
+template <class Args>
+bool splits_rows(const Args&) {
+  return false;
+}
+
+// What the threads share then: what is found of each segment, and the maximum of each chunk.
+inline constexpr std::int64_t kFoundBytes = 64;
+inline std::int64_t shared_bytes(const CrossEntropyArgs& args) {
+  return ceil_div(args.shape.classes, kSegment) * kFoundBytes +
+         ceil_div(args.shape.classes, kChunk) * std::int64_t(sizeof(double));
+}
+template <class Args>
+std::int64_t shared_bytes(const Args&) {
+  return 0;
+}
 
 // How many blocks the work has. A function of the shape alone, never of the number of threads.
 template <class Args>

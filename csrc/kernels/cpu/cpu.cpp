@@ -1,6 +1,7 @@
 #include "cpu.h"
 
 #include <array>
+#include <cstddef>
 #include <cstdlib>
 #include <new>
 #include <optional>
@@ -48,10 +49,7 @@ namespace {
 template <class Args>
 void run(BlockKernel<Args> kernel, const Args& args, Partial* partials, ParallelFor parallel_for) {
   const auto body = [&](std::int64_t begin, std::int64_t end) { kernel(args, partials, begin, end); };
-  using Body = decltype(body);
-  parallel_for(
-      block_count(args),
-      {[](const void* pass, std::int64_t begin, std::int64_t end) { (*static_cast<Body*>(pass))(begin, end); }, &body});
+  parallel_for(block_count(args), Work::of(body));
 }
 
 template <class Args>
@@ -92,8 +90,10 @@ void write(const Total& total, const Partial& sum) {
 
 template <class Args>
 std::int64_t launch(const Loss<Args>& loss, const Args& args, Pass pass, ParallelFor parallel_for) {
+  const bool split = splits_rows(args);
+  std::vector<std::byte> shared(split ? shared_bytes(args) : 0);
   if (pass == Pass::backward) {
-    run(loss.backward, args, nullptr, parallel_for);
+    split ? loss.split(args, nullptr, shared.data(), parallel_for) : run(loss.backward, args, nullptr, parallel_for);
     return -1;
   }
   Args with_divisor = args;
@@ -105,7 +105,12 @@ std::int64_t launch(const Loss<Args>& loss, const Args& args, Pass pass, Paralle
     divisor = args.total.denominator ? *args.total.denominator : counted.divisor;
     if (args.total.reduction == Reduction::mean) with_divisor.grad_divisor = &divisor;
   }
-  const Partial total = sum(loss.forward, with_divisor, parallel_for);
+  Partial total;
+  if (split) {
+    loss.split(with_divisor, &total, shared.data(), parallel_for);
+  } else {
+    total = sum(loss.forward, with_divisor, parallel_for);
+  }
   if (total.invalid < 0) write(args.total, total);
   return total.invalid;
 }

@@ -14,17 +14,6 @@ enum class InstructionSet { baseline, avx2, avx512 };
 // The widest table that exists in this build and needs no more than `set`.
 const Losses<Loss>& kernels(InstructionSet set);
 
-// A part [begin, end) of a pass.
-struct Work {
-  void (*run)(const void* pass, std::int64_t begin, std::int64_t end);
-  const void* pass;
-
-  void operator()(std::int64_t begin, std::int64_t end) const { run(pass, begin, end); }
-};
-
-// Calls work(begin, end) for ranges that make up [0, count), on any threads, and waits for them.
-using ParallelFor = void (*)(std::int64_t count, const Work& work);
-
 // Runs a pass, on the caller's threads. Returns the first position whose target or value is invalid, or -1. Where there
 // is one, no total is written, and no gradient: it might lie over the logits.
 template <class Args>

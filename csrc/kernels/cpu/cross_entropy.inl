@@ -5,7 +5,8 @@
 //   rows     (cross_entropy_rows.inl) classes are neighbours; vector loops run along the classes of one position
 //   columns  (cross_entropy_columns.inl) positions are neighbours, or there are few classes; along positions
 // Here is what both need around the formulas of csrc/math/cross_entropy.h: targets, and statistics that are saved. Any
-// strides will do in either order. Ignored rows are not read in row order. A row is never split over threads.
+// strides will do in either order. Ignored rows are not read in row order. A row is split over threads where rows are
+// few and long.
 
 #include "../../math/cross_entropy.h"
 #include "../../math/reduction.h"
@@ -14,6 +15,8 @@
 #include "cpu.h"
 #include "memory.h"
 #include "scratch.h"
+
+#include "exponentials.inl"
 
 namespace fusedloss::cpu {
 namespace {
@@ -43,12 +46,18 @@ struct Group {
   double log_sum[kLanes];
   // What flows into the loss and the lse.
   Acc grad_loss[kLanes];
-  const Acc* grad_lse;
+  Acc grad_lse[kLanes];
 
   math::FinishedRow<double> row(int i) const { return {double(max[i]), log_sum[i], dense_loss[i], mass[i], 0}; }
   math::RowTarget<double> target_of(int i) const {
     return {counts[i] != 0, double(target_mass[i]), double(target_logit[i]) - double(max[i]), double(weight[i])};
   }
+};
+
+// What the entries of each position share in their gradients: math::RowGradient, by lanes.
+template <class Value>
+struct Shared {
+  Value factor[kLanes], on_target[kLanes], on_all[kLanes], on_gap[kLanes];
 };
 
 // Where a gradient's exponentials have their sum from.
@@ -185,7 +194,8 @@ struct CrossEntropy {
       group.counts[i] = 0;
       group.sum[i] = 1;
       group.target_mass[i] = group.target_logit[i] = group.weight[i] = group.max[i] = 0;
-      group.dense_loss[i] = group.mass[i] = 0;
+      group.grad_loss[i] = group.grad_lse[i] = 0;
+      group.dense_loss[i] = group.mass[i] = group.log_sum[i] = 0;
     }
     return padded;
   }
@@ -197,7 +207,7 @@ struct CrossEntropy {
     Acc loss[kLanes];
     double sum = 0;
 #pragma omp simd
-    for (int i = 0; i < padded; ++i) group.log_sum[i] = math::log(group.sum[i]);
+    for (int i = 0; i < padded; ++i) group.log_sum[i] = math::log_rounded_to<Acc>(group.sum[i]);
     with_problem([&](const math::RowProblem<double>& problem) __attribute__((always_inline)) {
 #pragma omp simd
       for (int i = 0; i < padded; ++i) loss[i] = Acc(math::row_loss(problem, group.row(i), group.target_of(i)));
@@ -253,34 +263,41 @@ struct CrossEntropy {
     const Acc* g = load_positions(args.grad_loss, group.begin, group.count, buffer);
 #pragma omp simd
     for (int i = 0; i < group.count; ++i) group.grad_loss[i] = Acc(double(g[i]) * mean * double(group.weight[i]));
-    static constexpr Acc kNone[kLanes] = {};
-    group.grad_lse = args.grad_lse ? static_cast<const Acc*>(args.grad_lse) + group.begin : kNone;
+    const Acc* grad_lse = static_cast<const Acc*>(args.grad_lse);
+    for (int i = 0; i < group.count; ++i) group.grad_lse[i] = grad_lse ? grad_lse[group.begin + i] : Acc(0);
   }
 
-  // What the entries of row i share in their gradients, as the softmax sees them; what multiplies the exponentials is
-  // divided by their sum.
+  // What the entries of each row share in their gradients; what multiplies the exponentials is divided by their sum.
+  // Those of logits that are only scaled are of the logits as they are given.
   template <Sum kSum>
-  [[gnu::always_inline]] math::RowGradient<double> row_gradient(const math::RowProblem<double>& problem,
-                                                                const Group<Acc>& group, int i) const {
-    const double mass = kSum == Sum::saved && args.row_mass ? group.mass[i] : mass_of(problem, group, i);
-    auto row = math::row_gradient(problem, group.target_of(i), mass, group.row(i).lse(), double(group.grad_loss[i]),
-                                  double(group.grad_lse[i]));
-    row.factor = kSum == Sum::saved ? math::over_sum(row.factor, group.log_sum[i]) : row.factor / group.sum[i];
-    return row;
+  [[gnu::noinline]] void share(Group<Acc>& group, Shared<double>& rows) const {
+    const int padded = pad(group);
+    const double slope = cap == 0 ? scale : 1;
+    const bool of_all = kSum == Sum::saved && args.row_mass;
+    with_problem([&](const math::RowProblem<double>& problem) __attribute__((always_inline)) {
+#pragma omp simd
+      for (int i = 0; i < padded; ++i) {
+        const double mass =
+            of_all ? group.mass[i] : math::row_mass(problem, double(group.target_mass[i]), group.mass[i]);
+        auto row = math::row_gradient(problem, group.target_of(i), mass, group.row(i).lse(), double(group.grad_loss[i]),
+                                      double(group.grad_lse[i]));
+        row.factor = kSum == Sum::saved ? math::over_sum(row.factor, group.log_sum[i]) : row.factor / group.sum[i];
+        row = row.through(slope);
+        rows.factor[i] = row.factor;
+        rows.on_target[i] = row.on_target;
+        rows.on_all[i] = row.on_all;
+        rows.on_gap[i] = row.on_gap;
+      }
+    });
+    for (int i = 0; args.grad_entropy && i < group.count; ++i) {
+      const std::int64_t position = group.begin + i;
+      math::RowGradient<double> added{};
+      math::add_entropy_grad(added, double(static_cast<const Acc*>(args.grad_entropy)[position]),
+                             double(static_cast<const Acc*>(args.row_gap)[position]));
+      rows.factor[i] += slope * math::over_sum(added.factor, group.log_sum[i]);
+      rows.on_gap[i] = slope * math::over_sum(added.on_gap, group.log_sum[i]);
+    }
   }
-
-  // The entropy's share of it, in backward.
-  void add_entropy_grad(math::RowGradient<double>& row, const Group<Acc>& group, int i) const {
-    const std::int64_t position = group.begin + i;
-    math::RowGradient<double> added{};
-    math::add_entropy_grad(added, double(static_cast<const Acc*>(args.grad_entropy)[position]),
-                           double(static_cast<const Acc*>(args.row_gap)[position]));
-    row.factor += math::over_sum(added.factor, group.log_sum[i]);
-    row.on_gap = math::over_sum(added.on_gap, group.log_sum[i]);
-  }
-
-  // Whether all logits have one slope, the scale.
-  bool only_scaled() const { return scale != 1 && cap == 0; }
 
   const CrossEntropyArgs& args;
   const std::int64_t classes;
@@ -351,6 +368,10 @@ void cross_entropy_count(const CrossEntropyArgs& args, Partial* partials, std::i
   for_each_block(args, begin, end, [&](const auto& traversal, auto first, auto last, auto block) {
     traversal.count(first, last, partials[block]);
   });
+}
+
+void cross_entropy_split(const CrossEntropyArgs& args, Partial* partial, void* shared, ParallelFor parallel_for) {
+  with_accumulate(args.logits.dtype, [&]<class Acc>() { Rows<Acc>::split(args, partial, shared, parallel_for); });
 }
 
 }  // namespace

@@ -1,84 +1,100 @@
 // Part of cross_entropy.inl: column order, where positions lie side by side, or a position has few classes.
 //
-// The logits of a group of positions are loaded into a tile of (classes, lanes) in scratch memory, which the
-// exponentials and then the gradient replace. Vector loops run along the lanes, so that none is idle however few the
-// classes are. Many classes get fewer lanes: the tile must not outgrow the second-level cache.
+// The logits of a group of positions are loaded into a tile in scratch memory, which the exponentials and then the
+// gradient replace. The tile consists of blocks of (classes, kWidest lanes), a position for each lane: vector loops run
+// along the lanes, so that none is idle however few the classes are, and a block stays in the first-level cache through
+// all its steps. Many classes get fewer lanes: the tile must not outgrow the second-level cache.
 
 namespace fusedloss::cpu {
 namespace {
 
-// (lines, lanes) elements; lines lie `stride` apart.
+// kWidest lanes of a tile. What belongs to the lanes (their maxima, say) is passed beside it, from the first lane on.
 template <class Acc>
-struct Tile {
+struct Block {
   Acc* data;
-  std::int64_t stride;
   std::int64_t lines;
-  int lanes;
 
-  Acc* line(std::int64_t index) const { return data + index * stride; }
+  Acc* line(std::int64_t index) const { return data + index * kWidest; }
 };
 
 // The loops below are functions of their own: inlined into the traversal, GCC 12 finds no vector form for them.
 
+// Two lines at a time: a maximum waits for the one before it.
 template <class Acc>
-[[gnu::noinline]] void find_largest(const Tile<Acc>& tile, Acc* max) {
-  std::fill_n(max, tile.lanes, -math::kInfinity<Acc>);
-  for (std::int64_t c = 0; c < tile.lines; ++c) {
-    const Acc* x = tile.line(c);
+[[gnu::noinline]] void find_largest(const Block<Acc>& block, Acc* max) {
+  Acc even[kWidest], odd[kWidest];
+  std::fill_n(even, kWidest, -math::kInfinity<Acc>);
+  std::fill_n(odd, kWidest, -math::kInfinity<Acc>);
+  const Acc* x = block.data;
+  for (std::int64_t c = 0; c < block.lines / 2; ++c, x += 2 * kWidest) {
 #pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) max[i] = x[i] > max[i] ? x[i] : max[i];
+    for (int i = 0; i < kWidest; ++i) even[i] = x[i] > even[i] ? x[i] : even[i];
+#pragma omp simd
+    for (int i = 0; i < kWidest; ++i) odd[i] = x[kWidest + i] > odd[i] ? x[kWidest + i] : odd[i];
   }
+  if (block.lines % 2 == 1) {
+#pragma omp simd
+    for (int i = 0; i < kWidest; ++i) even[i] = x[i] > even[i] ? x[i] : even[i];
+  }
+#pragma omp simd
+  for (int i = 0; i < kWidest; ++i) max[i] = odd[i] > even[i] ? odd[i] : even[i];
 }
 
-template <class Acc>
-[[gnu::noinline]] void take_exponentials(const Tile<Acc>& tile, const Acc* shift) {
-  for (std::int64_t c = 0; c < tile.lines; ++c) {
-    Acc* x = tile.line(c);
-#pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) x[i] = math::exp_nonpositive(x[i] - shift[i]);
-  }
-}
-
-// As in rows, four are added before they become float64.
-template <class Acc>
-[[gnu::noinline]] void add_lines(const Tile<Acc>& tile, double* sum) {
-  std::fill_n(sum, tile.lanes, 0.0);
+// Adds the lines: line(c) is a function of the lane. As in rows, four are added before they become float64.
+template <class Line>
+[[gnu::always_inline]] inline void add_lines(std::int64_t lines, double* sum, Line line) {
+  double sums[kWidest];
+  std::fill_n(sums, kWidest, -0.0);
   std::int64_t c = 0;
-  for (; c + 4 <= tile.lines; c += 4) {
-    const Acc *first = tile.line(c), *second = tile.line(c + 1), *third = tile.line(c + 2), *fourth = tile.line(c + 3);
+  for (; c + 4 <= lines; c += 4) {
+    const auto first = line(c), second = line(c + 1), third = line(c + 2), fourth = line(c + 3);
 #pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) sum[i] += double((first[i] + second[i]) + (third[i] + fourth[i]));
+    for (int i = 0; i < kWidest; ++i) sums[i] += double((first(i) + second(i)) + (third(i) + fourth(i)));
   }
-  for (; c < tile.lines; ++c) {
-    const Acc* e = tile.line(c);
+  for (; c < lines; ++c) {
+    const auto rest = line(c);
 #pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) sum[i] += double(e[i]);
+    for (int i = 0; i < kWidest; ++i) sums[i] += double(rest(i));
   }
+  std::copy_n(sums, kWidest, sum);
 }
 
-// Replaces the tile by its exponentials, and adds them, each in float64, and their products with the gaps: an entropy
-// is little more than what the smallest add up to.
 template <class Acc>
-[[gnu::noinline]] void take_exponentials_and_gaps(const Tile<Acc>& tile, const Acc* shift, double* sum, double* gap) {
-  std::fill_n(sum, tile.lanes, 0.0);
-  std::fill_n(gap, tile.lanes, 0.0);
-  std::int64_t c = 0;
-  for (; c + 2 <= tile.lines; c += 2) {
-    Acc *first = tile.line(c), *second = tile.line(c + 1);
+[[gnu::noinline]] void add_exponentials(const Block<Acc>& block, double* sum) {
+  add_lines(block.lines, sum, [&](std::int64_t c) __attribute__((always_inline)) {
+    return [x = block.line(c)](int i) __attribute__((always_inline)) { return x[i]; };
+  });
+}
+
+// What masses on all classes add to the losses: those of probabilities, which are a block too, or class weights. A
+// quarter of each is added, so that four of the largest numbers are one.
+template <class Acc>
+[[gnu::noinline]] void add_dense_losses(const Block<Acc>& block, const Acc* shift, const Acc* masses, double* sum) {
+  add_lines(block.lines, sum, [=](std::int64_t c) __attribute__((always_inline)) {
+    return [=, x = block.line(c), a = masses + c * kWidest](int i)
+               __attribute__((always_inline)) { return math::entry_loss_at_max(x[i] - shift[i], Acc(0.25) * a[i]); };
+  });
+  for (int i = 0; i < kWidest; ++i) sum[i] *= 4;
+}
+template <class Acc>
+[[gnu::noinline]] void add_weighted_losses(const Block<Acc>& block, const Acc* shift, const Acc* weights, double* sum) {
+  add_lines(block.lines, sum, [=](std::int64_t c) __attribute__((always_inline)) {
+    return [=, x = block.line(c), a = Acc(0.25) * weights[c]](int i)
+               __attribute__((always_inline)) { return math::entry_loss_at_max(x[i] - shift[i], a); };
+  });
+  for (int i = 0; i < kWidest; ++i) sum[i] *= 4;
+}
+
+// Replaces a block by its exponentials, and adds them, each in float64, and their products with the gaps: an entropy is
+// little more than what the smallest add up to.
+template <class Acc>
+[[gnu::noinline]] void take_exponentials_and_gaps(const Block<Acc>& block, const Acc* shift, double* sum, double* gap) {
+  std::fill_n(sum, kWidest, 0.0);
+  std::fill_n(gap, kWidest, 0.0);
+  for (std::int64_t c = 0; c < block.lines; ++c) {
+    Acc* x = block.line(c);
 #pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) {
-      const Acc first_shifted = first[i] - shift[i], second_shifted = second[i] - shift[i];
-      const Acc first_e = math::exp_nonpositive(first_shifted), second_e = math::exp_nonpositive(second_shifted);
-      first[i] = first_e;
-      second[i] = second_e;
-      sum[i] += double(first_e) + double(second_e);
-      gap[i] += double(math::times_gap(first_e, first_shifted) + math::times_gap(second_e, second_shifted));
-    }
-  }
-  for (; c < tile.lines; ++c) {
-    Acc* x = tile.line(c);
-#pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) {
+    for (int i = 0; i < kWidest; ++i) {
       const Acc shifted = x[i] - shift[i], e = math::exp_nonpositive(shifted);
       x[i] = e;
       sum[i] += double(e);
@@ -87,59 +103,55 @@ template <class Acc>
   }
 }
 
-// What the entries of each lane share in their gradients, as they need it.
+// Replaces a block by its exponentials times the factors that entries of their own gaps have.
 template <class Acc>
-struct Shared {
-  Acc factor[kLanes], on_target[kLanes], on_all[kLanes], on_gap[kLanes];
-};
-
-// Replaces the tile by its exponentials times the factors that entries of their own gaps have.
-template <class Acc>
-[[gnu::noinline]] void take_weighted_exponentials(const Tile<Acc>& tile, const Acc* max, const Shared<Acc>& rows) {
-  for (std::int64_t c = 0; c < tile.lines; ++c) {
-    Acc* x = tile.line(c);
+[[gnu::noinline]] void take_weighted_exponentials(const Block<Acc>& block, const Acc* max, const Acc* factor,
+                                                  const Acc* on_gap) {
+  for (std::int64_t c = 0; c < block.lines; ++c) {
+    Acc* x = block.line(c);
 #pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) {
+    for (int i = 0; i < kWidest; ++i) {
       const Acc shifted = x[i] - max[i];
-      x[i] = math::times_factor(math::exp_nonpositive(shifted), rows.factor[i], rows.on_gap[i], shifted);
+      x[i] = math::times_factor(math::exp_nonpositive(shifted), factor[i], on_gap[i], shifted);
     }
   }
 }
 
 // The classes of the largest logits, the first of several, where NaN is larger than any number.
 template <class Acc>
-[[gnu::noinline]] void find_argmax(const Tile<Acc>& tile, std::int64_t* argmax) {
+[[gnu::noinline]] void find_argmax(const Block<Acc>& block, typename Group<Acc>::Class* argmax) {
   using Class = typename Group<Acc>::Class;
-  Acc largest[kLanes];
-  Class found[kLanes] = {};
-  std::fill_n(largest, tile.lanes, -math::kInfinity<Acc>);
-  for (std::int64_t c = 0; c < tile.lines; ++c) {
-    const Acc* x = tile.line(c);
+  Acc largest[kWidest];
+  std::fill_n(largest, kWidest, -math::kInfinity<Acc>);
+  std::fill_n(argmax, kWidest, Class(0));
+  for (std::int64_t c = 0; c < block.lines; ++c) {
+    const Acc* x = block.line(c);
     const Class this_class = static_cast<Class>(c);
 #pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) {
+    for (int i = 0; i < kWidest; ++i) {
       const bool is_larger = (x[i] > largest[i]) | ((x[i] != x[i]) & (largest[i] == largest[i]));
-      found[i] = is_larger ? this_class : found[i];
+      argmax[i] = is_larger ? this_class : argmax[i];
       largest[i] = is_larger ? x[i] : largest[i];
     }
   }
-  std::copy_n(found, tile.lanes, argmax);
 }
 
 // From exponentials to gradients, for class indices. kDense: every class has mass.
 template <bool kDense, class Acc>
-[[gnu::noinline]] void target_gradients(const Tile<Acc>& tile, const Group<Acc>& group, const Shared<Acc>& rows,
-                                        const Acc* weights) {
+[[gnu::noinline]] void target_gradients(const Block<Acc>& block, const Group<Acc>& group, int first,
+                                        const Shared<Acc>& rows, const Acc* weights) {
   using Class = typename Group<Acc>::Class;
-  for (std::int64_t c = 0; c < tile.lines; ++c) {
-    Acc* e = tile.line(c);
+  const Class *target = group.target + first, *no_grad = group.no_grad + first;
+  const Acc *factor = rows.factor + first, *on_target = rows.on_target + first, *on_all = rows.on_all + first;
+  for (std::int64_t c = 0; c < block.lines; ++c) {
+    Acc* e = block.line(c);
     const Class this_class = static_cast<Class>(c);
     const Acc weight = kDense && weights ? weights[c] : Acc(1);
 #pragma omp simd
-    for (int i = 0; i < tile.lanes; ++i) {
-      const Acc on_target = math::zero_if(group.target[i] != this_class, rows.on_target[i]);
-      const Acc on_class = kDense ? rows.on_all[i] * weight + on_target : on_target;
-      e[i] = math::zero_if(group.no_grad[i], math::logit_grad(e[i], rows.factor[i], on_class));
+    for (int i = 0; i < kWidest; ++i) {
+      const Acc on_class = math::zero_if(target[i] != this_class, on_target[i]);
+      e[i] = math::zero_if(no_grad[i],
+                           math::logit_grad(e[i], factor[i], kDense ? on_all[i] * weight + on_class : on_class));
     }
   }
 }
@@ -148,10 +160,13 @@ template <class Acc>
 class Columns {
  public:
   explicit Columns(const CrossEntropyArgs& args) : p_(args), lanes_(column_lanes(args.shape.classes)) {
-    const std::int64_t size = p_.classes * lanes_;
-    tile_ = static_cast<Acc*>(scratch((1 + (p_.cap != 0) + p_.problem.probabilities) * size * sizeof(Acc)));
+    const std::int64_t size = p_.classes * lanes_, tiles = 1 + (p_.cap != 0) + p_.problem.probabilities;
+    tile_ = static_cast<Acc*>(scratch((tiles * size + p_.classes) * sizeof(Acc)));
     slopes_ = tile_ + size;
     masses_ = p_.cap != 0 ? slopes_ + size : slopes_;
+    weights_ = p_.weights;
+    if (weights_ || !p_.problem.dense()) return;
+    weights_ = std::fill_n(tile_ + tiles * size, p_.classes, Acc(1)) - p_.classes;
   }
 
   void count(std::int64_t begin, std::int64_t end, Partial& partial) const {
@@ -162,6 +177,7 @@ class Columns {
     for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
       p_.load_targets(group, partial);
       load_tile(group);
+      if (p_.problem.probabilities) load_masses(group);
       statistics(group);
       p_.finish(group, partial);
       if (p_.gradient) gradient<Sum::fresh>(group);
@@ -189,159 +205,162 @@ class Columns {
     return group.count > 0;
   }
 
-  Acc* line(std::int64_t c) const { return tile_ + c * lanes_; }
-  Tile<Acc> tile(const Group<Acc>& group) const { return {tile_, lanes_, p_.classes, group.count}; }
+  // The block of a tile that begins at a lane, a multiple of kWidest.
+  Block<Acc> block(Acc* tile, int lane) const { return {tile + lane * p_.classes, p_.classes}; }
 
+  // Calls body(block, lane) for the blocks that the group needs of the tile.
+  template <class Body>
+  [[gnu::always_inline]] void for_each_block(const Group<Acc>& group, Body body) const {
+    for (int lane = 0; lane < group.count; lane += kWidest) body(block(tile_, lane), lane);
+  }
+
+  void load_lanes(const ClassTensor& tensor, const Group<Acc>& group, Acc* tile) const {
+    load_tile_of(tensor.data, tensor.dtype, p_.offset(tensor, group.begin), tensor.class_stride, tensor.inner_stride,
+                 p_.classes, group.count, tile);
+  }
+
+  // The logits, as the softmax sees them.
   void load_tile(const Group<Acc>& group) const {
-    const ClassTensor& logits = p_.args.logits;
-    load_lines(logits.data, logits.dtype, p_.offset(logits, group.begin), logits.class_stride, logits.inner_stride,
-               p_.classes, group.count, tile_, lanes_);
-    if (p_.args.argmax) find_argmax(tile(group), p_.args.argmax + group.begin);
-    if (!p_.args.transforms()) return;
-    for (std::int64_t c = 0; c < p_.classes; ++c) p_.transform(line(c), line(c), slopes_ + c * lanes_, group.count);
+    load_lanes(p_.args.logits, group, tile_);
+    for_each_block(group, [&](const Block<Acc>& block, int lane) {
+      if (p_.args.argmax) {
+        typename Group<Acc>::Class argmax[kWidest];
+        find_argmax(block, argmax);
+        std::copy_n(argmax, std::min(kWidest, group.count - lane), p_.args.argmax + group.begin + lane);
+      }
+      if (p_.args.transforms()) {
+        p_.transform(block.data, block.data, slopes_ + lane * p_.classes, p_.classes * kWidest);
+      }
+    });
   }
 
   // Probabilities become their masses once, in a tile of their own.
   void load_masses(Group<Acc>& group) const {
-    const ClassTensor& q = p_.args.probabilities;
-    load_lines(q.data, q.dtype, p_.offset(q, group.begin), q.class_stride, q.inner_stride, p_.classes, group.count,
-               masses_, lanes_);
-    std::fill_n(group.mass, group.count, 0.0);
-    for (std::int64_t c = 0; c < p_.classes; ++c) {
-      Acc* a = masses_ + c * lanes_;
-      const Acc w = p_.weight(c);
+    load_lanes(p_.args.probabilities, group, masses_);
+    for (int lane = 0; lane < group.count; lane += kWidest) {
+      double* mass = group.mass + lane;
+      std::fill_n(mass, kWidest, 0.0);
+      for (std::int64_t c = 0; c < p_.classes; ++c) {
+        Acc* a = block(masses_, lane).line(c);
+        const Acc w = p_.weight(c);
 #pragma omp simd
-      for (int i = 0; i < group.count; ++i) {
-        a[i] = math::probability_mass(p_.problem, a[i], w);
-        group.mass[i] += double(a[i]);
+        for (int i = 0; i < kWidest; ++i) {
+          a[i] = math::probability_mass(p_.problem, a[i], w);
+          mass[i] += double(a[i]);
+        }
       }
     }
   }
 
   // Replaces the tile by its exponentials.
   void statistics(Group<Acc>& group) const {
-    const int lanes = group.count;
-    Acc shift[kLanes];
-    find_largest(tile(group), group.max);
-    for (int i = 0; i < lanes; ++i) {
-      group.target_logit[i] = group.target[i] >= 0 ? line(group.target[i])[i] : group.max[i];
-    }
-#pragma omp simd
-    for (int i = 0; i < lanes; ++i) shift[i] = math::finite_shift(group.max[i]);
-    if (p_.problem.dense()) add_masses(group, shift);
-    if (p_.entropy) {
-      take_exponentials_and_gaps(tile(group), shift, group.sum, group.gap);
-    } else {
-      take_exponentials(tile(group), shift);
-      add_lines(tile(group), group.sum);
-    }
-  }
-
-  // What the masses that all classes have add to the statistics.
-  void add_masses(Group<Acc>& group, const Acc* shift) const {
-    const int lanes = group.count;
-    std::fill_n(group.dense_loss, lanes, 0.0);
-    if (p_.problem.probabilities) load_masses(group);
-    for (std::int64_t c = 0; c < p_.classes; ++c) {
-      const Acc* x = line(c);
-      if (p_.problem.probabilities) {
-        const Acc* a = masses_ + c * lanes_;
-#pragma omp simd
-        for (int i = 0; i < lanes; ++i) group.dense_loss[i] += double(math::entry_loss_at_max(x[i] - shift[i], a[i]));
-      } else {
-        const Acc a = p_.weight(c);
-#pragma omp simd
-        for (int i = 0; i < lanes; ++i) group.dense_loss[i] += double(math::entry_loss_at_max(x[i] - shift[i], a));
+    for_each_block(group, [&](const Block<Acc>& block, int lane) {
+      Acc* max = group.max + lane;
+      find_largest(block, max);
+      for (int i = lane; i < std::min(lane + kWidest, group.count); ++i) {
+        group.target_logit[i] = group.target[i] >= 0 ? block.line(group.target[i])[i - lane] : group.max[i];
       }
-    }
+      Acc shift[kWidest];
+#pragma omp simd
+      for (int i = 0; i < kWidest; ++i) shift[i] = math::finite_shift(max[i]);
+      if (p_.problem.probabilities) {
+        add_dense_losses(block, shift, this->block(masses_, lane).data, group.dense_loss + lane);
+      } else if (p_.problem.dense()) {
+        add_weighted_losses(block, shift, weights_, group.dense_loss + lane);
+      } else {
+        std::fill_n(group.dense_loss + lane, kWidest, 0.0);
+      }
+      if (p_.entropy) {
+        take_exponentials_and_gaps(block, shift, group.sum + lane, group.gap + lane);
+      } else {
+        exponentials<false>(block.data, shift, block.data, kWidest, block.lines);
+        add_exponentials(block, group.sum + lane);
+      }
+    });
   }
 
   // Replaces the tile by the gradient, and stores it. The tile holds the exponentials if their sum is fresh, else the
   // logits.
   template <Sum kSum>
   void gradient(Group<Acc>& group) const {
-    const int lanes = group.count;
-    Shared<Acc> rows;
     p_.load_grads(group);
     if (kSum == Sum::saved) p_.load_masses_of_all(group);
-    p_.with_problem([&](const math::RowProblem<double>& problem) __attribute__((always_inline)) {
+    Shared<double> wide;
+    p_.template share<kSum>(group, wide);
+    Shared<Acc> rows;
+    const int padded = p_.pad(group);
 #pragma omp simd
-      for (int i = 0; i < lanes; ++i) {
-        const auto row = p_.template row_gradient<kSum>(problem, group, i);
-        rows.factor[i] = Acc(row.factor);
-        rows.on_target[i] = Acc(row.on_target);
-        rows.on_all[i] = Acc(row.on_all);
+    for (int i = 0; i < padded; ++i) {
+      rows.factor[i] = Acc(wide.factor[i]);
+      rows.on_target[i] = Acc(wide.on_target[i]);
+      rows.on_all[i] = Acc(wide.on_all[i]);
+      rows.on_gap[i] = Acc(wide.on_gap[i]);
+    }
+    for_each_block(group, [&](const Block<Acc>& block, int lane) {
+      if (p_.args.grad_entropy) {
+        take_weighted_exponentials(block, group.max + lane, rows.factor + lane, rows.on_gap + lane);
+        std::fill_n(rows.factor + lane, kWidest, Acc(1));
+      } else if (kSum == Sum::saved) {
+        exponentials<false>(block.data, group.max + lane, block.data, kWidest, block.lines);
       }
+      if (p_.problem.probabilities) {
+        probability_gradients(block, this->block(masses_, lane).data, rows.factor + lane, rows.on_all + lane);
+      } else if (p_.problem.dense()) {
+        target_gradients<true>(block, group, lane, rows, p_.weights);
+      } else {
+        target_gradients<false>(block, group, lane, rows, p_.weights);
+      }
+      if (p_.cap != 0) multiply_by_slopes(block, this->block(slopes_, lane).data, group.no_grad + lane);
     });
-    if (p_.args.grad_entropy) {
-      add_entropy_grads(group, rows);
-    } else if (kSum == Sum::saved) {
-      take_exponentials(tile(group), group.max);
-    }
-    if (p_.only_scaled()) scale(rows, lanes);
-    if (!p_.problem.dense()) target_gradients<false>(tile(group), group, rows, p_.weights);
-    if (p_.problem.dense() && !p_.problem.probabilities) target_gradients<true>(tile(group), group, rows, p_.weights);
-    for (std::int64_t c = 0; c < p_.classes && p_.problem.probabilities; ++c) {
-      Acc* e = line(c);
-      const Acc* a = masses_ + c * lanes_;
-#pragma omp simd
-      for (int i = 0; i < lanes; ++i) e[i] = math::logit_grad(e[i], rows.factor[i], rows.on_all[i] * a[i]);
-    }
-    for (std::int64_t c = 0; c < p_.classes && p_.cap != 0; ++c) {
-      Acc* grad = line(c);
-      const Acc* slopes = slopes_ + c * lanes_;
-#pragma omp simd
-      for (int i = 0; i < lanes; ++i) grad[i] = math::zero_if(group.no_grad[i], grad[i] * slopes[i]);
-    }
     const ClassTensor& grad = p_.args.grad_logits;
-    store_lines(grad.data, grad.dtype, p_.offset(grad, group.begin), grad.class_stride, grad.inner_stride, p_.classes,
-                lanes, tile_, lanes_);
+    store_tile_of(grad.data, grad.dtype, p_.offset(grad, group.begin), grad.class_stride, grad.inner_stride, p_.classes,
+                  group.count, tile_);
   }
 
-  // Replaces the tile by exponentials that have their factors.
-  void add_entropy_grads(const Group<Acc>& group, Shared<Acc>& rows) const {
-    for (int i = 0; i < group.count; ++i) {
-      math::RowGradient<double> row{double(rows.factor[i])};
-      p_.add_entropy_grad(row, group, i);
-      rows.factor[i] = Acc(row.factor);
-      rows.on_gap[i] = Acc(row.on_gap);
-    }
-    take_weighted_exponentials(tile(group), group.max, rows);
-    std::fill_n(rows.factor, group.count, Acc(1));
-  }
-
-  void scale(Shared<Acc>& rows, int lanes) const {
-    const Acc slope = Acc(p_.scale);
+  static void probability_gradients(const Block<Acc>& block, const Acc* masses, const Acc* factor, const Acc* on_all) {
+    for (std::int64_t c = 0; c < block.lines; ++c) {
+      Acc* e = block.line(c);
+      const Acc* a = masses + c * kWidest;
 #pragma omp simd
-    for (int i = 0; i < lanes; ++i) {
-      rows.factor[i] *= slope;
-      rows.on_target[i] *= slope;
-      rows.on_all[i] *= slope;
+      for (int i = 0; i < kWidest; ++i) e[i] = math::logit_grad(e[i], factor[i], on_all[i] * a[i]);
+    }
+  }
+
+  static void multiply_by_slopes(const Block<Acc>& block, const Acc* slopes,
+                                 const typename Group<Acc>::Class* no_grad) {
+    for (std::int64_t c = 0; c < block.lines; ++c) {
+      Acc* grad = block.line(c);
+      const Acc* slope = slopes + c * kWidest;
+#pragma omp simd
+      for (int i = 0; i < kWidest; ++i) grad[i] = math::zero_if(no_grad[i], grad[i] * slope[i]);
     }
   }
 
   void probability_gradient(Group<Acc>& group) const {
-    const int lanes = group.count;
     const ClassTensor& tensor = p_.args.grad_probabilities;
     p_.load_grads(group);
-    for (std::int64_t c = 0; c < p_.classes; ++c) {
-      Acc grad[kLanes];
-      const Acc* x = line(c);
-      const Acc w = p_.weight(c);
+    for_each_block(group, [&](const Block<Acc>& block, int lane) {
+      const std::int64_t position = group.begin + lane, count = std::min(kWidest, group.count - lane);
+      for (std::int64_t c = 0; c < p_.classes; ++c) {
+        Acc grad[kWidest];
+        const Acc* x = block.line(c);
+        const Acc w = p_.weight(c);
 #pragma omp simd
-      for (int i = 0; i < lanes; ++i) {
-        grad[i] =
-            math::probability_grad(x[i] - group.max[i], Acc(group.log_sum[i]), group.grad_loss[i], p_.problem.keep, w);
+        for (int i = 0; i < kWidest; ++i) {
+          const Acc shifted = x[i] - group.max[lane + i], log_sum = Acc(group.log_sum[lane + i]);
+          grad[i] = math::probability_grad(shifted, log_sum, group.grad_loss[lane + i], p_.problem.keep, w);
+        }
+        store(tensor.data, tensor.dtype, p_.offset(tensor, position, c), tensor.inner_stride, count, grad);
       }
-      store(tensor.data, tensor.dtype, p_.offset(tensor, group.begin, c), tensor.inner_stride, lanes, grad);
-    }
+    });
   }
 
   const CrossEntropy<Acc> p_;
-  const std::int64_t lanes_;
+  const std::int64_t lanes_;  // of a group
   Acc* tile_;
-  Acc* slopes_;
-  Acc* masses_;
+  Acc* slopes_;         // a tile like it
+  Acc* masses_;         // likewise
+  const Acc* weights_;  // of the classes, where they have mass
 };
 
 }  // namespace

@@ -4,30 +4,12 @@
 // are added up and kept. When the row's own maximum is known the kept exponentials become the gradient: a factor for
 // each chunk, minus the target's masses. They are kept where the gradient will lie if it has the accumulate type, else
 // in scratch memory; either way they are still in the second-level cache.
+//
+// Rows that are short take each step together. What a row needs beside its entries (a logarithm, a quotient, the
+// target's own gradient) is found for all of them in one vector loop, and no row waits for the end of its own sum.
 
 namespace fusedloss::cpu {
 namespace {
-
-// The logits that are needed next. They need not exist.
-struct Ahead {
-  const char* data;
-  std::int64_t size;  // of one
-};
-
-// The loops below are functions of their own: inlined into the traversal, GCC 12 finds no vector form for some.
-
-// Writes the exponentials of a multiple of kPadding elements. Meanwhile the logits ahead come into the cache, a line at
-// a time: a processor fetches few lines at once, and would wait for most of a whole chunk.
-template <class Acc>
-[[gnu::noinline]] void exponentials(const Acc* x, Acc shift, Acc* e, std::int64_t count, Ahead next) {
-  constexpr int kWidth = kPadding / 4;
-  for (std::int64_t k = 0; k < count; k += kWidth) {
-    const char* line = next.data + k * next.size;
-    for (std::int64_t i = 0; i < kWidth * std::int64_t(sizeof(Acc)); i += kLine) __builtin_prefetch(line + i);
-#pragma omp simd
-    for (int i = 0; i < kWidth; ++i) e[k + i] = math::exp_nonpositive(x[k + i] - shift);
-  }
-}
 
 // Combines the lanes of a vector: one after the other, they would take longer than the rest of a short row.
 template <class Value, int kWidth, class Combine>
@@ -41,69 +23,85 @@ template <class Value, int kWidth, class Combine>
   }
 }
 
-// The same of kPadding elements, which also adds their products with their gaps. kFinite: no gap is infinite, or the
-// sum will be NaN.
-template <bool kFinite, class Acc, int kWidth>
-[[gnu::always_inline]] inline void exponentials_and_gaps(const Acc* x, Acc shift, Acc* e, double (&gaps)[kWidth]) {
-  Acc four[kWidth] = {};  // added before they become float64
-  for (std::int64_t k = 0; k < kPadding; k += kWidth) {
-#pragma omp simd
-    for (int i = 0; i < kWidth; ++i) {
-      const Acc shifted = x[k + i] - shift;
-      e[k + i] = math::exp_nonpositive(shifted);
-      four[i] += kFinite ? -(e[k + i] * shifted) : math::times_gap(e[k + i], shifted);
-    }
-  }
-#pragma omp simd
-  for (int i = 0; i < kWidth; ++i) gaps[i] += double(four[i]);
-}
-
-// Writes the exponentials, and returns the sum of their products with the gaps. The last kPadding elements may be
-// padded with -inf; if there are others, all of it is done once more.
-template <class Acc>
-[[gnu::noinline]] double exponentials_and_gap(const Acc* x, Acc shift, Acc* e, std::int64_t count, Ahead next) {
-  const auto sum = [](double a, double b) { return a + b; };
-  const std::int64_t last = count - kPadding;
-  double gaps[kPadding / 4] = {};
-  for (std::int64_t k = 0; k < last; k += kPadding) {
-    const char* line = next.data + k * next.size;
-    for (std::int64_t i = 0; i < kPadding * next.size; i += kLine) __builtin_prefetch(line + i);
-    exponentials_and_gaps<true>(x + k, shift, e + k, gaps);
-  }
-  exponentials_and_gaps<false>(x + last, shift, e + last, gaps);
-  const double gap = by_halves(gaps, sum);
-  if (gap == gap) return gap;
-  std::fill_n(gaps, kPadding / 4, 0.0);
-  for (std::int64_t k = 0; k < count; k += kPadding) exponentials_and_gaps<false>(x + k, shift, e + k, gaps);
-  return by_halves(gaps, sum);
-}
-
-// The largest of a multiple of kPadding elements, found lane by lane: clang has no vector form of a reduction that
-// passes over NaN.
+// The largest of a multiple of kWidest elements, found lane by lane: clang has no vector form of a reduction that
+// passes over NaN. Four vectors at a time, since each waits for what the one before has found in its lanes.
 template <class Acc>
 [[gnu::noinline]] Acc largest(const Acc* x, std::int64_t count) {
-  Acc lanes[kPadding / 4];
-  std::fill_n(lanes, kPadding / 4, -math::kInfinity<Acc>);
-  for (std::int64_t k = 0; k < count; k += kPadding / 4) {
+  constexpr int kWide = std::max(kWidest, 4 * FUSEDLOSS_LANES);
+  const auto larger = [](Acc a, Acc b) { return b > a ? b : a; };
+  Acc lanes[kWide], few[kWidest];
+  std::fill_n(lanes, kWide, -math::kInfinity<Acc>);
+  std::fill_n(few, kWidest, -math::kInfinity<Acc>);
+  std::int64_t k = 0;
+  for (; k + kWide <= count; k += kWide) {
 #pragma omp simd
-    for (int i = 0; i < kPadding / 4; ++i) lanes[i] = x[k + i] > lanes[i] ? x[k + i] : lanes[i];
+    for (int i = 0; i < kWide; ++i) lanes[i] = x[k + i] > lanes[i] ? x[k + i] : lanes[i];
   }
-  return by_halves(lanes, [](Acc a, Acc b) { return b > a ? b : a; });
+  for (; k < count; k += kWidest) {
+#pragma omp simd
+    for (int i = 0; i < kWidest; ++i) few[i] = x[k + i] > few[i] ? x[k + i] : few[i];
+  }
+  return larger(by_halves(lanes, larger), by_halves(few, larger));
 }
 
-// The sum of a multiple of kPadding elements: one of each quarter are added as they are, and then in float64, since a
-// float32 sum near 1 loses the digits that log(sum) consists of.
-template <class Acc>
-[[gnu::noinline]] double sum_of(const Acc* e, std::int64_t count) {
-  constexpr int kWidth = kPadding / 4;
-  const std::int64_t quarter = count / 4;
-  double sums[kWidth] = {};
-  for (std::int64_t k = 0; k < quarter; k += kWidth) {
-    const Acc *first = e + k, *second = first + quarter, *third = second + quarter, *fourth = third + quarter;
+// The sum of a multiple of kWidest entries: four are added as they are, and then in float64, since a float32 sum near 1
+// loses the digits that log(sum) consists of.
+template <class Entry>
+[[gnu::always_inline]] inline double add(std::int64_t count, Entry entry) {
+  double sums[kWidest];
 #pragma omp simd
-    for (int i = 0; i < kWidth; ++i) sums[i] += double((first[i] + second[i]) + (third[i] + fourth[i]));
+  for (int i = 0; i < kWidest; ++i) sums[i] = double(entry(i));  // rather than zeros: GCC has a slow way to write some
+  std::int64_t k = kWidest;
+  for (; k + 4 * kWidest <= count; k += 4 * kWidest) {
+#pragma omp simd
+    for (int i = 0; i < kWidest; ++i) {
+      const std::int64_t at = k + i;
+      sums[i] += double((entry(at) + entry(at + kWidest)) + (entry(at + 2 * kWidest) + entry(at + 3 * kWidest)));
+    }
+  }
+  for (; k < count; k += kWidest) {
+#pragma omp simd
+    for (int i = 0; i < kWidest; ++i) sums[i] += double(entry(k + i));
   }
   return by_halves(sums, [](double a, double b) { return a + b; });
+}
+
+template <class Acc>
+[[gnu::noinline]] double sum_of(const Acc* e, std::int64_t count) {
+  return add(count, [=](std::int64_t k) __attribute__((always_inline)) { return e[k]; });
+}
+
+// The sum of the exponentials' products with their gaps.
+template <class Acc>
+[[gnu::noinline]] double gap_of(const Acc* x, Acc shift, const Acc* e, std::int64_t count) {
+  return add(count, [=](std::int64_t k) __attribute__((always_inline)) { return math::times_gap(e[k], x[k] - shift); });
+}
+
+// What masses on all classes add to the loss, relative to a maximum. A quarter of each is added, so that four of the
+// largest numbers are one.
+template <class Acc>
+[[gnu::noinline]] double dense_loss(const Acc* x, const Acc* masses, Acc shift, std::int64_t count) {
+  const auto quarter = [=](std::int64_t k) __attribute__((always_inline)) {
+    return math::entry_loss_at_max(x[k] - shift, Acc(0.25) * masses[k]);
+  };
+  const std::int64_t whole = count / kWidest * kWidest;
+  double rest = 0;
+  for (std::int64_t k = whole; k < count; ++k) rest += double(quarter(k));
+  return 4 * (whole == 0 ? rest : add(whole, quarter) + rest);
+}
+
+// From exponentials to gradients: where the target alone has mass, and where all classes have.
+template <class T, class Acc>
+[[gnu::noinline]] void write_gradient(const Acc* e, Acc factor, T* grad, std::int64_t count) {
+  store_each(grad, count,
+             [=](std::int64_t k) __attribute__((always_inline)) { return math::logit_grad(e[k], factor, Acc(0)); });
+}
+template <class T, class Acc>
+[[gnu::noinline]] void write_gradient(const Acc* e, Acc factor, T* grad, std::int64_t count, Acc on_all,
+                                      const Acc* masses) {
+  store_each(grad, count, [=](std::int64_t k) __attribute__((always_inline)) {
+    return math::logit_grad(e[k], factor, on_all * masses[k]);
+  });
 }
 
 // The sum of exponentials of which the largest alone is 1, to all digits of the others: an entropy is little more than
@@ -116,13 +114,13 @@ template <class Acc>
   return 1 + sum;
 }
 
-// The place of the first that fulfils a condition, or else count, which is a multiple of kPadding.
+// The place of the first that fulfils a condition, or else count, which is a multiple of kWidest.
 template <class Acc, class Condition>
 [[gnu::noinline]] std::int64_t find_first(const Acc* x, std::int64_t count, Condition condition) {
-  for (std::int64_t k = 0; k < count; k += kPadding) {
+  for (std::int64_t k = 0; k < count; k += kWidest) {
     int found = 0;
 #pragma omp simd reduction(| : found)
-    for (int i = 0; i < kPadding; ++i) found |= condition(x[k + i]);
+    for (int i = 0; i < kWidest; ++i) found |= condition(x[k + i]);
     if (!found) continue;
     while (!condition(x[k])) ++k;
     return k;
@@ -136,7 +134,7 @@ struct Largest {
   Acc value = -math::kInfinity<Acc>;
   std::int64_t c = 0;
 
-  // At a multiple of kPadding logits from class `first` on, of which max is the largest but for NaN.
+  // At a multiple of kWidest logits from class `first` on, of which max is the largest but for NaN.
   void look(const Acc* x, std::int64_t first, std::int64_t count, Acc max) {
     if (value != value) return;
     std::int64_t found = find_first(x, count, [](Acc x) { return x != x; });
@@ -150,17 +148,23 @@ struct Largest {
     value = max;
     c = first + found;
   }
+
+  // Of later classes.
+  void merge(const Largest& later) {
+    if (value == value && (later.value > value || later.value != later.value)) *this = later;
+  }
 };
 
-// What is treated at once: a short row, or a chunk of a long one.
+// What is treated at once: a short row, or a chunk of a long one. Its logits are x[0, whole), and what is no whole
+// group lies padded at e[whole, padded), until the exponentials take the place.
 template <class Acc>
 struct Part {
-  int row;         // in the group
-  std::int64_t c;  // its first class
-  std::int64_t count;
+  int row;                     // in the group
+  std::int64_t c;              // its first class
+  std::int64_t count;          // of its classes
+  std::int64_t whole, padded;  // multiples of kWidest
   const Acc* x;
   Acc* e;  // the exponentials
-  math::RowStatistics<Acc, true, double> statistics;
 };
 
 template <class Acc>
@@ -168,18 +172,27 @@ class Rows {
   using Statistics = math::RowStatistics<Acc, true, double>;
 
  public:
-  explicit Rows(const CrossEntropyArgs& args)
+  // chunk_max: of all chunks of a row, if its segments share them.
+  explicit Rows(const CrossEntropyArgs& args, Acc* chunk_max = nullptr)
       : p_(args),
-        rows_at_once_(p_.classes <= kChunk && p_.cap == 0 ? kRowsAtOnce : 1),
-        in_place_(p_.gradient && args.grad_logits.dtype == kDtypeOf<Acc> && args.grad_logits.class_stride == 1) {
-    // Beside a gradient of another type, the exponentials; behind them the slopes under a cap, and each chunk's
-    // maximum.
-    const std::int64_t whole_chunks = p_.classes / kChunk;
-    const std::int64_t kept = p_.gradient && !in_place_ ? whole_chunks * kChunk : 0;
+        width_(ceil_div(p_.classes, kWidest) * kWidest),
+        chunks_(ceil_div(p_.classes, kChunk)),
+        // Under a cap, one: the slopes are kept, too.
+        rows_at_once_(p_.cap != 0 ? 1 : std::clamp<std::int64_t>(kBlockElements / width_, 1, kLanes)),
+        as_they_are_(args.logits.dtype == kDtypeOf<Acc> && !args.transforms()),
+        // Under a cap, another thread would lack the slopes of the exponentials that it finds there.
+        in_place_(p_.gradient && args.grad_logits.dtype == kDtypeOf<Acc> && args.grad_logits.class_stride == 1 &&
+                  !(chunk_max && p_.cap != 0)) {
     const std::int64_t slopes = p_.cap != 0 ? p_.classes : 0;
-    kept_ = static_cast<Acc*>(scratch((kept + slopes + whole_chunks + 1) * sizeof(Acc)));
-    slopes_ = kept_ + kept;
-    chunk_max_ = slopes_ + slopes;
+    const std::int64_t shared = slopes + rows_at_once_ * (width_ + chunks_);
+    kept_ = static_cast<Acc*>(scratch((shared + 1) * sizeof(Acc) + chunks_ * sizeof(double)));
+    slopes_ = kept_ + rows_at_once_ * width_;
+    chunk_max_ = chunk_max ? chunk_max : slopes_ + slopes;
+    chunk_mass_ = reinterpret_cast<double*>(kept_ + shared + shared % 2);
+    const bool spreads = p_.problem.dense() && !p_.problem.probabilities;
+    for (std::int64_t c = 0; spreads && c < p_.classes; c += kChunk) {
+      chunk_mass_[c / kChunk] = mass_of(weights(c), std::min<std::int64_t>(kChunk, p_.classes - c));
+    }
   }
 
   void count(std::int64_t begin, std::int64_t end, Partial& partial) const {
@@ -187,101 +200,133 @@ class Rows {
   }
 
   void forward(std::int64_t begin, std::int64_t end, Partial& partial) const {
-    Acc kept[kRowsAtOnce][kChunk];
     for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
       p_.load_targets(group, partial);
-      if (p_.gradient) p_.load_grads(group);
-      for (int first = 0; first < group.count; first += rows_at_once_) {
-        const int last = std::min(first + rows_at_once_, group.count);
-        statistics(group, first, last, kept);
-        for (int i = first; i < last && p_.gradient; ++i) {
-          if (group.no_grad[i]) {
-            zero_gradient(group, i);
-            continue;
-          }
-          // The other logarithms are taken all at once.
-          if (p_.problem.z_loss != 0) group.log_sum[i] = math::log(group.sum[i]);
-          auto row = p_.template row_gradient<Sum::fresh>(p_.wide, group, i);
-          if (p_.only_scaled()) row = row.through(p_.scale);
-          for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
-            const Acc max = rows_at_once_ > 1 ? group.max[i] : chunk_max_[c / kChunk];
-            const double factor = max == group.max[i] ? row.factor : math::rescale(row.factor, max, group.max[i]);
-            gradient(group, i, c, place_of(group, first, i, c, kept), Acc(factor), row);
-          }
-        }
-      }
+      statistics(group);
       p_.finish(group, partial);
+      if (!p_.gradient) continue;
+      p_.load_grads(group);
+      const Gradients rows = gradients<Sum::fresh>(group);
+      for (int i = 0; i < group.count; ++i) write_gradient_of<Sum::fresh>(group, i, 0, p_.classes, rows);
     }
   }
 
   void backward(std::int64_t begin, std::int64_t end) const {
-    Partial unused;
     for (Group<Acc> group; next_group(group, begin, end); begin += group.count) {
-      p_.load_targets(group, unused);
-      p_.load_statistics(group);
-      p_.load_grads(group);
-      p_.load_masses_of_all(group);
-      for (int i = 0; i < group.count; ++i) {
-        if (group.no_grad[i]) {
-          zero_gradient(group, i);
-          continue;
-        }
-        if (p_.problem.probabilities && !p_.args.row_mass) group.mass[i] = mass_of(group.begin + i);
-        if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
-        auto row = p_.template row_gradient<Sum::saved>(p_.wide, group, i);
-        if (p_.args.grad_entropy) p_.add_entropy_grad(row, group, i);
-        if (p_.only_scaled()) row = row.through(p_.scale);
-        for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
-          Acc x_buffer[kChunk], e[kChunk];
-          std::int64_t count = chunk_size(c);
-          const Acc* x = logits(group.begin + i, c, count, x_buffer);
-          if (p_.args.grad_probabilities.data) probability_gradient(group, i, c, x);
-          if (!p_.gradient) continue;
-          exponentials(x, group.max[i], e, count, ahead(group.begin + i, c));
-          Acc factor = Acc(row.factor);
-          if (p_.args.grad_entropy) {
-            multiply_by_factors(x, group.max[i], e, count, row);
-            factor = Acc(1);
-          }
-          gradient(group, i, c, e, factor, row);
-        }
-      }
+      load_for_backward(group);
+      const Gradients rows = gradients<Sum::saved>(group);
+      for (int i = 0; i < group.count; ++i) write_gradient_of<Sum::saved>(group, i, 0, p_.classes, rows);
     }
   }
 
+  // Row after row: all threads take segments of each, and meet for what its entries share. Forward, or backward if
+  // partial is null.
+  static void split(const CrossEntropyArgs& args, Partial* partial, void* shared, ParallelFor parallel_for) {
+    static_assert(sizeof(Found) <= kFoundBytes);
+    const std::int64_t segments = ceil_div(args.shape.classes, kSegment);
+    Found* found = static_cast<Found*>(shared);
+    Acc* chunk_max = reinterpret_cast<Acc*>(static_cast<char*>(shared) + segments * kFoundBytes);
+    Rows(args, chunk_max).split(partial, found, segments, parallel_for);
+  }
+
  private:
+  // What is found of a row, or of some of its classes.
+  struct Found {
+    Statistics statistics;
+    Largest<Acc> largest_logit;
+
+    void merge(const Found& later) {
+      statistics.merge(later.statistics);
+      largest_logit.merge(later.largest_logit);
+    }
+  };
+
+  void split(Partial* partial, Found* found, std::int64_t segments, ParallelFor parallel_for) const {
+    Group<Acc> group;
+    group.count = 1;
+    for (group.begin = 0; group.begin < p_.args.shape.positions(); ++group.begin) {
+      if (partial) {
+        p_.load_targets(group, *partial);
+        begin_row(group, 0);
+        const auto find = [&](std::int64_t begin, std::int64_t end) {
+          const Rows rows(p_.args, chunk_max_);
+          for (std::int64_t i = begin; i < end; ++i)
+            found[i] = rows.find(group, 0, i * kSegment, (i + 1) * kSegment, false);
+        };
+        if (!group.skip[0]) {
+          parallel_for(segments, Work::of(find));
+          for (std::int64_t i = 1; i < segments; ++i) found[0].merge(found[i]);
+          end_row(group, 0, found[0]);
+        }
+        p_.finish(group, *partial);
+        p_.load_grads(group);
+      } else {
+        load_for_backward(group);
+      }
+      if (!p_.gradient && !p_.args.grad_probabilities.data) continue;
+      const Gradients shared = partial ? gradients<Sum::fresh>(group) : gradients<Sum::saved>(group);
+      const auto write = [&](std::int64_t begin, std::int64_t end) {
+        const Rows rows(p_.args, chunk_max_);
+        const std::int64_t first = begin * kSegment, last = std::min(p_.classes, end * kSegment);
+        partial ? rows.template write_gradient_of<Sum::fresh>(group, 0, first, last, shared, true)
+                : rows.template write_gradient_of<Sum::saved>(group, 0, first, last, shared);
+      };
+      parallel_for(segments, Work::of(write));
+    }
+  }
+
+  // What the entries of each row share, and the target's own, which is formed in float64: p - 1 of a confident row
+  // keeps the digits that both numbers share.
+  struct Gradients {
+    Shared<double> shared;
+    Acc on_target_class[kLanes];
+  };
+
   bool next_group(Group<Acc>& group, std::int64_t begin, std::int64_t end) const {
     group.begin = begin;
-    group.count = static_cast<int>(std::min<std::int64_t>(end - begin, kLanes));
+    group.count = static_cast<int>(std::min<std::int64_t>(end - begin, rows_at_once_));
     return group.count > 0;
   }
 
-  std::int64_t chunk_size(std::int64_t c) const { return std::min<std::int64_t>(kChunk, p_.classes - c); }
-
-  // The logits of a chunk, as the softmax sees them. A ragged chunk is padded, and its count raised, with logits that
-  // change nothing in a sum of exponentials, so that no exponential of a short row is computed alone.
-  const Acc* logits(std::int64_t position, std::int64_t c, std::int64_t& count, Acc* buffer) const {
-    const std::int64_t exist = count;
-    const Acc* x = given_logits(position, c, count, buffer);
-    if (!p_.args.transforms()) return x;
-    p_.transform(x, buffer, slopes_ + c, exist);
-    std::fill_n(buffer + exist, count - exist, -math::kInfinity<Acc>);
-    return buffer;
-  }
-
-  // As they are.
-  const Acc* given_logits(std::int64_t position, std::int64_t c, std::int64_t& count, Acc* buffer) const {
+  // The part of row i that begins at class c, and where its exponentials lie until they become the gradient: in scratch
+  // memory, of which all chunks have the first, unless they are kept. What ends in a ragged group lies there, too:
+  // padded, it would reach beyond its row.
+  Part<Acc> part_of(const Group<Acc>& group, int i, std::int64_t c, bool kept) const {
+    const std::int64_t position = group.begin + i, count = std::min<std::int64_t>(kChunk, p_.classes - c);
+    const std::int64_t padded = ceil_div(count, kWidest) * kWidest, whole = count / kWidest * kWidest;
+    Acc* e = kept_ + i * width_ + (kept ? c : 0);
+    if (in_place_ && whole == padded) {
+      e = static_cast<Acc*>(p_.args.grad_logits.data) + p_.offset(p_.args.grad_logits, position, c);
+    }
+    if (!as_they_are_) return {i, c, count, padded, padded, e, e};
     const ClassTensor& tensor = p_.args.logits;
-    const Acc* x = load(tensor.data, tensor.dtype, p_.offset(tensor, position, c), 1, count, buffer);
-    if (count % kPadding == 0) return x;
-    if (x != buffer) std::copy_n(x, count, buffer);
-    const std::int64_t padded = ceil_div(count, kPadding) * kPadding;
-    std::fill_n(buffer + count, padded - count, -math::kInfinity<Acc>);
-    count = padded;
-    return buffer;
+    return {i, c, count, whole, padded, static_cast<const Acc*>(tensor.data) + p_.offset(tensor, position, c), e};
   }
 
-  // What follows a chunk: the next of its row, or a row behind those that are treated together.
+  // Loads a part's logits, as the softmax sees them, where they do not lie as they are needed. A ragged group is padded
+  // with logits that change nothing in a sum of exponentials, so that no exponential is computed alone.
+  void load_logits(const Part<Acc>& part, std::int64_t position) const {
+    if (as_they_are_) {
+      std::copy(part.x + part.whole, part.x + part.count, part.e + part.whole);
+    } else {
+      const ClassTensor& tensor = p_.args.logits;
+      const Acc* x = load(tensor.data, tensor.dtype, p_.offset(tensor, position, part.c), 1, part.count, part.e);
+      if (p_.args.transforms()) p_.transform(x, part.e, slopes_ + part.c, part.count);
+    }
+    std::fill(part.e + part.count, part.e + part.padded, -math::kInfinity<Acc>);
+  }
+
+  // Replaces a part's logits by their exponentials.
+  void take_exponentials(const Part<Acc>& part, Acc shift, std::int64_t position) const {
+    Acc shifts[kWidest];
+    std::fill_n(shifts, kWidest, shift);
+    exponentials<true>(part.x, shifts, part.e, kWidest, part.whole / kWidest, ahead(position, part.c));
+    if (part.whole == part.padded) return;
+    Acc* rest = part.e + part.whole;
+    exponentials<false>(rest, shifts, rest, kWidest, 1);
+  }
+
+  // What follows a part: the next chunk of its row, or a row behind those that are treated together.
   Ahead ahead(std::int64_t position, std::int64_t c) const {
     const ClassTensor& tensor = p_.args.logits;
     const std::int64_t size = size_of(tensor.dtype);
@@ -301,8 +346,8 @@ class Rows {
   // The weights of the classes from c on, for at most kChunk of them.
   const Acc* weights(std::int64_t c) const { return p_.weights ? p_.weights + c : kOnes<Acc>.data(); }
 
-  const Acc* masses(std::int64_t position, std::int64_t c, Acc* buffer) const {
-    const std::int64_t count = chunk_size(c);
+  const Acc* masses(std::int64_t position, std::int64_t c, std::int64_t count, Acc* buffer) const {
+    if (!p_.problem.probabilities) return weights(c);
     const ClassTensor& tensor = p_.args.probabilities;
     const Acc* q = load(tensor.data, tensor.dtype, p_.offset(tensor, position, c), tensor.class_stride, count, buffer);
     const Acc* w = weights(c);
@@ -311,191 +356,282 @@ class Rows {
     return buffer;
   }
 
+  static double mass_of(const Acc* masses, std::int64_t count) {
+    double mass = 0;
+#pragma omp simd reduction(+ : mass)
+    for (std::int64_t k = 0; k < count; ++k) mass += double(masses[k]);
+    return mass;
+  }
+
   double mass_of(std::int64_t position) const {
     double mass = 0;
     for (std::int64_t c = 0; c < p_.classes; c += kChunk) {
       Acc buffer[kChunk];
-      const Acc* a = masses(position, c, buffer);
-      const std::int64_t count = chunk_size(c);
-#pragma omp simd reduction(+ : mass)
-      for (std::int64_t k = 0; k < count; ++k) mass += double(a[k]);
+      const std::int64_t count = std::min<std::int64_t>(kChunk, p_.classes - c);
+      mass += mass_of(masses(position, c, count, buffer), count);
     }
     return mass;
   }
 
-  // Where a part's exponentials lie until they become the gradient. Those of short rows and of ragged chunks, which are
-  // the last of their row, are not written over before.
-  Acc* place_of(const Group<Acc>& group, int first, int i, std::int64_t c, Acc (*kept)[kChunk]) const {
-    if (!p_.gradient || rows_at_once_ > 1 || chunk_size(c) < kChunk) return kept[i - first];
-    if (!in_place_) return kept_ + c;
-    const ClassTensor& grad = p_.args.grad_logits;
-    return static_cast<Acc*>(grad.data) + p_.offset(grad, group.begin + i, c);
-  }
+  // The maximum of the chunk that begins at class c, of row i.
+  Acc& max_of_chunk(int i, std::int64_t c) const { return chunk_max_[i * chunks_ + c / kChunk]; }
 
-  // Finds the statistics of the rows [first, last), which are several short ones, or one. Short rows take each step
-  // together: one after the other, each would wait for the end of its own reduction before its next step.
-  void statistics(Group<Acc>& group, int first, int last, Acc (*kept)[kChunk]) const {
-    Acc buffers[kRowsAtOnce][kChunk];
-    Statistics row;
-    Largest<Acc> largest_logits[kRowsAtOnce];
-    for (int i = first; i < last; ++i) {
-      group.max[i] = group.target_logit[i] = -math::kInfinity<Acc>;
-      group.sum[i] = group.gap[i] = group.log_sum[i] = 0;
-      // Before the exponentials may take its place.
-      if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
-    }
-    int i = first;
-    std::int64_t c = 0;
-    while (i < last) {
-      Part<Acc> parts[kRowsAtOnce];
-      int count = 0;
-      while (i < last && count < rows_at_once_) {
-        if (group.skip[i] || c >= p_.classes) {
-          ++i;
-          c = 0;
-          continue;
+  // Finds the statistics of all rows: their maxima first, if they are short, and then their sums.
+  void statistics(Group<Acc>& group) const {
+    Found row;
+    for (int i = 0; i < group.count; ++i) {
+      begin_row(group, i);
+      if (group.skip[i]) continue;
+      if (chunks_ > 1) {
+        // In segments, as by many threads: how many rows there are must not decide how one is added up.
+        Found found = find(group, i, 0, kSegment, p_.gradient);
+        for (std::int64_t c = kSegment; c < p_.classes; c += kSegment) {
+          found.merge(find(group, i, c, c + kSegment, p_.gradient));
         }
-        Part<Acc>& part = parts[count];
-        part.row = i;
-        part.c = c;
-        part.count = chunk_size(c);
-        part.x = logits(group.begin + i, c, part.count, buffers[count]);
-        part.e = place_of(group, first, i, c, kept);
-        part.statistics.max = largest(part.x, part.count);
-        if (p_.args.argmax) look(largest_logits[i - first], group.begin + i, part);
-        c += kChunk;
-        ++count;
+        end_row(group, i, found);
+      } else {
+        row.largest_logit = {};
+        group.max[i] = maximum(part_of(group, i, 0, true), group.begin + i, row.largest_logit);
+        if (p_.args.argmax) p_.args.argmax[group.begin + i] = row.largest_logit.c;
       }
-      for (int k = 0; k < count; ++k) {
-        Part<Acc>& part = parts[k];
-        if (p_.problem.dense()) add_masses(group, part);
-        const Acc shift = math::finite_shift(part.statistics.max);
-        const Ahead next = ahead(group.begin + part.row, part.c);
-        if (p_.entropy) {
-          part.statistics.gap = exponentials_and_gap(part.x, shift, part.e, part.count, next);
-        } else {
-          exponentials(part.x, shift, part.e, part.count, next);
-        }
-      }
-      for (int k = 0; k < count; ++k) merge(group, parts[k], row);
     }
-    for (int k = first; k < last; ++k) {
-      if (group.target[k] == Group<Acc>::kNoClass) group.target_logit[k] = group.max[k];
-      if (p_.args.argmax) p_.args.argmax[group.begin + k] = largest_logits[k - first].c;
+    for (int i = 0; i < group.count && chunks_ == 1; ++i) {
+      if (!group.skip[i]) assign(group, i, statistics_of(part_of(group, i, 0, true), group.begin + i, group.max[i]));
     }
   }
 
-  // Where the softmax sees other logits, those that are given are read once more.
-  void look(Largest<Acc>& largest_logit, std::int64_t position, const Part<Acc>& part) const {
-    if (!p_.args.transforms()) return largest_logit.look(part.x, part.c, part.count, part.statistics.max);
-    Acc buffer[kChunk];
-    std::int64_t count = chunk_size(part.c);
-    const Acc* x = given_logits(position, part.c, count, buffer);
-    largest_logit.look(x, part.c, count, largest(x, count));
+  // What a row has that is not read; and its target's logit, before the exponentials may take its place.
+  void begin_row(Group<Acc>& group, int i) const {
+    const bool has_target = !group.skip[i] && group.target[i] != Group<Acc>::kNoClass;
+    group.max[i] = -math::kInfinity<Acc>;
+    group.target_logit[i] = has_target ? logit(group.begin + i, group.target[i]) : group.max[i];
+    group.sum[i] = group.gap[i] = group.dense_loss[i] = group.mass[i] = 0;
+    if (p_.args.argmax) p_.args.argmax[group.begin + i] = 0;
   }
 
-  // What the masses that all classes have add to the loss, relative to the part's maximum, and their sum. Without
-  // probabilities these are the class weights; the smoothing multiplies the sum over the row.
-  void add_masses(const Group<Acc>& group, Part<Acc>& part) const {
-    Acc buffer[kChunk];
-    const Acc* a = p_.problem.probabilities ? masses(group.begin + part.row, part.c, buffer) : weights(part.c);
-    const Acc* x = part.x;
-    const Acc shift = math::finite_shift(part.statistics.max);
-    const std::int64_t count = chunk_size(part.c);
-    double loss = 0, mass = 0;
-#pragma omp simd reduction(+ : loss, mass)
-    for (std::int64_t k = 0; k < count; ++k) {
-      loss += double(math::entry_loss_at_max(x[k] - shift, a[k]));
-      mass += double(a[k]);
-    }
-    part.statistics.dense_loss = loss;
-    part.statistics.mass = mass;
+  void end_row(Group<Acc>& group, int i, const Found& found) const {
+    assign(group, i, found.statistics);
+    if (p_.args.argmax) p_.args.argmax[group.begin + i] = found.largest_logit.c;
   }
 
-  // Merges a part into the statistics of its row, of which `row` are those of the parts before it.
-  void merge(Group<Acc>& group, Part<Acc>& part, Statistics& row) const {
-    const int i = part.row;
-    part.statistics.sum = sum_of(part.e, part.count);
-    if (p_.entropy && part.statistics.sum >= 1 && part.statistics.sum < 2) {
-      // One exponential is 1, and near it float32 loses what is added.
-      part.statistics.sum = sum_beside_one(part.e, part.count);
-    }
-    if (rows_at_once_ == 1) chunk_max_[part.c / kChunk] = part.statistics.max;
-    if (part.c == 0) row = part.statistics;
-    if (part.c > 0) row.merge(part.statistics);
+  static void assign(Group<Acc>& group, int i, const Statistics& row) {
     group.max[i] = row.max;
     group.sum[i] = row.sum;
     group.gap[i] = row.gap;
     group.dense_loss[i] = row.dense_loss;
     group.mass[i] = row.mass;
+    if (group.target[i] == Group<Acc>::kNoClass) group.target_logit[i] = row.max;
   }
 
-  void zero_gradient(const Group<Acc>& group, int i) const {
+  // Of the chunks of row i that begin at [first, last).
+  Found find(const Group<Acc>& group, int i, std::int64_t first, std::int64_t last, bool kept) const {
+    Found found;
+    for (std::int64_t c = first; c < std::min(last, p_.classes); c += kChunk) {
+      const Part<Acc> part = part_of(group, i, c, kept);
+      const Acc max = maximum(part, group.begin + i, found.largest_logit);
+      max_of_chunk(i, c) = max;
+      found.statistics.merge(statistics_of(part, group.begin + i, max));
+    }
+    return found;
+  }
+
+  // Loads a part, and returns the largest of its logits, as the softmax sees them.
+  Acc maximum(const Part<Acc>& part, std::int64_t position, Largest<Acc>& largest_logit) const {
+    // Of those that are given: what the softmax sees may take their place.
+    const bool transforms = p_.args.transforms();
+    if (p_.args.argmax && transforms) look(largest_logit, position, part, -math::kInfinity<Acc>);
+    const Acc max = largest_of(part, position);
+    if (p_.args.argmax && !transforms) look(largest_logit, position, part, max);
+    return max;
+  }
+
+  Acc largest_of(const Part<Acc>& part, std::int64_t position) const {
+    load_logits(part, position);
+    const Acc of_whole = largest(part.x, part.whole);
+    if (part.whole == part.padded) return of_whole;
+    const Acc of_rest = largest(part.e + part.whole, kWidest);
+    return of_rest > of_whole ? of_rest : of_whole;
+  }
+
+  // The first of the largest logits, as they are given: where the softmax sees others, they are read by themselves.
+  void look(Largest<Acc>& largest_logit, std::int64_t position, const Part<Acc>& part, Acc max) const {
+    Acc buffer[kChunk];
+    const ClassTensor& tensor = p_.args.logits;
+    const Acc* x = load(tensor.data, tensor.dtype, p_.offset(tensor, position, part.c), 1, part.count, buffer);
+    std::copy_n(x, x == buffer ? 0 : part.count, buffer);
+    std::fill(buffer + part.count, buffer + part.padded, -math::kInfinity<Acc>);
+    largest_logit.look(buffer, part.c, part.padded, p_.args.transforms() ? largest(buffer, part.padded) : max);
+  }
+
+  // Replaces a part's logits by their exponentials, and returns its statistics.
+  Statistics statistics_of(const Part<Acc>& part, std::int64_t position, Acc max) const {
+    Statistics found;
+    found.max = max;
+    const Acc shift = math::finite_shift(max);
+    if (p_.problem.dense()) add_masses(found, part, position, shift);
+    Acc logits[kChunk];  // the exponentials may take their place
+    if (p_.entropy) std::copy(part.e + part.whole, part.e + part.padded, std::copy_n(part.x, part.whole, logits));
+    take_exponentials(part, shift, position);
+    found.sum = sum_of(part.e, part.padded);
+    if (!p_.entropy) return found;
+    found.gap = gap_of(logits, shift, part.e, part.padded);
+    // One exponential is 1, and near it float32 loses what is added.
+    if (found.sum >= 1 && found.sum < 2) found.sum = sum_beside_one(part.e, part.padded);
+    return found;
+  }
+
+  // What the masses that all classes have add to the loss, relative to the part's maximum, and their sum. Without
+  // probabilities these are the class weights; the smoothing multiplies the sum over the row.
+  void add_masses(Statistics& found, const Part<Acc>& part, std::int64_t position, Acc shift) const {
+    Acc buffer[kChunk];
+    const Acc* a = masses(position, part.c, part.count, buffer);
+    found.dense_loss = dense_loss(part.x, a, shift, part.count);
+    found.mass = p_.problem.probabilities ? mass_of(a, part.count) : chunk_mass_[part.c / kChunk];
+  }
+
+  void zero_gradient(const Group<Acc>& group, int i, std::int64_t first, std::int64_t last) const {
     const ClassTensor& tensor = p_.args.grad_logits;
     if (!p_.gradient) return;
-    store_zeros(tensor.data, tensor.dtype, p_.offset(tensor, group.begin + i), tensor.class_stride, p_.classes);
+    store_zeros(tensor.data, tensor.dtype, p_.offset(tensor, group.begin + i, first), tensor.class_stride,
+                last - first);
+  }
+
+  template <Sum kSum>
+  Gradients gradients(Group<Acc>& group) const {
+    Gradients rows;
+    p_.template share<kSum>(group, rows.shared);
+    if (p_.problem.probabilities) return rows;
+    double weight[kLanes];
+    const int padded = p_.pad(group);
+    std::fill_n(weight, padded, 0.0);
+    for (int i = 0; i < group.count && p_.problem.dense(); ++i) {
+      if (group.target[i] != Group<Acc>::kNoClass) weight[i] = double(p_.weight(group.target[i]));
+    }
+    const Shared<double>& shared = rows.shared;
+#pragma omp simd
+    for (int i = 0; i < padded; ++i) {
+      const double shifted = double(group.target_logit[i]) - double(group.max[i]);
+      const double exponential = math::exp_nonpositive(shifted);
+      const double softmax_grad = math::times_factor(exponential, shared.factor[i], shared.on_gap[i], shifted);
+      rows.on_target_class[i] = Acc(softmax_grad - (shared.on_all[i] * weight[i] + shared.on_target[i]));
+    }
+    return rows;
+  }
+
+  void load_for_backward(Group<Acc>& group) const {
+    Partial unused;
+    p_.load_targets(group, unused);
+    p_.load_statistics(group);
+    p_.load_grads(group);
+    p_.load_masses_of_all(group);
+    for (int i = 0; i < group.count; ++i) {
+      group.target_logit[i] = group.max[i];
+      if (group.no_grad[i]) continue;
+      if (p_.problem.probabilities && !p_.args.row_mass) group.mass[i] = mass_of(group.begin + i);
+      if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
+    }
+  }
+
+  // The gradient of row i, of the chunks that begin at [first, last). In forward the exponentials are where they were
+  // left, unless another thread did that: then only those that lie in the gradient's place.
+  template <Sum kSum>
+  void write_gradient_of(const Group<Acc>& group, int i, std::int64_t first, std::int64_t last, const Gradients& rows,
+                         bool by_another = false) const {
+    if (group.no_grad[i]) return zero_gradient(group, i, first, last);
+    for (std::int64_t c = first; c < last; c += kChunk) {
+      const Part<Acc> part = part_of(group, i, c, kSum == Sum::fresh && !by_another);
+      const bool in_scratch = !in_place_ || part.count % kWidest != 0;
+      if (kSum == Sum::saved || (by_another && in_scratch)) {
+        backward(part, group, rows);
+        continue;
+      }
+      const Acc max = chunks_ > 1 ? max_of_chunk(i, c) : group.max[i];
+      const double factor = rows.shared.factor[i];
+      gradient(group, part, max == group.max[i] ? factor : math::rescale(factor, max, group.max[i]), rows);
+    }
+  }
+
+  // A part of the gradient in backward, where the statistics are known.
+  void backward(const Part<Acc>& part, const Group<Acc>& group, const Gradients& rows) const {
+    const std::int64_t position = group.begin + part.row;
+    const Acc max = group.max[part.row];
+    load_logits(part, position);
+    if (p_.args.grad_probabilities.data) probability_gradient(group, part);
+    if (!p_.gradient) return;
+    double factor = rows.shared.factor[part.row];
+    if (p_.args.grad_entropy) {
+      take_weighted_exponentials(part, max, Acc(factor), Acc(rows.shared.on_gap[part.row]));
+      factor = 1;
+    } else {
+      take_exponentials(part, max, position);
+    }
+    gradient(group, part, factor, rows);
   }
 
   // Where the entropy gives a gradient, each entry has a factor of its own.
-  static void multiply_by_factors(const Acc* x, Acc max, Acc* e, std::int64_t count,
-                                  const math::RowGradient<double>& row) {
-    const Acc factor = Acc(row.factor), on_gap = Acc(row.on_gap);
+  void take_weighted_exponentials(const Part<Acc>& part, Acc max, Acc factor, Acc on_gap) const {
+    const auto take = [&](const Acc* x, Acc* e, std::int64_t count) {
 #pragma omp simd
-    for (std::int64_t k = 0; k < count; ++k) e[k] = math::times_factor(e[k], factor, on_gap, x[k] - max);
+      for (std::int64_t k = 0; k < count; ++k) {
+        const Acc shifted = x[k] - max;
+        e[k] = math::times_factor(math::exp_nonpositive(shifted), factor, on_gap, shifted);
+      }
+    };
+    take(part.x, part.e, part.whole);
+    take(part.e + part.whole, part.e + part.whole, part.padded - part.whole);
   }
 
-  // A chunk's gradient from its exponentials, of which e may be the place.
-  void gradient(const Group<Acc>& group, int i, std::int64_t c, const Acc* e, Acc factor,
-                const math::RowGradient<double>& row) const {
-    Acc buffer[kChunk], mass_buffer[kChunk];
+  // A part's gradient from its exponentials, of which e may be the place.
+  void gradient(const Group<Acc>& group, const Part<Acc>& part, double row_factor, const Gradients& rows) const {
     const ClassTensor& tensor = p_.args.grad_logits;
-    const std::int64_t position = group.begin + i, count = chunk_size(c), at = p_.offset(tensor, position, c);
-    Acc* grad = destination(tensor.data, tensor.dtype, at, tensor.class_stride, buffer);
-    if (grad == buffer) prefetch_for_writing(tensor.data, tensor.dtype, at + count, count);
-    if (p_.problem.dense()) {
-      const Acc* a = p_.problem.probabilities ? masses(position, c, mass_buffer) : weights(c);
-      const Acc on_all = Acc(row.on_all);
-#pragma omp simd
-      for (std::int64_t k = 0; k < count; ++k) grad[k] = math::logit_grad(e[k], factor, on_all * a[k]);
-    } else {
-#pragma omp simd
-      for (std::int64_t k = 0; k < count; ++k) grad[k] = math::logit_grad(e[k], factor, Acc(0));
+    const std::int64_t position = group.begin + part.row, at = p_.offset(tensor, position, part.c);
+    const Acc factor = Acc(row_factor), on_all = Acc(rows.shared.on_all[part.row]);
+    Acc mass_buffer[kChunk];
+    const auto write = [&]<class T>(T* grad) {
+      if (!p_.problem.dense()) return write_gradient(part.e, factor, grad, part.count);
+      write_gradient(part.e, factor, grad, part.count, on_all, masses(position, part.c, part.count, mass_buffer));
+    };
+    const std::int64_t t = std::int64_t(group.target[part.row]) - part.c;
+    const bool has_target = t >= 0 && t < part.count;
+    if (tensor.class_stride == 1 && p_.cap == 0) {
+      with_floating(tensor.dtype, [&]<class T>() {
+        T* grad = static_cast<T*>(tensor.data) + at;
+        if (!in_place_) prefetch_for_writing(tensor.data, tensor.dtype, at + part.count, part.count);
+        write(grad);
+        if (has_target) grad[t] = round_to<T>(rows.on_target_class[part.row]);
+      });
+      return;
     }
-    const std::int64_t t = std::int64_t(group.target[i]) - c;
-    if (t >= 0 && t < count) {
-      // In float64: p - 1 of a confident row keeps the digits that both numbers share.
-      const double shifted = group.target_of(i).shifted, exponential = math::exp_nonpositive(shifted);
-      const double on_all = p_.problem.dense() ? row.on_all * double(p_.weight(c + t)) : 0;
-      const double softmax_grad = math::times_factor(exponential, row.factor, row.on_gap, shifted);
-      grad[t] = Acc(softmax_grad - (on_all + row.on_target));
-    }
-    if (p_.cap != 0) {
-      const Acc* slopes = slopes_ + c;
-#pragma omp simd
-      for (std::int64_t k = 0; k < count; ++k) grad[k] *= slopes[k];
-    }
-    store(tensor.data, tensor.dtype, at, tensor.class_stride, count, grad);
+    Acc grad[kChunk];
+    write(grad);
+    if (has_target) grad[t] = rows.on_target_class[part.row];
+    for (std::int64_t k = 0; k < part.count && p_.cap != 0; ++k) grad[k] *= slopes_[part.c + k];
+    store(tensor.data, tensor.dtype, at, tensor.class_stride, part.count, grad);
   }
 
-  void probability_gradient(const Group<Acc>& group, int i, std::int64_t c, const Acc* x) const {
+  void probability_gradient(const Group<Acc>& group, const Part<Acc>& part) const {
     Acc grad[kChunk];
     const ClassTensor& tensor = p_.args.grad_probabilities;
-    const std::int64_t count = chunk_size(c);
+    const int i = part.row;
     const Acc max = group.max[i], log_sum = Acc(group.log_sum[i]), g = group.grad_loss[i];
-    const Acc* w = weights(c);
+    const Acc *x = part.x, *w = weights(part.c);
 #pragma omp simd
-    for (std::int64_t k = 0; k < count; ++k) {
+    for (std::int64_t k = 0; k < part.count; ++k) {
       grad[k] = math::probability_grad(x[k] - max, log_sum, g, p_.problem.keep, w[k]);
     }
-    store(tensor.data, tensor.dtype, p_.offset(tensor, group.begin + i, c), tensor.class_stride, count, grad);
+    store(tensor.data, tensor.dtype, p_.offset(tensor, group.begin + i, part.c), tensor.class_stride, part.count, grad);
   }
 
   const CrossEntropy<Acc> p_;
-  const int rows_at_once_;
-  const bool in_place_;  // the exponentials lie where the gradient will
-  Acc* kept_;
+  const std::int64_t width_;   // the classes, padded
+  const std::int64_t chunks_;  // of a row
+  const std::int64_t rows_at_once_;
+  const bool as_they_are_;  // the logits in memory are those that are needed
+  const bool in_place_;     // the exponentials lie where the gradient will
+  Acc* kept_;               // (rows_at_once_, width_)
   Acc* slopes_;
-  Acc* chunk_max_;
+  Acc* chunk_max_;      // (rows_at_once_, chunks_)
+  double* chunk_mass_;  // (chunks_,) of the class weights
 };
 
 }  // namespace

@@ -109,33 +109,74 @@ struct Operands {
   }
 };
 
+template <class Value>
+struct Evaluated {
+  Value loss, grad;
+  Value counted, invalid;  // 1 or 0
+};
+
+// One element, or a vector of them. kPlain: none is ignored, and there are no weights.
+template <class Loss, bool kPlain, class Value>
+[[gnu::always_inline]] inline Evaluated<Value> evaluate(Value x, Value t, Value w, Value p, Value ignored,
+                                                        Value grad_loss) {
+  using math::select, math::zero_if;
+  const Value one(1);
+  constexpr bool kFast = !std::is_same_v<Value, double>;  // on the CPU the fast functions of float32 lose nothing
+  const auto result = Loss::template evaluate<Value, kFast, !kPlain>(x, t, kPlain ? one : p);
+  const auto inside = Loss::in_domain(x) & Loss::in_domain(t);
+  if constexpr (kPlain) {
+    return {result.loss, grad_loss * result.slope, one, zero_if(inside, one)};
+  } else {
+    const auto is_ignored = t == ignored;
+    return {zero_if(is_ignored, w * result.loss), zero_if(is_ignored, grad_loss * w * result.slope),
+            zero_if(is_ignored, one), zero_if(is_ignored, zero_if(inside, one))};
+  }
+}
+
 template <class Acc>
 struct RunTotal {
   Acc loss = 0;
   Acc counted = 0, invalid = 0;  // exact in a run, and as wide as the values: a loop of one width
 };
 
-// A function of its own: inlined into the traversal, GCC 12 leaves the loop scalar.
-template <class Loss, bool kGradient, class Acc>
-[[gnu::noinline]] RunTotal<Acc> evaluate(const Operands<Acc>& in, std::int64_t count, Acc ignored, Acc grad_loss,
-                                         Acc* loss, Acc* grad) {
+// Evaluates a run; loss and grad may be null. A function of its own: inlined into the traversal, GCC 12 leaves the loop
+// scalar.
+template <class Loss, bool kGradient, bool kPlain, class Acc>
+[[gnu::noinline]] RunTotal<Acc> evaluate_run(const Operands<Acc>& in, std::int64_t count, Acc ignored, Acc grad_loss,
+                                             Acc* loss, Acc* grad) {
   const Acc *x = in.x, *t = in.t, *w = in.w, *p = in.p;
+  RunTotal<Acc> total;
+  std::int64_t done = 0;
+#if FUSEDLOSS_VECTORS
+  if constexpr (std::is_same_v<Acc, float>) {
+    using V = FloatVector;
+    V sum(0), counted(0), invalid(0);
+    for (; done + V::kLanes <= count; done += V::kLanes) {
+      const V weight = kPlain ? V(1) : V::load(w + done), pos_weight = kPlain ? V(1) : V::load(p + done);
+      const Evaluated<V> result =
+          evaluate<Loss, kPlain>(V::load(x + done), V::load(t + done), weight, pos_weight, V(ignored), V(grad_loss));
+      sum = sum + result.loss;
+      counted = counted + result.counted;
+      invalid = invalid + result.invalid;
+      if (loss) result.loss.store(loss + done);
+      if (kGradient) result.grad.store(grad + done);
+    }
+    total = {sum.sum(), kPlain ? Acc(done) : counted.sum(), invalid.sum()};
+  }
+#endif
+  Acc buffer[kElementwiseRun];
+  Acc* losses = loss ? loss : buffer;
   Acc sum = 0, counted = 0, invalid = 0;
 #pragma omp simd reduction(+ : sum, counted, invalid)
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Acc counts = t[i] == ignored ? Acc(0) : Acc(1);
-    const bool inside = int(Loss::in_domain(x[i])) & int(Loss::in_domain(t[i]));
-    const Acc outside = math::zero_if(inside, Acc(1));
-    const auto result = Loss::evaluate(x[i], t[i], p[i]);
-    loss[i] = math::zero_if(t[i] == ignored, w[i] * result.loss);
-    sum += loss[i];
-    counted += counts;
-    invalid += counts * outside;
-    if constexpr (kGradient) {
-      grad[i] = math::zero_if(t[i] == ignored, grad_loss * w[i] * result.slope);
-    }
+  for (std::int64_t i = done; i < count; ++i) {
+    const Evaluated<Acc> result = evaluate<Loss, kPlain>(x[i], t[i], w[i], p[i], ignored, grad_loss);
+    losses[i] = result.loss;
+    sum += result.loss;
+    counted += result.counted;
+    invalid += result.invalid;
+    if (kGradient) grad[i] = result.grad;
   }
-  return {sum, counted, invalid};
+  return {total.loss + sum, total.counted + counted, total.invalid + invalid};
 }
 
 template <class Loss>
@@ -146,20 +187,19 @@ void elementwise_forward(const ElementwiseArgs& args, Partial* partials, std::in
     double one;  // grad_loss, for all elements
     const double* g = load_positions({args.grad_loss.data, args.grad_loss.dtype, 0}, 0, 1, &one);
     const Acc grad_loss = static_cast<Acc>(*g * math::mean_scale(args.grad_divisor));
+    const bool plain = !args.has_ignore_index && !args.weight.data && !args.pos_weight.data;
     Operands<Acc> in;
     Acc loss[kElementwiseRun], grad_buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
       Partial& partial = partials[block];
       for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
         in.load(run, args);
-        RunTotal<Acc> total;
-        if (args.grad_input.data) {
-          Acc* grad = run.destination(args.grad_input, grad_buffer);
-          total = evaluate<Loss, true>(in, run.count, ignored, grad_loss, loss, grad);
-          run.store(args.grad_input, grad);
-        } else {
-          total = evaluate<Loss, false>(in, run.count, ignored, grad_loss, loss, loss);
-        }
+        Acc* grad = args.grad_input.data ? run.destination(args.grad_input, grad_buffer) : nullptr;
+        const auto evaluate = plain  ? grad ? evaluate_run<Loss, true, true, Acc> : evaluate_run<Loss, false, true, Acc>
+                              : grad ? evaluate_run<Loss, true, false, Acc>
+                                     : evaluate_run<Loss, false, false, Acc>;
+        const RunTotal<Acc> total = evaluate(in, run.count, ignored, grad_loss, args.loss.data ? loss : nullptr, grad);
+        if (grad) run.store(args.grad_input, grad);
         partial.loss += double(total.loss);
         partial.divisor += double(total.counted);
         if (total.invalid > 0 && partial.invalid < 0) partial.invalid = run.begin;

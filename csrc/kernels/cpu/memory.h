@@ -13,6 +13,7 @@
 
 #include "../types.h"
 #include "blocks.h"
+#include "vector.h"
 
 namespace fusedloss::cpu {
 namespace {
@@ -78,6 +79,55 @@ template <class To, class Acc>
   }
 }
 
+// result[i] = values[i], rounded. Where an instruction rounds to float16 it is used: the compiler does not find it.
+template <class T, class Acc>
+[[gnu::always_inline]] inline void store_each(T* result, std::int64_t count, const Acc* values) {
+  std::int64_t done = 0;
+#if FUSEDLOSS_VECTORS
+  if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Acc, float>) {
+    constexpr int kVector = FloatVector::kLanes;
+    for (; done + kVector <= count; done += kVector) store_float16(FloatVector::load(values + done), result + done);
+  }
+#endif
+#pragma omp simd
+  for (std::int64_t i = done; i < count; ++i) result[i] = round_to<T>(values[i]);
+}
+
+// result[i] = value(i), likewise. What is computed is kept apart from its rounding: GCC 12 finds no vector form of
+// both.
+template <class T, class Value>
+  requires std::is_invocable_v<Value, std::int64_t>
+[[gnu::always_inline]] inline void store_each(T* result, std::int64_t count, Value value) {
+  using Acc = std::invoke_result_t<Value, std::int64_t>;
+  if constexpr (std::is_floating_point_v<T>) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < count; ++i) result[i] = static_cast<T>(value(i));
+  } else {
+    Acc values[kWidest];
+    std::int64_t done = 0;
+    for (; done + kWidest <= count; done += kWidest) {
+#pragma omp simd
+      for (int i = 0; i < kWidest; ++i) values[i] = value(done + i);
+      store_each(result + done, kWidest, static_cast<const Acc*>(values));
+    }
+    for (std::int64_t i = done; i < count; ++i) result[i] = round_to<T>(value(i));
+  }
+}
+
+// And back.
+template <class Value, class T>
+[[gnu::always_inline]] inline void load_each(Value* result, std::int64_t count, const T* values) {
+  std::int64_t done = 0;
+#if FUSEDLOSS_VECTORS
+  if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Value, float>) {
+    constexpr int kVector = FloatVector::kLanes;
+    for (; done + kVector <= count; done += kVector) load_float16(values + done).store(result + done);
+  }
+#endif
+#pragma omp simd
+  for (std::int64_t i = done; i < count; ++i) result[i] = convert<Value>(values[i]);
+}
+
 // dtype becomes a type here and nowhere else on the CPU.
 template <class F>
 [[gnu::always_inline]] inline decltype(auto) with_dtype(Dtype dtype, F&& body) {
@@ -135,8 +185,7 @@ const Value* load(const void* data, Dtype dtype, std::int64_t offset, std::int64
     const T* source = static_cast<const T*>(data) + offset;
     if (stride == 1) {
       if constexpr (std::is_same_v<T, Value>) return source;
-#pragma omp simd
-      for (std::int64_t i = 0; i < count; ++i) buffer[i] = convert<Value>(source[i]);
+      load_each(buffer, count, source);
     } else if (stride == 0) {
       const Value value = convert<Value>(*source);
 #pragma omp simd
@@ -171,8 +220,7 @@ void store(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, st
       if (result == values) return;
     }
     if (stride == 1) {
-#pragma omp simd
-      for (std::int64_t i = 0; i < count; ++i) result[i] = round_to<T>(values[i]);
+      store_each(result, count, values);
     } else {
       for (std::int64_t i = 0; i < count; ++i) result[i * stride] = round_to<T>(values[i]);
     }
@@ -220,69 +268,119 @@ template <class F>
   return lane;
 }
 
-// A tile of (lines, lanes): element (line, lane) lies at offset + line * line_stride + lane * lane_stride in data, and
-// at line * tile_stride + lane in the tile. Where a lane's elements are neighbours, lanes are walked outermost, so that
-// every cache line is touched once.
+// A tile of (lines, lanes) consists of blocks of (lines, kWidest lanes): here element (line, lane) lies at
+inline std::int64_t in_tile(std::int64_t line, std::int64_t lane, std::int64_t lines) {
+  return lane / kWidest * kWidest * lines + line * kWidest + lane % kWidest;
+}
+
+// Whether lanes are rows of few neighbouring elements, that are transposed on their way.
+inline bool transposes(std::int64_t line_stride, std::int64_t lines) {
+  return line_stride == 1 && lines <= kRowClasses;
+}
+
+// Loads a tile from where element (line, lane) lies at offset + line * line_stride + lane * lane_stride in data. Lanes
+// that the last block has beyond those hold zeros. Where a lane's elements are neighbours, lanes are walked outermost,
+// so that every cache line is touched once.
 template <class Value>
-void load_lines(const void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride, std::int64_t lane_stride,
-                std::int64_t lines, std::int64_t lanes, Value* tile, std::int64_t tile_stride) {
+void load_tile_of(const void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride,
+                  std::int64_t lane_stride, std::int64_t lines, std::int64_t lanes, Value* tile) {
+  const std::int64_t last = lanes / kWidest * kWidest;
+  if (last < lanes) std::fill_n(tile + in_tile(0, last, lines), lines * kWidest, Value(0));
   with_floating(dtype, [&]<class T>() {
     const T* source = static_cast<const T*>(data) + offset;
     if (lane_stride == 1) {
       for (std::int64_t line = 0; line < lines; ++line) {
         const T* from = source + line * line_stride;
-        Value* to = tile + line * tile_stride;
-#pragma omp simd
-        for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] = convert<Value>(from[lane]);
+        for (std::int64_t lane = 0; lane < last; lane += kWidest) {
+          load_each(tile + in_tile(line, lane, lines), kWidest, from + lane);
+        }
+        load_each(tile + in_tile(line, last, lines), lanes - last, from + last);
         // The lanes that follow are the next to be loaded; the processor's own prefetch stops at the end of a line.
         for (std::int64_t lane = 0; lane < lanes; lane += 64 / sizeof(T)) __builtin_prefetch(from + lanes + lane);
       }
-    } else {
-      std::int64_t lane = 0;
-      if constexpr (std::is_same_v<T, Value>) {
-        if (line_stride == 1) {
-          lane = for_blocks(lines, lanes, [&](std::int64_t line, std::int64_t lane) {
-            transpose_block(source + lane * lane_stride + line, lane_stride, tile + line * tile_stride + lane,
-                            tile_stride);
-          });
+    } else if (transposes(line_stride, lines)) {
+      Value buffer[kWidest * kRowClasses];
+      for (std::int64_t first = 0; first < lanes; first += kWidest) {
+        const std::int64_t count = std::min<std::int64_t>(kWidest, lanes - first);
+        const Value* rows = buffer;
+        std::int64_t stride = lines;
+        if constexpr (std::is_same_v<T, Value>) {
+          rows = source + first * lane_stride;
+          stride = lane_stride;
+        } else if (lane_stride == lines) {
+          load_each(buffer, count * lines, source + first * lane_stride);
+        } else {
+          for (std::int64_t i = 0; i < count; ++i)
+            load_each(buffer + i * lines, lines, source + (first + i) * lane_stride);
+        }
+        Value* block = tile + in_tile(0, first, lines);
+        const std::int64_t covered = for_blocks(lines, count, [&](std::int64_t line, std::int64_t lane) {
+          transpose_block(rows + lane * stride + line, stride, block + in_tile(line, lane, lines), kWidest);
+        });
+        for (std::int64_t lane = covered; lane < count; ++lane) {
+          for (std::int64_t line = 0; line < lines; ++line)
+            block[in_tile(line, lane, lines)] = rows[lane * stride + line];
         }
       }
-      for (; lane < lanes; ++lane) {
+    } else {
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {
         const T* from = source + lane * lane_stride;
         for (std::int64_t line = 0; line < lines; ++line) {
-          tile[line * tile_stride + lane] = convert<Value>(from[line * line_stride]);
+          tile[in_tile(line, lane, lines)] = convert<Value>(from[line * line_stride]);
         }
       }
     }
   });
 }
 
+// The same way back.
 template <class Value>
-void store_lines(void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride, std::int64_t lane_stride,
-                 std::int64_t lines, std::int64_t lanes, const Value* tile, std::int64_t tile_stride) {
+void store_tile_of(void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride, std::int64_t lane_stride,
+                   std::int64_t lines, std::int64_t lanes, const Value* tile) {
   with_floating(dtype, [&]<class T>() {
     T* result = static_cast<T*>(data) + offset;
     if (lane_stride == 1) {
       for (std::int64_t line = 0; line < lines; ++line) {
-        const Value* from = tile + line * tile_stride;
-        T* to = result + line * line_stride;
-#pragma omp simd
-        for (std::int64_t lane = 0; lane < lanes; ++lane) to[lane] = round_to<T>(from[lane]);
-      }
-    } else {
-      std::int64_t lane = 0;
-      if constexpr (std::is_same_v<T, Value>) {
-        if (line_stride == 1) {
-          lane = for_blocks(lines, lanes, [&](std::int64_t line, std::int64_t lane) {
-            transpose_block(tile + line * tile_stride + lane, tile_stride, result + lane * lane_stride + line,
-                            lane_stride);
-          });
+        for (std::int64_t lane = 0; lane < lanes; lane += kWidest) {
+          const Value* from = tile + in_tile(line, lane, lines);
+          T* to = result + line * line_stride + lane;
+          if (lane + kWidest <= lanes) {
+            store_each(to, kWidest, from);
+          } else {
+            store_each(to, lanes - lane, from);
+          }
         }
       }
-      for (; lane < lanes; ++lane) {
+    } else if (transposes(line_stride, lines)) {
+      Value buffer[kWidest * kRowClasses];
+      for (std::int64_t first = 0; first < lanes; first += kWidest) {
+        const std::int64_t count = std::min<std::int64_t>(kWidest, lanes - first);
+        Value* rows = buffer;
+        std::int64_t stride = lines;
+        if constexpr (std::is_same_v<T, Value>) {
+          rows = result + first * lane_stride;
+          stride = lane_stride;
+        }
+        const Value* block = tile + in_tile(0, first, lines);
+        const std::int64_t covered = for_blocks(lines, count, [&](std::int64_t line, std::int64_t lane) {
+          transpose_block(block + in_tile(line, lane, lines), kWidest, rows + lane * stride + line, stride);
+        });
+        for (std::int64_t lane = covered; lane < count; ++lane) {
+          for (std::int64_t line = 0; line < lines; ++line)
+            rows[lane * stride + line] = block[in_tile(line, lane, lines)];
+        }
+        if constexpr (!std::is_same_v<T, Value>) {
+          const std::int64_t run = lane_stride == lines ? count * lines : lines;
+          for (std::int64_t done = 0, i = 0; done < count * lines; done += run, ++i) {
+            store_each(result + (first + i) * lane_stride, run, rows + done);
+          }
+        }
+      }
+    } else {
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {
         T* to = result + lane * lane_stride;
         for (std::int64_t line = 0; line < lines; ++line) {
-          to[line * line_stride] = round_to<T>(tile[line * tile_stride + lane]);
+          to[line * line_stride] = round_to<T>(tile[in_tile(line, lane, lines)]);
         }
       }
     }

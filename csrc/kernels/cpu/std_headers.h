@@ -13,3 +13,8 @@
 #include <limits>
 #include <optional>
 #include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif

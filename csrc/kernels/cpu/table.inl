@@ -10,7 +10,7 @@ namespace fusedloss::cpu {
 
 extern const Losses<Loss> FUSEDLOSS_TABLE;
 constinit const Losses<Loss> FUSEDLOSS_TABLE =
-    Losses<Loss>::make({cross_entropy_forward, cross_entropy_backward, cross_entropy_count},
+    Losses<Loss>::make({cross_entropy_forward, cross_entropy_backward, cross_entropy_count, cross_entropy_split},
                        {nll_forward, nll_backward}, []<class Formula>(Formula) -> Loss<ElementwiseArgs> {
                          return {elementwise_forward<Formula>, elementwise_backward<Formula>, elementwise_count};
                        });
