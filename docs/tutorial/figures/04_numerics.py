@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 STEP = 997
 RANGES = {  # function: from, to, the truth
     "exp_nonpositive": (-87.33, -1e-10, np.exp),
+    "exp_nonpositive_table": (-87.33, -1e-10, np.exp),  # of float32; on a processor with AVX2
     "libm_exp": (-87.33, -1e-10, np.exp),
     "log": (1e-37, 3e38, np.log),
     "log1p_unit": (1e-10, 1.0, np.log1p),
@@ -40,9 +41,19 @@ def compiled(folder):
     return ctypes.CDLL(str(library))
 
 
+def symbol(name, dtype):
+    return f"{name}_{'float' if dtype == np.float32 else 'double'}"
+
+
+def has(library, name, dtype):
+    return hasattr(library, symbol(name, dtype)) and (
+        "table" not in name or "AVX" in torch.backends.cpu.get_cpu_capability()
+    )
+
+
 def evaluate(library, name, x):
     y = np.empty_like(x)
-    function = getattr(library, f"{name}_{'float' if x.dtype == np.float32 else 'double'}")
+    function = getattr(library, symbol(name, x.dtype))
     function(ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data), ctypes.c_int64(x.size))
     return y
 
@@ -98,21 +109,28 @@ def main(figures, results):
         library = compiled(folder)
         for name, (low, high, truth) in RANGES.items():
             for dtype in (np.float32, np.float64):
+                if not has(library, name, dtype):
+                    continue
                 x = arguments(low, high, dtype)
                 result[f"{name}_{dtype.__name__}"] = summary(errors(evaluate(library, name, x), x, truth))
         x = arguments(*RANGES["exp_nonpositive"][:2], np.float32)
         found = {
             "exp_nonpositive of csrc/math/portable.h": evaluate(library, "exp_nonpositive", x),
+            **(
+                {"the same by a table, csrc/kernels/cpu/vector.h": evaluate(library, "exp_nonpositive_table", x)}
+                if has(library, "exp_nonpositive_table", x.dtype)
+                else {}
+            ),
             "torch.exp": torch.exp(torch.from_numpy(x)).numpy(),
         }
         found = {name: errors(y, x, np.exp) for name, y in found.items()}
         result["torch_exp_float32"] = summary(found["torch.exp"])
         seen = x < -0.01  # nearer to 0 lie most of the numbers, and none of the picture
         plot(x[seen], {name: error[seen] for name, error in found.items()}, figures)
-    lines = [f"{'':26}{'worst ulp':>12}{'mean ulp':>12}{'rounded correctly':>20}{'arguments':>12}"]
+    lines = [f"{'':30}{'worst ulp':>12}{'mean ulp':>12}{'rounded correctly':>20}{'arguments':>12}"]
     for name, row in result.items():
         lines.append(
-            f"{name:26}{row['worst_ulp']:12.3f}{row['mean_ulp']:12.3f}"
+            f"{name:30}{row['worst_ulp']:12.3f}{row['mean_ulp']:12.3f}"
             f"{row['correctly_rounded_percent']:18.1f} %{row['arguments']:12}"
         )
     (results / "numerics.json").write_text(json.dumps(result, indent=1) + "\n")
