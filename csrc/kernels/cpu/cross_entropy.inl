@@ -268,9 +268,9 @@ struct CrossEntropy {
   }
 
   // What the entries of each row share in their gradients; what multiplies the exponentials is divided by their sum.
-  // Those of logits that are only scaled are of the logits as they are given.
+  // Those of logits that are only scaled are of the logits as they are given. Returns the number of rows with padding.
   template <Sum kSum>
-  [[gnu::noinline]] void share(Group<Acc>& group, Shared<double>& rows) const {
+  [[gnu::noinline]] int share(Group<Acc>& group, Shared<double>& rows) const {
     const int padded = pad(group);
     const double slope = cap == 0 ? scale : 1;
     const bool of_all = kSum == Sum::saved && args.row_mass;
@@ -297,6 +297,7 @@ struct CrossEntropy {
       rows.factor[i] += slope * math::over_sum(added.factor, group.log_sum[i]);
       rows.on_gap[i] = slope * math::over_sum(added.on_gap, group.log_sum[i]);
     }
+    return padded;
   }
 
   const CrossEntropyArgs& args;

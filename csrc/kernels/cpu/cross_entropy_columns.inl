@@ -286,9 +286,8 @@ class Columns {
     p_.load_grads(group);
     if (kSum == Sum::saved) p_.load_masses_of_all(group);
     Shared<double> wide;
-    p_.template share<kSum>(group, wide);
+    const int padded = p_.template share<kSum>(group, wide);
     Shared<Acc> rows;
-    const int padded = p_.pad(group);
 #pragma omp simd
     for (int i = 0; i < padded; ++i) {
       rows.factor[i] = Acc(wide.factor[i]);

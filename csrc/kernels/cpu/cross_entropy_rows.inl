@@ -378,7 +378,6 @@ class Rows {
 
   // Finds the statistics of all rows: their maxima first, if they are short, and then their sums.
   void statistics(Group<Acc>& group) const {
-    Found row;
     for (int i = 0; i < group.count; ++i) {
       begin_row(group, i);
       if (group.skip[i]) continue;
@@ -390,9 +389,9 @@ class Rows {
         }
         end_row(group, i, found);
       } else {
-        row.largest_logit = {};
-        group.max[i] = maximum(part_of(group, i, 0, true), group.begin + i, row.largest_logit);
-        if (p_.args.argmax) p_.args.argmax[group.begin + i] = row.largest_logit.c;
+        Largest<Acc> largest_logit;
+        group.max[i] = maximum(part_of(group, i, 0, true), group.begin + i, largest_logit);
+        if (p_.args.argmax) p_.args.argmax[group.begin + i] = largest_logit.c;
       }
     }
     for (int i = 0; i < group.count && chunks_ == 1; ++i) {
@@ -499,10 +498,9 @@ class Rows {
   template <Sum kSum>
   Gradients gradients(Group<Acc>& group) const {
     Gradients rows;
-    p_.template share<kSum>(group, rows.shared);
+    const int padded = p_.template share<kSum>(group, rows.shared);
     if (p_.problem.probabilities) return rows;
     double weight[kLanes];
-    const int padded = p_.pad(group);
     std::fill_n(weight, padded, 0.0);
     for (int i = 0; i < group.count && p_.problem.dense(); ++i) {
       if (group.target[i] != Group<Acc>::kNoClass) weight[i] = double(p_.weight(group.target[i]));

@@ -188,6 +188,10 @@ void elementwise_forward(const ElementwiseArgs& args, Partial* partials, std::in
     const double* g = load_positions({args.grad_loss.data, args.grad_loss.dtype, 0}, 0, 1, &one);
     const Acc grad_loss = static_cast<Acc>(*g * math::mean_scale(args.grad_divisor));
     const bool plain = !args.has_ignore_index && !args.weight.data && !args.pos_weight.data;
+    // By whether the gradient is wanted, and whether the call is plain.
+    static constexpr decltype(&evaluate_run<Loss, false, false, Acc>) kEvaluate[2][2] = {
+        {evaluate_run<Loss, false, false, Acc>, evaluate_run<Loss, false, true, Acc>},
+        {evaluate_run<Loss, true, false, Acc>, evaluate_run<Loss, true, true, Acc>}};
     Operands<Acc> in;
     Acc loss[kElementwiseRun], grad_buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
@@ -195,9 +199,7 @@ void elementwise_forward(const ElementwiseArgs& args, Partial* partials, std::in
       for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
         in.load(run, args);
         Acc* grad = args.grad_input.data ? run.destination(args.grad_input, grad_buffer) : nullptr;
-        const auto evaluate = plain  ? grad ? evaluate_run<Loss, true, true, Acc> : evaluate_run<Loss, false, true, Acc>
-                              : grad ? evaluate_run<Loss, true, false, Acc>
-                                     : evaluate_run<Loss, false, false, Acc>;
+        const auto evaluate = kEvaluate[grad != nullptr][plain];
         const RunTotal<Acc> total = evaluate(in, run.count, ignored, grad_loss, args.loss.data ? loss : nullptr, grad);
         if (grad) run.store(args.grad_input, grad);
         partial.loss += double(total.loss);
