@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import (
     LOSSES,
     compare,
@@ -257,3 +258,14 @@ def test_ignore_index_may_be_any_number(loss, index, device):
     target[1:3] = index
     weight = torch.rand(3, device=device)
     compare(loss, input, target, ignore_index=index, weight=weight)
+
+
+@pytest.mark.parametrize("pos_weight", [0.0, 0.3, 1.0, 2.5, INF])
+def test_the_targets_gradient_at_infinite_logits_is_natives(pos_weight, device):
+    input = torch.tensor([-INF, INF, -90.0, 90.0, -3.0, 0.0, NAN], dtype=torch.float64, device=device)
+    options = {"pos_weight": torch.tensor(pos_weight, dtype=torch.float64, device=device)}
+    found = []
+    for loss in (fusedloss.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits):
+        target = torch.full_like(input, 0.5, requires_grad=True)
+        found += torch.autograd.grad(loss(input, target, reduction="sum", **options), target)
+    torch.testing.assert_close(*found, equal_nan=True)

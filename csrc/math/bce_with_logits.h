@@ -2,7 +2,7 @@
 //
 //   loss = (1 - t) softplus(x) + P t softplus(-x)          softplus(x) = log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|))
 //   dloss/dx = (1 - t) sigmoid(x) - P t sigmoid(-x)
-//   dloss/dt = (P - 1) softplus(-x) - x
+//   dloss/dt = P softplus(-x) - softplus(x)
 //
 // No two large terms cancel: a confident right answer keeps its small loss and its small gradient.
 
@@ -43,10 +43,10 @@ struct BceWithLogits {
 
   template <class Acc>
   FUSEDLOSS_FN static Acc target_grad(Acc x, Acc, Acc pos_weight, Acc grad_loss) {
-    const Acc softplus = (x < Acc(0) ? -x : Acc(0)) + log1p_unit(exp_nonpositive(-abs(x)));
-    // Without a pos_weight the term is left out: 0 * inf would turn an infinite gradient into NaN.
-    const Acc weighted = pos_weight == Acc(1) ? Acc(0) : (pos_weight - Acc(1)) * softplus;
-    return grad_loss * (weighted - x);
+    const Acc tail = log1p_unit(exp_nonpositive(-abs(x)));
+    // Either way one of the two softplus is a tail alone, and nothing infinite is taken from what is infinite.
+    const Acc weighted = x < Acc(0) ? pos_weight * (tail - x) - tail : (pos_weight - Acc(1)) * tail - x;
+    return grad_loss * (pos_weight == Acc(1) ? Acc(0) - x : weighted);
   }
 };
 

@@ -356,9 +356,9 @@ def bce_with_logits_evaluate(x, t, pos_weight):
 
 @triton.jit
 def bce_with_logits_target_grad(x, t, pos_weight, grad_loss):
-    softplus = tl.where(x < 0, -x, 0.0) + log1p_unit(exp_nonpositive(-tl.abs(x)))
-    weighted = tl.where(pos_weight == 1, 0.0, (pos_weight - 1.0) * softplus)
-    return grad_loss * (weighted - x)
+    tail = log1p_unit(exp_nonpositive(-tl.abs(x)))
+    weighted = tl.where(x < 0, pos_weight * (tail - x) - tail, (pos_weight - 1.0) * tail - x)
+    return grad_loss * tl.where(pos_weight == 1, 0.0 - x, weighted)
 
 
 # --- bce.h -----------------------------------------------------------------------------------------------------
