@@ -1,11 +1,12 @@
-// The Python module fusedloss._C. Importing it registers the operators (csrc/register.cpp); all it exports itself is
-// what this build was made of, how often operators have run, where Python leaves the Triton kernels, and what its tests
-// ask the CUDA launcher.
-// Operators are never called through pybind11: torch.compile could not see them.
+// The Python module fusedloss._C. Importing it registers the operators (csrc/register.cpp). It exports a direct road to
+// the losses' operators for calls that nobody compiles, what this build was made of, how often operators have run,
+// where Python leaves the Triton kernels, and what its tests ask the CUDA launcher.
 
 #include <fusedloss_build_info.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <array>
@@ -13,8 +14,11 @@
 #include <vector>
 
 #include "ops/calls.h"
+#include "ops/dispatch.h"
 #include "ops/double_backward.h"
+#include "ops/elementwise_op.h"
 #include "ops/launch.h"
+#include "ops/losses.h"
 #include "triton.h"
 
 namespace {
@@ -58,6 +62,20 @@ std::vector<std::int64_t> cuda_class_borders(const std::string& dtype, const std
       {named<Dtype>(kDtypes, dtype), named<Pass>(kPasses, pass), columns, general, positions}, most);
 }
 
+// The losses' operators as the dispatcher's typed functions. torch.ops looks each argument up in the schema and boxes
+// it, which takes longer than a small loss does. torch.compile sees torch.ops and not these: fusedloss/backend.py
+// chooses them where no compiler is at work. For the dispatcher, its keys and modes, both are the same call.
+template <fusedloss::ops::Backend kBackend>
+void direct(py::module_ losses) {
+  using namespace fusedloss::ops;
+  for_each_loss([&]<class Loss>(Loss) {
+    using Forward = Operator<&Loss::forward>;
+    const std::string name = Forward::handle(kBackend)->operator_name().name;
+    losses.def(name.substr(name.rfind(':') + 1).c_str(),
+               torch::wrap_pybind_function_no_gil(&Forward::template called<kBackend>));
+  });
+}
+
 // Compiled autograd calls backward with the interpreter's lock, which autograd's engine refuses to be entered with.
 void enter_engine_without_lock(const std::function<void()>& run) {
   if (!PyGILState_Check()) return run();
@@ -69,6 +87,8 @@ void enter_engine_without_lock(const std::function<void()>& run) {
 
 PYBIND11_MODULE(_C, m) {
   fusedloss::ops::enter_engine = &enter_engine_without_lock;
+  direct<fusedloss::ops::Backend::compiled>(m.def_submodule("fusedloss"));
+  direct<fusedloss::ops::Backend::triton>(m.def_submodule("fusedloss_triton"));
   m.def("build_info", &build_info);
   m.def("calls", &fusedloss::ops::Calls::all);
   m.def("install_triton", &fusedloss::install_triton);

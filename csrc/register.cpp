@@ -143,12 +143,6 @@ static void define(torch::Library& m, Elementwise<Loss>) {
              "-> (Tensor grad_input, Tensor grad_target)");
 }
 
-// Calls a function with each loss.
-template <class Call>
-static void for_each_loss(Call call) {
-  std::apply([&](auto... loss) { (call(loss), ...); }, AllLosses());
-}
-
 template <Backend kBackend>
 static void define(torch::Library& m) {
   for_each_loss([&](auto loss) { define<kBackend>(m, loss); });

@@ -1,6 +1,10 @@
 """What csrc/module.cpp defines."""
 
+from types import ModuleType
 from typing import Any, Literal
+
+fusedloss: ModuleType
+fusedloss_triton: ModuleType
 
 def build_info() -> dict[str, Any]: ...
 def calls() -> dict[str, dict[str, int]]: ...

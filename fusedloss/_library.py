@@ -1,6 +1,7 @@
 """Loads the compiled operators, once, with a clear word when that cannot work."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -35,6 +36,18 @@ except ImportError as error:
     ) from error
 
 ops = torch.ops.fusedloss
+
+
+class DirectOperators:
+    """A namespace of torch.ops whose losses are called as C++ calls them (csrc/module.cpp), where nobody compiles."""
+
+    def __init__(self, namespace: str) -> None:
+        self._all = getattr(torch.ops, namespace)
+        losses = {name: loss for name, loss in vars(getattr(_C, namespace)).items() if not name.startswith("_")}
+        self.__dict__ |= {name: SimpleNamespace(default=loss) for name, loss in losses.items()}
+
+    def __getattr__(self, name: str):
+        return getattr(self._all, name)
 
 
 def build_info() -> dict:

@@ -10,9 +10,10 @@ import re
 from typing import Literal, get_args
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from fusedloss import native
-from fusedloss._library import build_info, ops
+from fusedloss._library import DirectOperators, build_info, ops
 from fusedloss.dtensor import Sharded
 
 Backend = Literal["cpu", "cuda", "triton"]
@@ -20,6 +21,8 @@ NAMES = get_args(Backend)
 NAMESPACES = ("fusedloss", "fusedloss_triton")
 
 _triton_ops = torch.ops.fusedloss_triton
+_direct = DirectOperators("fusedloss")
+_DIRECT = {ops: _direct, _triton_ops: DirectOperators("fusedloss_triton")}
 # Of the process: threads that others start for it (DataParallel's, autograd's) are to do as it does. And torch.compile
 # sees a global change, but no variable of a thread.
 _override: Backend | None = None
@@ -57,13 +60,21 @@ def backends() -> dict[str, str]:
 
 
 def operators(backend: Backend | Sharded | None, input: torch.Tensor):
-    """The namespace of operators for a call that names `backend`, or None."""
+    """The operators for a call that names `backend`, or None: called directly, where no compiler is at work."""
+    if backend is None and _override is None and (input.is_cpu or input.is_meta):
+        return ops if is_dynamo_compiling() else _direct
+    if isinstance(backend, Sharded):
+        return backend
+    kernels = namespace(backend, input)
+    return kernels if is_dynamo_compiling() else _DIRECT[kernels]
+
+
+def namespace(backend: Backend | None, input: torch.Tensor):
+    """The same, in torch.ops: with their schemas, by which they take arguments by name and fill in the others."""
     if backend is None:
         backend = _override
     if backend is None and (input.is_cpu or input.is_meta):
         return ops
-    if isinstance(backend, Sharded):
-        return backend
     _check_name(backend)
     return _triton_ops if _is_triton(backend, input.device) else ops
 

@@ -25,7 +25,7 @@ from typing_extensions import Unpack
 
 from fusedloss import calls, dtensor, reference, vocab_parallel
 from fusedloss.arguments import as_finite, as_float, as_int, as_positive, check_bool, check_tensors, hand_over
-from fusedloss.backend import Backend, operators
+from fusedloss.backend import Backend, namespace, operators
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,6 +37,7 @@ GradInForward = bool | Literal["auto"]
 REDUCTIONS = get_args(Reduction)  # in the order of the operators' numbers
 _CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 _NO_ANSWERS = (False, False, False)
+_GRADIENT_OPTIONS = (False, None, None, False)  # where they have their defaults
 
 
 class TrainingOptions(TypedDict, total=False):
@@ -377,9 +378,29 @@ def cross_entropy(
         }
         of_native = (input, target, weight, ignore_index, REDUCTIONS[code], label_smoothing)
         return _by_native("cross_entropy", reference.cross_entropy(*of_native, **added))
-    weights = (weight, sample_weight, denominator)
-    of_rows = (code, ignore_index, label_smoothing, z_loss, logit_scale, logit_softcap or 0.0)
-    outputs = kernels.cross_entropy.default(input, target, *weights, *of_rows, *answers, *options)
+    upcast, in_forward, grad_scale, inplace = options
+    # One by one: unpacked from tuples they would take longer.
+    outputs = kernels.cross_entropy.default(
+        input,
+        target,
+        weight,
+        sample_weight,
+        denominator,
+        code,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        logit_scale,
+        logit_softcap or 0.0,
+        return_lse,
+        return_entropy,
+        return_argmax,
+        upcast,
+        in_forward,
+        grad_scale,
+        inplace,
+        False,
+    )
     return outputs[0] if answers == _NO_ANSWERS else (outputs[0], *itertools.compress(outputs[1:4], answers))
 
 
@@ -491,7 +512,7 @@ def token_log_probs(
     of_rows = (_CODES["none"], ignore_index, 0.0, 0.0, logit_scale, logit_softcap or 0.0)
     upcast = True  # a loss of half-precision logits is float32
     outputs = kernels.cross_entropy.default(
-        logits, target, None, None, None, *of_rows, False, return_entropy, False, upcast
+        logits, target, None, None, None, *of_rows, False, return_entropy, False, upcast, *_GRADIENT_OPTIONS[1:], False
     )
     log_probs = 0.0 - outputs[0]  # not its negative, which would be -0 where it is ignored
     return (log_probs, outputs[2]) if return_entropy else log_probs
@@ -739,7 +760,17 @@ def linear_cross_entropy(
         wanted = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
         outputs = kernels.linear_cross_entropy.default(
-            rows.input, linear_weight, rows.target, linear_bias, *weights, *of_loss, *answers, False, None, *linear
+            rows.input,
+            linear_weight,
+            rows.target,
+            linear_bias,
+            *weights,
+            *of_loss,
+            *answers,
+            False,
+            None,
+            *linear,
+            False,
         )
         wanted = (outputs[0], *itertools.compress(outputs[1:4], answers))
     loss = wanted[0] if code != _CODES["none"] else rows.unflattened(wanted[0])
@@ -887,7 +918,7 @@ def linear_token_log_probs(
         upcast = True  # a loss of half-precision logits is float32
         outputs = kernels.linear_cross_entropy.default(
             *(rows.input, linear_weight, rows.target, linear_bias, None, None, None),
-            *(*of_rows, False, return_entropy, False, upcast, None, *linear),
+            *(*of_rows, False, return_entropy, False, upcast, None, *linear, False),
         )
         log_probs, entropy = 0.0 - outputs[0], [outputs[2]] if return_entropy else []
     log_probs = rows.unflattened(log_probs)
@@ -1063,7 +1094,7 @@ def nll_loss(
     kernels = operators(backend, input)
     if _native_road():
         return _by_native("nll_loss", reference.nll_loss(input, target, weight, ignore_index, REDUCTIONS[code]))
-    return kernels.nll.default(input, target, weight, code, ignore_index)[0]
+    return kernels.nll.default(input, target, weight, code, ignore_index, False)[0]
 
 
 def binary_cross_entropy_with_logits(
@@ -1238,9 +1269,9 @@ def _denominator(loss, denominator, code, input) -> Tensor:
 
 
 def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -> tuple:
-    """The operators' last arguments, from upcast on; none at all, which is quickest, where they have their defaults."""
+    """The operators' last arguments, from upcast to inplace."""
     if grad_scale is None and grad_in_forward == "auto" and inplace is False:
-        return ()
+        return _GRADIENT_OPTIONS
     is_auto = isinstance(grad_in_forward, str) and grad_in_forward == "auto"
     if not is_auto and not isinstance(grad_in_forward, bool):
         raise ValueError(f"{loss}: grad_in_forward must be 'auto', True or False, got {grad_in_forward!r}")
@@ -1254,7 +1285,7 @@ def _gradient_options(loss, input, grad_in_forward, grad_scale, inplace=False) -
         if grad_scale == 0 or not math.isfinite(grad_scale):
             raise ValueError(f"{loss}: grad_scale must be finite and not 0, got {grad_scale}")
     if torch.compiler.is_exporting():  # what is exported has no training step to speed up
-        return ()
+        return _GRADIENT_OPTIONS
     if grad_scale is not None and not isinstance(grad_scale, Tensor):
         grad_scale = torch.full((), grad_scale * 1.0, dtype=torch.float64, device=input.device)
     return (False, None if is_auto else grad_in_forward, grad_scale, inplace)
@@ -1271,5 +1302,5 @@ def _checked_tensors(loss, backend, input, target, weight, pos_weight=None, samp
     if sample_weight is not None:
         check_tensors(TypeError, loss, sample_weight=sample_weight)
     if any(map(dtensor.is_dtensor, (input, target, weight, pos_weight, sample_weight))):
-        return dtensor.Sharded(functools.partial(operators, backend))
+        return dtensor.Sharded(functools.partial(namespace, backend))
     return backend

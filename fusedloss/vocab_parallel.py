@@ -333,7 +333,7 @@ def _cross_entropy(
         value = value.to(_loss_type(logits.dtype, target, weight, upcast))
         lse, entropy = _returned(logits, rows, return_lse, return_entropy)
     statistics = (rows.row_max, rows.log_sum, rows.gap, rows.mass, divisor)
-    training = (upcast, grad_in_forward, grad_scale, inplace)
+    training = (upcast, grad_in_forward, grad_scale, inplace, False)
     value, lse, entropy = kernels.cross_entropy_from_shards.default(
         logits, *of_positions, *statistics, *options, *shard, value, lse, entropy, *training
     )

@@ -159,7 +159,9 @@ def chosen(monkeypatch, archs, capability, triton="", wish=None, available=True)
     monkeypatch.setattr(backend, "_missing_triton", lambda: triton)
     backend._decide.cache_clear()
     try:
-        return "triton" if backend.operators(wish, Input) is backend._triton_ops else "cuda"
+        chosen = backend.namespace(wish, Input)
+        assert backend.operators(wish, Input) is backend._DIRECT[chosen]
+        return "triton" if chosen is torch.ops.fusedloss_triton else "cuda"
     finally:
         backend._decide.cache_clear()
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from support import LOSSES, differentiate, moved
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedloss.backend import operators
+from fusedloss import _C
+from fusedloss.backend import NAMESPACES, namespace
 
 OPS = torch.ops.fusedloss
 NONE, MEAN, SUM = 0, 1, 2
@@ -86,11 +88,57 @@ def operators_of_the_backend(request, monkeypatch):
     """Tests over devices are about the namespace of the device's backend."""
     if "device" in request.fixturenames:
         input = torch.empty(0, device=request.getfixturevalue("device"))
-        monkeypatch.setattr(sys.modules[__name__], "OPS", operators(None, input))
+        monkeypatch.setattr(sys.modules[__name__], "OPS", namespace(None, input))
 
 
 def operator(name):
     return getattr(OPS, name).default
+
+
+class Seen(TorchDispatchMode):
+    """The operators of this library that a block calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace in NAMESPACES:
+            self.names.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_losses_are_called_as_their_schemas_say(namespace):
+    """By pybind11's functions, which have the schema's arguments in its order and no defaults."""
+    direct = vars(getattr(_C, namespace))
+    losses = {name for name in direct if not name.startswith("_")}
+    assert losses >= ARGUMENTS.keys() | {"linear_cross_entropy"}
+    for name in losses:
+        count = len(getattr(getattr(torch.ops, namespace), name).default._schema.arguments)
+        assert f"arg{count - 1}:" in direct[name].__doc__
+        assert f"arg{count}:" not in direct[name].__doc__
+
+
+@each_call
+def test_a_direct_call_is_the_operators(name, arguments):
+    schema = operator(name)._schema.arguments
+    complete = (*arguments, *(argument.default_value for argument in schema[len(arguments) :]))
+    ours, expected = Seen(), Seen()
+    with ours:
+        found = getattr(_C.fusedloss, name)(*complete)
+    with expected:
+        wanted = operator(name)(*complete)
+    assert ours.names == expected.names != []
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    with torch.enable_grad():
+        leaf, *others = complete
+        grads = []
+        for call in (getattr(_C.fusedloss, name), operator(name)):
+            logits = leaf.detach().clone().requires_grad_() * 1
+            loss = call(logits, *others)[0].sum()
+            grads += torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
 
 
 def wanting_gradients(arguments):

@@ -56,5 +56,6 @@ def test_a_module_has_the_options_of_its_function(loss):
 
 def test_the_stub_of_the_compiled_module_names_what_it_has():
     stub = ast.parse((ROOT / "fusedloss/_C.pyi").read_text())
-    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
-    assert functions == {name for name in vars(_C) if not name.startswith("_")}
+    named = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    named |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    assert named == {name for name in vars(_C) if not name.startswith("_")}

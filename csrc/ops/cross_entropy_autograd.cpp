@@ -71,7 +71,7 @@ struct CrossEntropyWithGrad : LossFunction<CrossEntropyWithGrad> {
     const auto given = [](OptionalTensor tensor) { return tensor.value_or(Tensor()); };
     save(ctx,
          {grad, scale, target, given(weights.weight), given(weights.sample_weight), given(weights.denominator),
-          gradient.overwrites() ? Tensor() : for_double_backward(ctx, logits)},
+          gradient.overwrites() ? Tensor() : for_double_backward(ctx, logits, loss)},
          options);
     return loss;
   }

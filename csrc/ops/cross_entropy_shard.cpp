@@ -77,7 +77,7 @@ struct FromShardsWithGrad : LossFunction<FromShardsWithGrad> {
     save(ctx,
          {grad, scale, target, given(weights.weight), given(weights.sample_weight), given(rows.row_max),
           given(rows.row_log_sum), given(rows.row_mass), given(rows.divisor),
-          gradient.overwrites() ? Tensor() : for_double_backward(ctx, logits)},
+          gradient.overwrites() ? Tensor() : for_double_backward(ctx, logits, loss)},
          options, shard);
     return loss.clone();
   }

@@ -85,6 +85,12 @@ struct Operator<kFunction, Result(Parameter...), std::tuple<Argument...>> {
   }
   static auto& handle(Backend backend) { return handles[static_cast<std::size_t>(backend)]; }
 
+  // As C++ code calls it: with the operator's arguments, through the dispatcher.
+  template <Backend kBackend>
+  static Result called(Argument... argument) {
+    return handle(kBackend)->call(std::forward<Argument>(argument)...);
+  }
+
   // Through the dispatcher, in the namespace of the current backend.
   static Result call(Parameter... parameter) {
     return std::apply(

@@ -98,10 +98,10 @@ Tensor GradientInForward::rescaled(const char* loss, AutogradContext* ctx, const
   return result;
 }
 
-void remember_version(AutogradContext* ctx, const Tensor& input, const std::string& name) {
+void remember_version(AutogradContext* ctx, const Tensor& input, const std::string& name, const Tensor& other) {
   if (is_compiling() || is_wrapper(input)) return;
-  // It shares the version counter of the input, and not its memory.
-  const Tensor counter = at::empty({0}, input.options());
+  // It shares the version counter of the input, and not its memory, which is freed after backward.
+  const Tensor counter = other.defined() ? other.variable_data() : at::empty({0}, input.options());
   torch::autograd::impl::set_version_counter(counter, torch::autograd::impl::version_counter(input));
   ctx->saved_data[name] = counter;
   ctx->saved_data[name + " version"] = static_cast<int64_t>(counter._version());
@@ -114,8 +114,8 @@ void check_version(const char* loss, AutogradContext* ctx, const std::string& na
               loss, ": backward needs the ", name, ", which has been modified by an inplace operation");
 }
 
-Tensor for_double_backward(AutogradContext* ctx, const Tensor& input) {
-  remember_version(ctx, input);
+Tensor for_double_backward(AutogradContext* ctx, const Tensor& input, const Tensor& loss) {
+  remember_version(ctx, input, "input", loss);
   return ctx->saved_data.find("input") == ctx->saved_data.end() ? input : input.variable_data();
 }
 

@@ -56,14 +56,16 @@ class GradientInForward {
 // Whether what is saved passes through hooks, which may keep it.
 bool has_hooks();
 
-// Remembers the version of an input that is saved: autograd itself does not look at it where hooks have been.
-void remember_version(AutogradContext* ctx, const Tensor& input, const std::string& name = "input");
+// Remembers the version of an input that is saved: autograd itself does not look at it where hooks have been. other: a
+// small tensor of the same device, which saves the time to make one.
+void remember_version(AutogradContext* ctx, const Tensor& input, const std::string& name = "input",
+                      const Tensor& other = {});
 // In backward: raises if the input has been written to since then.
 void check_version(const char* loss, AutogradContext* ctx, const std::string& name = "input");
 
 // An input that double backward alone needs, as a tensor to be saved. Unlike one that is saved as it is, it may be
 // changed after forward, as with native torch, whose backward needs it neither; double backward then raises.
-Tensor for_double_backward(AutogradContext* ctx, const Tensor& input);
+Tensor for_double_backward(AutogradContext* ctx, const Tensor& input, const Tensor& loss);
 // In backward: the same, in the place that the input has in the graph, and with its version counter.
 Tensor from_forward(const char* loss, AutogradContext* ctx, const Tensor& saved);
 

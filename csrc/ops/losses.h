@@ -152,6 +152,12 @@ struct Bce {
 using AllLosses = std::tuple<CrossEntropy, CrossEntropyFromShards, LinearCrossEntropy, Nll, Elementwise<BceWithLogits>,
                              Elementwise<Bce>>;
 
+// Calls a function with each loss.
+template <class Call>
+void for_each_loss(Call call) {
+  std::apply([&](auto... loss) { (call(loss), ...); }, AllLosses());
+}
+
 // Multiplies a gradient that was written for a grad_output of `scale` (absent: 1) by grad_output / scale, in the
 // accumulate type; does nothing where the two are equal. keep_zeros: what is 0 stays 0, also where inf or NaN flows
 // back, as the gradients of ignored positions do.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 #include <c10/core/SymInt.h>
 
 #include <optional>
@@ -12,6 +13,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "../kernels/types.h"
 #include "../math/cross_entropy.h"
@@ -184,6 +186,32 @@ template <class Field>
 using ArgumentOf =
     std::conditional_t<std::is_same_v<Field, Reduction>, int64_t,
                        std::conditional_t<std::is_same_v<Field, std::optional<Tensor>>, OptionalTensor, Field>>;
+
+// A list of options in one piece, under the name of its first; and back.
+template <class Options>
+const char* name_of() {
+  return std::get<0>(Options::kOptions).name;
+}
+
+template <class Options>
+c10::IValue packed(const Options& options) {
+  std::vector<c10::IValue> values;
+  values.reserve(std::tuple_size_v<decltype(Options::kOptions)>);
+  for_each_option<Options>([&]<class Owner, class Field>(const Option<Owner, Field>& option) {
+    values.emplace_back(static_cast<ArgumentOf<Field>>(options.*option.field));
+  });
+  return c10::ivalue::Tuple::create(std::move(values));
+}
+
+template <class Options>
+Options unpacked(const c10::IValue& values) {
+  Options options;
+  auto value = values.toTupleRef().elements().begin();
+  for_each_option<Options>([&]<class Owner, class Field>(const Option<Owner, Field>& option) {
+    options.*option.field = static_cast<Field>((value++)->template to<ArgumentOf<Field>>());
+  });
+  return options;
+}
 
 // From IValues by their names.
 template <class Options, class Values>
