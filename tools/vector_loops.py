@@ -41,21 +41,25 @@ class Loop:
     arrays: int = 1  # that are read or written
 
 
+def evaluate_run(loss: str, stored: int) -> str:
+    """Of a call without weights; 0: nothing but the sum, 2: the gradients."""
+    return rf"evaluate_run<fusedloss::math::{loss}, \(Stored\){stored}, true, float, float, float>"
+
+
 LOOPS = [
-    Loop("rows: maximum", r"largest<float>", "loads"),
-    Loop("rows: exponentials", r"exponentials<true, float>", "stores"),
-    Loop("rows: their sum", r"sum_of<float>", "loads"),
-    Loop("rows: loss of masses on all classes", r"dense_loss<float>", "loads", 2),
+    Loop("exponentials", r"exponentials<true, float>", "stores"),
+    Loop("rows: maximum", r"largest_lanes<float>", "loads"),
+    Loop("rows: their sum", r"sums_of<float>", "loads"),
+    Loop("rows: loss of masses on all classes", r"dense_losses<float>", "loads", 2),
     Loop("rows: gradient", r"write_gradient<float, float>\([^,]*, float, [^,]*, long\)", "stores"),
     Loop("columns: maximum", r"find_largest<float>", "loads"),
-    Loop("columns: exponentials", r"exponentials<false, float>", "stores"),
     Loop("columns: their sums", r"add_exponentials<float>", "loads"),
     Loop("columns: losses of masses on all classes", r"add_weighted_losses<float>", "loads"),
     Loop("columns: gradient", r"target_gradients<false, float>", "stores"),
-    Loop("BCE with logits: forward", r"evaluate_run<fusedloss::math::BceWithLogits, false, true, float>", "loads", 2),
-    Loop("BCE with logits: step", r"evaluate_run<fusedloss::math::BceWithLogits, true, true, float>", "loads", 2),
-    Loop("BCE: forward", r"evaluate_run<fusedloss::math::Bce, false, true, float>", "loads", 2),
-    Loop("BCE: step", r"evaluate_run<fusedloss::math::Bce, true, true, float>", "loads", 2),
+    Loop("BCE with logits: forward", evaluate_run("BceWithLogits", 0), "loads", 2),
+    Loop("BCE with logits: step", evaluate_run("BceWithLogits", 2), "loads", 2),
+    Loop("BCE: forward", evaluate_run("Bce", 0), "loads", 2),
+    Loop("BCE: step", evaluate_run("Bce", 2), "loads", 2),
 ]
 
 Instruction = tuple[int, str, str]  # address, name, operands

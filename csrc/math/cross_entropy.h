@@ -129,7 +129,7 @@ FUSEDLOSS_FN Acc entry_loss_at_max(Acc shifted, Acc mass) {
 // An entry's exponential times its gap: 0 where the exponential is, and the gap may be infinite.
 template <class Acc>
 FUSEDLOSS_FN Acc times_gap(Acc e, Acc shifted) {
-  return -(e * zero_if(shifted < Format<Acc>::exp_normal, shifted));
+  return -(e * zero_if(shifted < Acc(Format<Acc>::exp_normal), shifted));
 }
 
 // What the entries of a part of a row add up to: the softmax's statistics; and in the rich kind, for whom they are

@@ -1,5 +1,5 @@
 // Vectors of float32, compiled for the set that -DFUSEDLOSS_LANES names: their exponential and logarithm over the whole
-// range, in units in the last place, and float16 there and back as it is done one by one.
+// range, in units in the last place, half precision there and back as it is done one by one, and what becomes of lanes.
 
 #include <algorithm>
 #include <bit>
@@ -57,16 +57,18 @@ void sweep(const char* name, double bound, float low, float high, Ours ours, Tru
 
 template <int kVectors>
 FloatVector in_each_place(FloatVector x) {
-  FloatVector all[kVectors];
-  std::fill_n(all, kVectors, x);
-  exp_nonpositive_each(all);
-  for (const FloatVector& other : all) {
+  FloatVectors<kVectors> all;
+  std::fill_n(all.part, kVectors, x.part[0]);
+  all = exp_nonpositive(all);
+  for (const Floats& other : all.part) {
     for (int i = 0; i < kVector; ++i) {
-      const bool same = std::isnan(all[0].value[i]) || other.value[i] == all[0].value[i];
-      EXPECT(same, "exp(%g) is not the same in each of %d vectors", x.value[i], kVectors);
+      const bool same = std::isnan(all.part[0][i]) || other[i] == all.part[0][i];
+      EXPECT(same, "exp(%g) is not the same in each of %d vectors", x.part[0][i], kVectors);
     }
   }
-  return all[kVectors - 1];
+  FloatVector last;
+  last.part[0] = all.part[kVectors - 1];
+  return last;
 }
 
 void test_exponential() {
@@ -80,34 +82,70 @@ void test_exponential() {
 void test_logarithm() {
   const auto limited = [](FloatVector x) {
     FloatVector log = fast_log(x);
-    for (int i = 0; i < kVector; ++i) log.value[i] = log.value[i] < -100 ? -100 : log.value[i];
+    for (int i = 0; i < kVector; ++i) log.part[0][i] = std::max(log.part[0][i], -100.0f);
     return log;
   };
   sweep("log, x <= 1/2", 1.5, 0, 0.5, limited, [](double x) { return std::max(std::log(x), -100.0); }, false);
 }
 
-void test_float16() {
-  Float16 narrow[kVector], back[kVector];
+// Every number of half precision there and back, and floats rounded to it, as it is done one by one.
+template <class Half>
+void test_half(const char* name) {
+  Half narrow[kVector], back[kVector];
   float wide[kVector];
   for (std::uint32_t first = 0; first < 65536; first += kVector) {
     for (int i = 0; i < kVector; ++i) narrow[i].bits = static_cast<std::uint16_t>(first + i);
-    load_float16(narrow).store(wide);
-    store_float16(FloatVector::load(wide), back);
+    const auto loaded = load_vectors<FloatVector>(narrow);
+    loaded.store(wide);
+    store_vectors(loaded, back);
     for (int i = 0; i < kVector; ++i) {
       const float alone = convert<float>(narrow[i]);
       const bool same = std::isnan(alone) ? std::isnan(wide[i]) && std::isnan(convert<float>(back[i]))
                                           : wide[i] == alone && std::signbit(wide[i]) == std::signbit(alone) &&
                                                 back[i].bits == narrow[i].bits;
-      EXPECT(same, "float16 %04x is %g, and comes back as %04x", narrow[i].bits, wide[i], back[i].bits);
+      EXPECT(same, "%s %04x is %g, and comes back as %04x", name, narrow[i].bits, wide[i], back[i].bits);
     }
   }
   for (std::uint64_t bits = 0; bits + 61 * kVector <= 0xffffffffu; bits += 61 * kVector) {
     for (int i = 0; i < kVector; ++i) wide[i] = std::bit_cast<float>(static_cast<std::uint32_t>(bits + 61 * i));
-    store_float16(FloatVector::load(wide), back);
+    store_vectors(FloatVector::load(wide), back);
     for (int i = 0; i < kVector; ++i) {
-      const std::uint16_t alone = round_to<Float16>(wide[i]).bits;
+      const std::uint16_t alone = round_to<Half>(wide[i]).bits;
       const bool same = std::isnan(wide[i]) ? std::isnan(convert<float>(back[i])) : back[i].bits == alone;
-      EXPECT(same, "%.9g is rounded to float16 %04x, not %04x", wide[i], back[i].bits, alone);
+      EXPECT(same, "%.9g is rounded to %s %04x, not %04x", wide[i], name, back[i].bits, alone);
+    }
+  }
+}
+
+// The lanes of one vector, of several at once, and of sums in float64; and of a vector that memory has a part of.
+void test_lanes() {
+  const auto minus = [](auto a, auto b) { return 3 * a - b; };  // whose order shows
+  Floats vectors[kVector];
+  for (int v = 0; v < kVector; ++v) {
+    for (int i = 0; i < kVector; ++i) vectors[v][i] = static_cast<float>((7 * v + 5 * i * i) % 11);
+  }
+  const Floats combined = each_by_halves(vectors, minus);
+  for (int v = 0; v < kVector; ++v) {
+    const float alone = by_halves(vectors[v], minus);
+    EXPECT(combined[v] == alone, "vector %d of several is %g, alone %g", v, combined[v], alone);
+  }
+  WideSums sums;
+  FloatVector x;
+  for (int i = 0; i < kVector; ++i) x.part[0][i] = static_cast<float>(i + 1);
+  sums.add(x);
+  sums.add(x);
+  const double total = by_halves(sums.low, [](auto a, auto b) { return a + b; }) * 1e6 +
+                       by_halves(sums.high, [](auto a, auto b) { return a + b; });
+  double expected = 0;
+  for (int i = 0; i < kVector; ++i) expected += 2.0 * (i + 1) * (i < kVector / 2 ? 1e6 : 1);
+  EXPECT(total == expected, "the sums are %.17g, not %.17g", total, expected);
+
+  for (int count = -3; count <= kVector + 3; ++count) {
+    float some[kVector];
+    std::fill_n(some, kVector, 1.0f);
+    const Floats loaded = load_first(some + kVector - std::clamp(count, 0, kVector), count, FloatVector(-2).part[0]);
+    for (int i = 0; i < kVector; ++i) {
+      EXPECT(loaded[i] == (i < count ? 1 : -2), "lane %d of %d is %g", i, count, loaded[i]);
     }
   }
 }
@@ -121,6 +159,8 @@ int main() {
   }
   test_exponential();
   test_logarithm();
-  test_float16();
+  test_half<Float16>("float16");
+  test_half<BFloat16>("bfloat16");
+  test_lanes();
   return finish("test_vectors");
 }

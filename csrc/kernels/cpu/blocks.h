@@ -48,7 +48,7 @@ inline std::int64_t positions_per_block(const NllArgs& args) {
 }
 
 // Elements of one turn of the vector loop.
-inline constexpr int kElementwiseRun = 512;
+inline constexpr int kElementwiseRun = 1024;
 
 // Where there are few rows, and these are long, each is split over threads: what a segment of kSegment classes adds up
 // to is merged in order.

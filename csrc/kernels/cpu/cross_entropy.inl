@@ -15,6 +15,7 @@
 #include "cpu.h"
 #include "memory.h"
 #include "scratch.h"
+#include "tiles.h"
 
 #include "exponentials.inl"
 
@@ -125,7 +126,10 @@ struct CrossEntropy {
     const Class wanted = args.every_row, has_grad = args.grad_lse || args.grad_entropy;
     const int count = group.count;
     std::int64_t buffer[kLanes], valid[kLanes], target[kLanes];
-    const std::int64_t* targets = load_positions(args.target.index, group.begin, count, buffer);
+    const PositionTensor& index = args.target.index;
+    const std::int64_t* targets = load_positions(index, group.begin, count, buffer);
+    // Those of the next group: of few classes in half precision, a third of what is read.
+    prefetch<false>(index.data, index.dtype, (group.begin + count) * index.stride, count * index.stride);
     std::int64_t counted = 0, invalid = 0;
 #pragma omp simd reduction(+ : counted, invalid)
     for (int i = 0; i < count; ++i) {
@@ -153,11 +157,15 @@ struct CrossEntropy {
       std::fill_n(group.target_mass, count, math::index_mass(problem, Acc(1)));
       return;
     }
+    Acc target_weight[kLanes];
+    for (int i = 0; i < count; ++i) target_weight[i] = valid[i] ? weights[target[i]] : Acc(0);
+    double divisor = 0;
+#pragma omp simd reduction(+ : divisor)
     for (int i = 0; i < count; ++i) {
-      const Acc target_weight = valid[i] ? weight(target[i]) : Acc(0);
-      if (valid[i]) partial.divisor += double(target_weight) * double(group.weight[i]);
-      group.target_mass[i] = math::index_mass(problem, target_weight);
+      divisor += double(target_weight[i]) * double(math::zero_if(group.counts[i] == 0, group.weight[i]));
+      group.target_mass[i] = math::index_mass(problem, target_weight[i]);
     }
+    partial.divisor += divisor;
   }
 
   // Where the classes are some of many, and the targets any of all.

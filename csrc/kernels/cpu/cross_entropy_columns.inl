@@ -219,6 +219,15 @@ class Columns {
                  p_.classes, group.count, tile);
   }
 
+  // What follows a block: the same lanes of the group behind this one.
+  Ahead ahead(const Group<Acc>& group, int lane) const {
+    const ClassTensor& tensor = p_.args.logits;
+    const std::int64_t size = size_of(tensor.dtype);
+    const std::int64_t stride = tensor.inner_stride == 1 ? tensor.class_stride : kWidest;
+    return {static_cast<const char*>(tensor.data) + p_.offset(tensor, group.begin + group.count + lane) * size,
+            stride * size};
+  }
+
   // The logits, as the softmax sees them.
   void load_tile(const Group<Acc>& group) const {
     load_lanes(p_.args.logits, group, tile_);
@@ -273,7 +282,7 @@ class Columns {
       if (p_.entropy) {
         take_exponentials_and_gaps(block, shift, group.sum + lane, group.gap + lane);
       } else {
-        exponentials<false>(block.data, shift, block.data, kWidest, block.lines);
+        exponentials<true>(block.data, shift, block.data, kWidest, block.lines, ahead(group, lane));
         add_exponentials(block, group.sum + lane);
       }
     });
@@ -300,7 +309,7 @@ class Columns {
         take_weighted_exponentials(block, group.max + lane, rows.factor + lane, rows.on_gap + lane);
         std::fill_n(rows.factor + lane, kWidest, Acc(1));
       } else if (kSum == Sum::saved) {
-        exponentials<false>(block.data, group.max + lane, block.data, kWidest, block.lines);
+        exponentials<true>(block.data, group.max + lane, block.data, kWidest, block.lines, ahead(group, lane));
       }
       if (p_.problem.probabilities) {
         probability_gradients(block, this->block(masses_, lane).data, rows.factor + lane, rows.on_all + lane);

@@ -11,6 +11,16 @@
 namespace fusedloss::cpu {
 namespace {
 
+// What stands at p: a number, or a vector.
+template <class Value, class Acc>
+[[gnu::always_inline]] inline Value at(const Acc* p) {
+  if constexpr (std::is_same_v<Value, Acc>) {
+    return *p;
+  } else {
+    return Value::load(p);
+  }
+}
+
 // Combines the lanes of a vector: one after the other, they would take longer than the rest of a short row.
 template <class Value, int kWidth, class Combine>
 [[gnu::always_inline]] inline Value by_halves(const Value (&values)[kWidth], Combine combine) {
@@ -23,71 +33,191 @@ template <class Value, int kWidth, class Combine>
   }
 }
 
+inline constexpr auto kPlus = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+inline constexpr auto kLarger = [](auto a, auto b) __attribute__((always_inline)) { return b > a ? b : a; };
+
+// What is found of a row before its lanes are combined; short rows combine theirs together. Without vectors, one.
+#if FUSEDLOSS_VECTORS
+template <class Acc>
+inline constexpr bool kHasVectors = std::is_same_v<Acc, float>;
+template <class Acc>
+using Largests = std::conditional_t<kHasVectors<Acc>, Floats, Acc>;
+template <class Acc>
+using Sums = std::conditional_t<kHasVectors<Acc>, Doubles, double>;
+#else
+template <class Acc>
+inline constexpr bool kHasVectors = false;
+template <class Acc>
+using Largests = Acc;
+template <class Acc>
+using Sums = double;
+#endif
+
+// result[i]: the lanes of the i-th of kWidest rows combined.
+template <class Lanes, class Value, class Combine>
+[[gnu::always_inline]] inline void combine_lanes(const Lanes (&rows)[kWidest], Value* result, Combine combine) {
+  if constexpr (std::is_same_v<Lanes, Value>) {
+    std::copy_n(rows, kWidest, result);
+  } else {
+    constexpr int kTogether = sizeof(Lanes) / sizeof(Value);
+    for (int i = 0; i < kWidest; i += kTogether) {
+      Lanes some[kTogether];
+      for (int j = 0; j < kTogether; ++j) some[j] = rows[i + j];
+      const Lanes combined = each_by_halves(some, combine);
+      std::memcpy(result + i, &combined, sizeof(combined));
+    }
+  }
+}
+
+template <class Lanes, class Combine>
+[[gnu::always_inline]] inline auto combine_lanes(const Lanes& lanes, Combine combine) {
+  if constexpr (std::is_floating_point_v<Lanes>) {
+    return lanes;
+  } else {
+    return by_halves(lanes, combine);
+  }
+}
+
 // The largest of a multiple of kWidest elements, found lane by lane: clang has no vector form of a reduction that
 // passes over NaN. Four vectors at a time, since each waits for what the one before has found in its lanes.
 template <class Acc>
-[[gnu::noinline]] Acc largest(const Acc* x, std::int64_t count) {
-  constexpr int kWide = std::max(kWidest, 4 * FUSEDLOSS_LANES);
-  const auto larger = [](Acc a, Acc b) { return b > a ? b : a; };
-  Acc lanes[kWide], few[kWidest];
-  std::fill_n(lanes, kWide, -math::kInfinity<Acc>);
-  std::fill_n(few, kWidest, -math::kInfinity<Acc>);
+[[gnu::noinline]] Largests<Acc> largest_lanes(const Acc* x, std::int64_t count) {
   std::int64_t k = 0;
-  for (; k + kWide <= count; k += kWide) {
+#if FUSEDLOSS_VECTORS
+  if constexpr (kHasVectors<Acc>) {
+    constexpr int kVector = FloatVector::kLanes;
+    Largests<Acc> most[4];
+    const auto look = [&](int i, const Acc* x) __attribute__((always_inline)) {
+      Largests<Acc> found;
+      std::memcpy(&found, x, sizeof(found));
+      most[i] = found > most[i] ? found : most[i];
+    };
+    unrolled<4>([&](int i) { most[i] = Largests<Acc>{} - math::kInfinity<Acc>; });
+    for (; k + 4 * kVector <= count; k += 4 * kVector) unrolled<4>([&](int i) { look(i, x + k + i * kVector); });
+    for (; k < count; k += kVector) look(0, x + k);
+    return kLarger(kLarger(most[0], most[1]), kLarger(most[2], most[3]));
+  }
+#endif
+  Acc lanes[4 * kWidest];
+  std::fill_n(lanes, 4 * kWidest, -math::kInfinity<Acc>);
+  for (; k + 4 * kWidest <= count; k += 4 * kWidest) {
 #pragma omp simd
-    for (int i = 0; i < kWide; ++i) lanes[i] = x[k + i] > lanes[i] ? x[k + i] : lanes[i];
+    for (int i = 0; i < 4 * kWidest; ++i) lanes[i] = x[k + i] > lanes[i] ? x[k + i] : lanes[i];
   }
   for (; k < count; k += kWidest) {
 #pragma omp simd
-    for (int i = 0; i < kWidest; ++i) few[i] = x[k + i] > few[i] ? x[k + i] : few[i];
+    for (int i = 0; i < kWidest; ++i) lanes[i] = x[k + i] > lanes[i] ? x[k + i] : lanes[i];
   }
-  return larger(by_halves(lanes, larger), by_halves(few, larger));
+  if constexpr (!kHasVectors<Acc>) return by_halves(lanes, kLarger);
+}
+
+template <class Acc>
+Acc largest(const Acc* x, std::int64_t count) {
+  return combine_lanes(largest_lanes(x, count), kLarger);
 }
 
 // The sum of a multiple of kWidest entries: four are added as they are, and then in float64, since a float32 sum near 1
-// loses the digits that log(sum) consists of.
-template <class Entry>
-[[gnu::always_inline]] inline double add(std::int64_t count, Entry entry) {
+// loses the digits that log(sum) consists of. An entry is a number, or as many as a vector has.
+template <class Acc, class Entry>
+[[gnu::always_inline]] inline Sums<Acc> add_lanes(std::int64_t count, Entry entry) {
+#if FUSEDLOSS_VECTORS
+  if constexpr (kHasVectors<Acc>) {
+    using V = FloatVector;
+    constexpr int kParts = kWidest / V::kLanes;
+    WideSums sums[kParts];
+    const auto part = [&](std::int64_t k, int i)
+                          __attribute__((always_inline)) { return entry.template operator()<V>(k + i * V::kLanes); };
+    unrolled<kParts>([&](int i) { sums[i].add(part(0, i)); });
+    std::int64_t k = kWidest;
+    for (; k + 4 * kWidest <= count; k += 4 * kWidest) {
+      unrolled<kParts>([&](int i) {
+        sums[i].add((part(k, i) + part(k + kWidest, i)) + (part(k + 2 * kWidest, i) + part(k + 3 * kWidest, i)));
+      });
+    }
+    for (; k < count; k += kWidest) unrolled<kParts>([&](int i) { sums[i].add(part(k, i)); });
+    if constexpr (kParts == 1) {
+      return sums[0].low + sums[0].high;
+    } else {
+      return (sums[0].low + sums[1].low) + (sums[0].high + sums[1].high);
+    }
+  }
+#endif
+  const auto number = [&](std::int64_t k) __attribute__((always_inline)) { return entry.template operator()<Acc>(k); };
   double sums[kWidest];
 #pragma omp simd
-  for (int i = 0; i < kWidest; ++i) sums[i] = double(entry(i));  // rather than zeros: GCC has a slow way to write some
+  for (int i = 0; i < kWidest; ++i) sums[i] = double(number(i));  // rather than zeros: GCC has a slow way to write some
   std::int64_t k = kWidest;
   for (; k + 4 * kWidest <= count; k += 4 * kWidest) {
 #pragma omp simd
     for (int i = 0; i < kWidest; ++i) {
       const std::int64_t at = k + i;
-      sums[i] += double((entry(at) + entry(at + kWidest)) + (entry(at + 2 * kWidest) + entry(at + 3 * kWidest)));
+      sums[i] += double((number(at) + number(at + kWidest)) + (number(at + 2 * kWidest) + number(at + 3 * kWidest)));
     }
   }
   for (; k < count; k += kWidest) {
 #pragma omp simd
-    for (int i = 0; i < kWidest; ++i) sums[i] += double(entry(k + i));
+    for (int i = 0; i < kWidest; ++i) sums[i] += double(number(k + i));
   }
-  return by_halves(sums, [](double a, double b) { return a + b; });
+  if constexpr (!kHasVectors<Acc>) return by_halves(sums, kPlus);
+}
+
+template <class Acc, class Entry>
+[[gnu::always_inline]] inline double add(std::int64_t count, Entry entry) {
+  return combine_lanes(add_lanes<Acc>(count, entry), kPlus);
 }
 
 template <class Acc>
-[[gnu::noinline]] double sum_of(const Acc* e, std::int64_t count) {
-  return add(count, [=](std::int64_t k) __attribute__((always_inline)) { return e[k]; });
+[[gnu::noinline]] Sums<Acc> sums_of(const Acc* e, std::int64_t count) {
+  return add_lanes<Acc>(count, [=]<class V>(std::int64_t k) __attribute__((always_inline)) { return at<V>(e + k); });
 }
 
 // The sum of the exponentials' products with their gaps.
 template <class Acc>
 [[gnu::noinline]] double gap_of(const Acc* x, Acc shift, const Acc* e, std::int64_t count) {
-  return add(count, [=](std::int64_t k) __attribute__((always_inline)) { return math::times_gap(e[k], x[k] - shift); });
+  return add<Acc>(count, [=]<class V>(std::int64_t k) __attribute__((always_inline)) {
+    return math::times_gap(at<V>(e + k), at<V>(x + k) - V(shift));
+  });
+}
+
+// A group of which only the first `count` are in memory, and the others have a value of their own.
+template <class Acc>
+[[gnu::always_inline]] inline void load_first(const Acc* x, std::int64_t count, Acc* group, Acc others) {
+#if FUSEDLOSS_VECTORS
+  if constexpr (kHasVectors<Acc>) {
+    for (int i = 0; i < kWidest; i += FUSEDLOSS_LANES) {
+      const Floats padded = load_first(x + i, count - i, FloatVector(others).part[0]);
+      std::memcpy(group + i, &padded, sizeof(padded));
+    }
+    return;
+  }
+#endif
+  if (x != group) std::copy_n(x, count, group);
+  std::fill(group + count, group + kWidest, others);
 }
 
 // What masses on all classes add to the loss, relative to a maximum. A quarter of each is added, so that four of the
 // largest numbers are one.
 template <class Acc>
-[[gnu::noinline]] double dense_loss(const Acc* x, const Acc* masses, Acc shift, std::int64_t count) {
-  const auto quarter = [=](std::int64_t k) __attribute__((always_inline)) {
-    return math::entry_loss_at_max(x[k] - shift, Acc(0.25) * masses[k]);
+[[gnu::noinline]] Sums<Acc> dense_losses(const Acc* x, const Acc* masses, Acc shift, std::int64_t count) {
+  const auto quarter = [=]<class V>(V x, V mass) __attribute__((always_inline)) {
+    return math::entry_loss_at_max(x - V(shift), V(0.25f) * mass);
   };
   const std::int64_t whole = count / kWidest * kWidest;
-  double rest = 0;
-  for (std::int64_t k = whole; k < count; ++k) rest += double(quarter(k));
-  return 4 * (whole == 0 ? rest : add(whole, quarter) + rest);
+  Sums<Acc> sums{};
+  if (whole > 0) {
+    sums = add_lanes<Acc>(whole, [=]<class V>(std::int64_t k) __attribute__((always_inline)) {
+      return quarter(at<V>(x + k), at<V>(masses + k));
+    });
+  }
+  if (whole < count) {
+    Acc rest[kWidest], rest_masses[kWidest];
+    load_first(x + whole, count - whole, rest, shift);
+    load_first(masses + whole, count - whole, rest_masses, Acc(0));
+    sums += add_lanes<Acc>(kWidest, [&]<class V>(std::int64_t k) __attribute__((always_inline)) {
+      return quarter(at<V>(rest + k), at<V>(rest_masses + k));
+    });
+  }
+  return 4 * sums;
 }
 
 // From exponentials to gradients: where the target alone has mass, and where all classes have.
@@ -306,14 +436,14 @@ class Rows {
   // Loads a part's logits, as the softmax sees them, where they do not lie as they are needed. A ragged group is padded
   // with logits that change nothing in a sum of exponentials, so that no exponential is computed alone.
   void load_logits(const Part<Acc>& part, std::int64_t position) const {
-    if (as_they_are_) {
-      std::copy(part.x + part.whole, part.x + part.count, part.e + part.whole);
-    } else {
+    const std::int64_t whole = part.count / kWidest * kWidest;
+    const Acc* rest = part.x + whole;
+    if (!as_they_are_) {
       const ClassTensor& tensor = p_.args.logits;
       const Acc* x = load(tensor.data, tensor.dtype, p_.offset(tensor, position, part.c), 1, part.count, part.e);
       if (p_.args.transforms()) p_.transform(x, part.e, slopes_ + part.c, part.count);
     }
-    std::fill(part.e + part.count, part.e + part.padded, -math::kInfinity<Acc>);
+    if (whole < part.count) load_first(rest, part.count - whole, part.e + whole, -math::kInfinity<Acc>);
   }
 
   // Replaces a part's logits by their exponentials.
@@ -332,7 +462,7 @@ class Rows {
     const std::int64_t size = size_of(tensor.dtype);
     const std::int64_t at =
         c + kChunk < p_.classes ? p_.offset(tensor, position, c + kChunk) : p_.offset(tensor, position + rows_at_once_);
-    return {static_cast<const char*>(tensor.data) + at * size, size};
+    return {static_cast<const char*>(tensor.data) + at * size, kWidest * size};
   }
 
   Acc logit(std::int64_t position, std::int64_t c) const {
@@ -376,27 +506,60 @@ class Rows {
   // The maximum of the chunk that begins at class c, of row i.
   Acc& max_of_chunk(int i, std::int64_t c) const { return chunk_max_[i * chunks_ + c / kChunk]; }
 
-  // Finds the statistics of all rows: their maxima first, if they are short, and then their sums.
   void statistics(Group<Acc>& group) const {
+    for (int i = 0; i < group.count; ++i) begin_row(group, i);
+    if (chunks_ == 1) return statistics_of_short(group);
     for (int i = 0; i < group.count; ++i) {
-      begin_row(group, i);
       if (group.skip[i]) continue;
-      if (chunks_ > 1) {
-        // In segments, as by many threads: how many rows there are must not decide how one is added up.
-        Found found = find(group, i, 0, kSegment, p_.gradient);
-        for (std::int64_t c = kSegment; c < p_.classes; c += kSegment) {
-          found.merge(find(group, i, c, c + kSegment, p_.gradient));
-        }
-        end_row(group, i, found);
-      } else {
-        Largest<Acc> largest_logit;
-        group.max[i] = maximum(part_of(group, i, 0, true), group.begin + i, largest_logit);
-        if (p_.args.argmax) p_.args.argmax[group.begin + i] = largest_logit.c;
+      // In segments, as by many threads: how many rows there are must not decide how one is added up.
+      Found found = find(group, i, 0, kSegment, p_.gradient);
+      for (std::int64_t c = kSegment; c < p_.classes; c += kSegment) {
+        found.merge(find(group, i, c, c + kSegment, p_.gradient));
       }
+      end_row(group, i, found);
     }
-    for (int i = 0; i < group.count && chunks_ == 1; ++i) {
-      if (!group.skip[i]) assign(group, i, statistics_of(part_of(group, i, 0, true), group.begin + i, group.max[i]));
+  }
+
+  // Rows of one chunk, kWidest at a time: the lanes of their maxima are combined together, and then those of their
+  // sums. Those that are left out keep what begin_row gives them.
+  void statistics_of_short(Group<Acc>& group) const {
+    for (int first = 0; first < group.count; first += kWidest) {
+      const int last = std::min(first + kWidest, group.count);
+      Largests<Acc> largests[kWidest];
+      Sums<Acc> sums[kWidest], dense[kWidest];
+      for (int i = first; i < first + kWidest; ++i) {
+        largests[i - first] = Largests<Acc>{} - math::kInfinity<Acc>;
+        sums[i - first] = dense[i - first] = Sums<Acc>{};
+        if (i >= last || group.skip[i]) continue;
+        const Part<Acc> part = part_of(group, i, 0, true);
+        // Under a transformation those that are given, whose place those that the softmax sees may take.
+        if (p_.args.argmax && p_.args.transforms()) find_argmax(group, part, -math::kInfinity<Acc>);
+        largests[i - first] = largest_lanes_of(part, group.begin + i);
+      }
+      combine_lanes(largests, group.max + first, kLarger);
+      for (int i = first; i < last; ++i) {
+        if (group.skip[i]) continue;
+        const Part<Acc> part = part_of(group, i, 0, true);
+        if (p_.args.argmax && !p_.args.transforms()) find_argmax(group, part, group.max[i]);
+        const Lanes found = lanes_of(part, group.begin + i, group.max[i]);
+        sums[i - first] = found.sum;
+        dense[i - first] = found.dense_loss;
+        group.gap[i] = found.gap;
+        group.mass[i] = found.mass;
+        if (group.target[i] == Group<Acc>::kNoClass) group.target_logit[i] = group.max[i];
+      }
+      combine_lanes(sums, group.sum + first, kPlus);
+      if (p_.problem.dense()) combine_lanes(dense, group.dense_loss + first, kPlus);
     }
+    for (int i = 0; p_.entropy && i < group.count; ++i) {
+      if (!group.skip[i]) group.sum[i] = rich_sum(part_of(group, i, 0, true), group.sum[i]);
+    }
+  }
+
+  void find_argmax(const Group<Acc>& group, const Part<Acc>& part, Acc max) const {
+    Largest<Acc> found;
+    look(found, group.begin + part.row, part, max);
+    p_.args.argmax[group.begin + part.row] = found.c;
   }
 
   // What a row has that is not read; and its target's logit, before the exponentials may take its place.
@@ -439,17 +602,16 @@ class Rows {
     // Of those that are given: what the softmax sees may take their place.
     const bool transforms = p_.args.transforms();
     if (p_.args.argmax && transforms) look(largest_logit, position, part, -math::kInfinity<Acc>);
-    const Acc max = largest_of(part, position);
+    const Acc max = combine_lanes(largest_lanes_of(part, position), kLarger);
     if (p_.args.argmax && !transforms) look(largest_logit, position, part, max);
     return max;
   }
 
-  Acc largest_of(const Part<Acc>& part, std::int64_t position) const {
+  Largests<Acc> largest_lanes_of(const Part<Acc>& part, std::int64_t position) const {
     load_logits(part, position);
-    const Acc of_whole = largest(part.x, part.whole);
+    const Largests<Acc> of_whole = largest_lanes(part.x, part.whole);
     if (part.whole == part.padded) return of_whole;
-    const Acc of_rest = largest(part.e + part.whole, kWidest);
-    return of_rest > of_whole ? of_rest : of_whole;
+    return kLarger(of_whole, largest_lanes(part.e + part.whole, kWidest));
   }
 
   // The first of the largest logits, as they are given: where the softmax sees others, they are read by themselves.
@@ -464,27 +626,45 @@ class Rows {
 
   // Replaces a part's logits by their exponentials, and returns its statistics.
   Statistics statistics_of(const Part<Acc>& part, std::int64_t position, Acc max) const {
+    const Lanes lanes = lanes_of(part, position, max);
     Statistics found;
     found.max = max;
+    found.sum = combine_lanes(lanes.sum, kPlus);
+    if (p_.entropy) found.sum = rich_sum(part, found.sum);
+    found.gap = lanes.gap;
+    found.dense_loss = combine_lanes(lanes.dense_loss, kPlus);
+    found.mass = lanes.mass;
+    return found;
+  }
+
+  // The same, where the lanes of sums are not combined yet.
+  struct Lanes {
+    Sums<Acc> sum, dense_loss{};
+    double gap = 0, mass = 0;
+  };
+  Lanes lanes_of(const Part<Acc>& part, std::int64_t position, Acc max) const {
+    Lanes found;
     const Acc shift = math::finite_shift(max);
     if (p_.problem.dense()) add_masses(found, part, position, shift);
     Acc logits[kChunk];  // the exponentials may take their place
     if (p_.entropy) std::copy(part.e + part.whole, part.e + part.padded, std::copy_n(part.x, part.whole, logits));
     take_exponentials(part, shift, position);
-    found.sum = sum_of(part.e, part.padded);
-    if (!p_.entropy) return found;
-    found.gap = gap_of(logits, shift, part.e, part.padded);
-    // One exponential is 1, and near it float32 loses what is added.
-    if (found.sum >= 1 && found.sum < 2) found.sum = sum_beside_one(part.e, part.padded);
+    if (p_.entropy) found.gap = gap_of(logits, shift, part.e, part.padded);
+    found.sum = sums_of(part.e, part.padded);
     return found;
+  }
+
+  // A part's sum, as exact as an entropy needs it: one exponential is 1, and near it float32 loses what is added.
+  static double rich_sum(const Part<Acc>& part, double sum) {
+    return sum >= 1 && sum < 2 ? sum_beside_one(part.e, part.padded) : sum;
   }
 
   // What the masses that all classes have add to the loss, relative to the part's maximum, and their sum. Without
   // probabilities these are the class weights; the smoothing multiplies the sum over the row.
-  void add_masses(Statistics& found, const Part<Acc>& part, std::int64_t position, Acc shift) const {
+  void add_masses(Lanes& found, const Part<Acc>& part, std::int64_t position, Acc shift) const {
     Acc buffer[kChunk];
     const Acc* a = masses(position, part.c, part.count, buffer);
-    found.dense_loss = dense_loss(part.x, a, shift, part.count);
+    found.dense_loss = dense_losses(part.x, a, shift, part.count);
     found.mass = p_.problem.probabilities ? mass_of(a, part.count) : chunk_mass_[part.c / kChunk];
   }
 
@@ -594,7 +774,7 @@ class Rows {
     if (tensor.class_stride == 1 && p_.cap == 0) {
       with_floating(tensor.dtype, [&]<class T>() {
         T* grad = static_cast<T*>(tensor.data) + at;
-        if (!in_place_) prefetch_for_writing(tensor.data, tensor.dtype, at + part.count, part.count);
+        if (!in_place_) prefetch<true>(tensor.data, tensor.dtype, at + part.count, part.count);
         write(grad);
         if (has_target) grad[t] = round_to<T>(rows.on_target_class[part.row]);
       });

@@ -49,6 +49,10 @@ struct Run {
   // The tensor's elements, or ones where there is no tensor.
   const Acc* load(const ElementwiseTensor& tensor, Acc* buffer) const {
     if (!tensor.data) return kOnes<Acc>.data();
+    // The next run, while this one is computed with: what is converted first would be waited for.
+    if (tensor.linear && tensor.dtype != kDtypeOf<Acc>) {
+      prefetch<false>(tensor.data, tensor.dtype, begin + count, count);
+    }
     // One weight for each of a few columns: loaded once and repeated, since pieces that short cost more than they hold.
     const std::int64_t columns = shape.dims == 2 ? shape.sizes[1] : count;
     const bool repeats = !tensor.linear && tensor.strides[0] == 0 && columns < count;
@@ -67,6 +71,16 @@ struct Run {
     if (values != buffer) std::copy_n(values, distinct, buffer);
     for (std::int64_t i = distinct; i < count; ++i) buffer[i] = buffer[i - distinct];
     return buffer;
+  }
+
+  // Elements that lie in memory as they are, if their type is T; or loaded.
+  template <class T>
+  const T* in_memory(const ElementwiseTensor& tensor, Acc* buffer) const {
+    if constexpr (std::is_same_v<T, Acc>) {
+      return load(tensor, buffer);
+    } else {
+      return static_cast<const T*>(tensor.data) + begin;
+    }
   }
 
   // Where results that `store` will be given should be computed: in place when nothing has to be converted.
@@ -139,42 +153,50 @@ struct RunTotal {
   Acc counted = 0, invalid = 0;  // exact in a run, and as wide as the values: a loop of one width
 };
 
-// Evaluates a run; loss and grad may be null. A function of its own: inlined into the traversal, GCC 12 leaves the loop
-// scalar.
-template <class Loss, bool kGradient, bool kPlain, class Acc>
-[[gnu::noinline]] RunTotal<Acc> evaluate_run(const Operands<Acc>& in, std::int64_t count, Acc ignored, Acc grad_loss,
-                                             Acc* loss, Acc* grad) {
-  const Acc *x = in.x, *t = in.t, *w = in.w, *p = in.p;
+// What a run's elements become, beside their sum.
+enum class Stored { nothing, losses, gradients };
+
+// Vectors that take each step together: as many as the formula's constants leave registers for.
+template <class Loss>
+inline constexpr int kTogether = 1;
+template <>
+inline constexpr int kTogether<math::BceWithLogits> = 2;
+
+// Evaluates a run. Input and results have a type T, the target U: the accumulate type, or half precision, which is
+// converted on its way between memory and registers. A function of its own: inlined into the traversal, GCC 12 leaves
+// the loop scalar.
+template <class Loss, Stored kStored, bool kPlain, class T, class U, class Acc>
+[[gnu::noinline]] RunTotal<Acc> evaluate_run(const T* x, const U* t, const Acc* w, const Acc* p, std::int64_t count,
+                                             Acc ignored, Acc grad_loss, T* results) {
   RunTotal<Acc> total;
   std::int64_t done = 0;
 #if FUSEDLOSS_VECTORS
   if constexpr (std::is_same_v<Acc, float>) {
-    using V = FloatVector;
+    using V = FloatVectors<kTogether<Loss>>;
     V sum(0), counted(0), invalid(0);
     for (; done + V::kLanes <= count; done += V::kLanes) {
       const V weight = kPlain ? V(1) : V::load(w + done), pos_weight = kPlain ? V(1) : V::load(p + done);
-      const Evaluated<V> result =
-          evaluate<Loss, kPlain>(V::load(x + done), V::load(t + done), weight, pos_weight, V(ignored), V(grad_loss));
+      const Evaluated<V> result = evaluate<Loss, kPlain>(load_vectors<V>(x + done), load_vectors<V>(t + done), weight,
+                                                         pos_weight, V(ignored), V(grad_loss));
       sum = sum + result.loss;
       counted = counted + result.counted;
       invalid = invalid + result.invalid;
-      if (loss) result.loss.store(loss + done);
-      if (kGradient) result.grad.store(grad + done);
+      if constexpr (kStored == Stored::losses) store_vectors(result.loss, results + done);
+      if constexpr (kStored == Stored::gradients) store_vectors(result.grad, results + done);
     }
     total = {sum.sum(), kPlain ? Acc(done) : counted.sum(), invalid.sum()};
   }
 #endif
-  Acc buffer[kElementwiseRun];
-  Acc* losses = loss ? loss : buffer;
   Acc sum = 0, counted = 0, invalid = 0;
 #pragma omp simd reduction(+ : sum, counted, invalid)
   for (std::int64_t i = done; i < count; ++i) {
-    const Evaluated<Acc> result = evaluate<Loss, kPlain>(x[i], t[i], w[i], p[i], ignored, grad_loss);
-    losses[i] = result.loss;
+    const Evaluated<Acc> result =
+        evaluate<Loss, kPlain>(convert<Acc>(x[i]), convert<Acc>(t[i]), w[i], p[i], ignored, grad_loss);
     sum += result.loss;
     counted += result.counted;
     invalid += result.invalid;
-    if (kGradient) grad[i] = result.grad;
+    if constexpr (kStored == Stored::losses) results[i] = round_to<T>(result.loss);
+    if constexpr (kStored == Stored::gradients) results[i] = round_to<T>(result.grad);
   }
   return {total.loss + sum, total.counted + counted, total.invalid + invalid};
 }
@@ -182,33 +204,85 @@ template <class Loss, bool kGradient, bool kPlain, class Acc>
 template <class Loss>
 void elementwise_forward(const ElementwiseArgs& args, Partial* partials, std::int64_t first_block,
                          std::int64_t last_block) {
-  with_accumulate(args.dtype, [&]<class Acc>() {
+  const ElementwiseTensor& results = args.grad_input.data ? args.grad_input : args.loss;
+  const Stored stored = args.grad_input.data ? Stored::gradients : args.loss.data ? Stored::losses : Stored::nothing;
+
+  // Those of types T and U lie in memory as they are needed.
+  const auto traverse = [&]<class T, class U, class Acc, bool kPlain>() {
     const Acc ignored = ignored_target<Acc>(args);
     double one;  // grad_loss, for all elements
     const double* g = load_positions({args.grad_loss.data, args.grad_loss.dtype, 0}, 0, 1, &one);
     const Acc grad_loss = static_cast<Acc>(*g * math::mean_scale(args.grad_divisor));
-    const bool plain = !args.has_ignore_index && !args.weight.data && !args.pos_weight.data;
-    // By whether the gradient is wanted, and whether the call is plain.
-    static constexpr decltype(&evaluate_run<Loss, false, false, Acc>) kEvaluate[2][2] = {
-        {evaluate_run<Loss, false, false, Acc>, evaluate_run<Loss, false, true, Acc>},
-        {evaluate_run<Loss, true, false, Acc>, evaluate_run<Loss, true, true, Acc>}};
-    Operands<Acc> in;
-    Acc loss[kElementwiseRun], grad_buffer[kElementwiseRun];
+    const auto evaluate = [&] {
+      switch (stored) {
+        case Stored::nothing: return evaluate_run<Loss, Stored::nothing, kPlain, T, U, Acc>;
+        case Stored::losses: return evaluate_run<Loss, Stored::losses, kPlain, T, U, Acc>;
+        case Stored::gradients: return evaluate_run<Loss, Stored::gradients, kPlain, T, U, Acc>;
+      }
+      __builtin_unreachable();
+    }();
+    Acc x_buffer[kElementwiseRun], t_buffer[kElementwiseRun], w_buffer[kElementwiseRun], p_buffer[kElementwiseRun];
+    Acc buffer[kElementwiseRun];
     for (std::int64_t block = first_block; block < last_block; ++block) {
       Partial& partial = partials[block];
       for_each_run<Acc>(args, block, [&](const Run<Acc>& run) {
-        in.load(run, args);
-        Acc* grad = args.grad_input.data ? run.destination(args.grad_input, grad_buffer) : nullptr;
-        const auto evaluate = kEvaluate[grad != nullptr][plain];
-        const RunTotal<Acc> total = evaluate(in, run.count, ignored, grad_loss, args.loss.data ? loss : nullptr, grad);
-        if (grad) run.store(args.grad_input, grad);
+        const T* x = run.template in_memory<T>(args.input, x_buffer);
+        const U* t = run.template in_memory<U>(args.target, t_buffer);
+        const Acc *w = run.load(args.weight, w_buffer), *p = run.load(args.pos_weight, p_buffer);
+        T* found = nullptr;
+        if constexpr (std::is_same_v<T, Acc>) {
+          if (stored != Stored::nothing) found = run.destination(results, buffer);
+        } else if (stored != Stored::nothing) {
+          found = static_cast<T*>(results.data) + run.begin;
+        }
+        const RunTotal<Acc> total = evaluate(x, t, w, p, run.count, ignored, grad_loss, found);
+        if constexpr (std::is_same_v<T, Acc>) {
+          if (found) run.store(results, found);
+        }
         partial.loss += double(total.loss);
         partial.divisor += double(total.counted);
         if (total.invalid > 0 && partial.invalid < 0) partial.invalid = run.begin;
-        if (args.loss.data) run.store(args.loss, loss);
       });
     }
-  });
+  };
+
+  const bool plain = !args.has_ignore_index && !args.weight.data && !args.pos_weight.data;
+  const auto choose = [&]<class T, class U, class Acc>() {
+    plain ? traverse.template operator()<T, U, Acc, true>() : traverse.template operator()<T, U, Acc, false>();
+  };
+  const Dtype dtype = args.input.dtype;
+  const bool is_linear = args.input.linear && (stored == Stored::nothing || (results.linear && results.dtype == dtype));
+  const bool same_target = args.target.linear && args.target.dtype == dtype;
+  const auto choose_half = [&]<class T>() {
+    same_target ? choose.template operator()<T, T, float>() : choose.template operator()<T, float, float>();
+  };
+  if (is_linear && dtype == Dtype::bfloat16) return choose_half.template operator()<BFloat16>();
+  if (is_linear && dtype == Dtype::float16) return choose_half.template operator()<Float16>();
+  with_accumulate(args.dtype, [&]<class Acc>() { choose.template operator()<Acc, Acc, Acc>(); });
+}
+
+// The gradient of a run's input, for a grad_output of each element.
+template <class Loss, class Acc>
+[[gnu::noinline]] void gradient_run(const Operands<Acc>& in, const Acc* g, std::int64_t count, Acc ignored, Acc scale,
+                                    Acc* grad) {
+  const auto gradient = [=]<class V>(V x, V t, V w, V p, V g) __attribute__((always_inline)) {
+    using math::zero_if;
+    constexpr bool kFast = !std::is_same_v<V, double>;
+    return zero_if(t == V(ignored), g * V(scale) * w * Loss::template evaluate<V, kFast>(x, t, p).slope);
+  };
+  const Acc *x = in.x, *t = in.t, *w = in.w, *p = in.p;
+  std::int64_t done = 0;
+#if FUSEDLOSS_VECTORS
+  if constexpr (std::is_same_v<Acc, float>) {
+    using V = FloatVectors<kTogether<Loss>>;
+    for (; done + V::kLanes <= count; done += V::kLanes) {
+      gradient(V::load(x + done), V::load(t + done), V::load(w + done), V::load(p + done), V::load(g + done))
+          .store(grad + done);
+    }
+  }
+#endif
+#pragma omp simd
+  for (std::int64_t i = done; i < count; ++i) grad[i] = gradient(x[i], t[i], w[i], p[i], g[i]);
 }
 
 template <class Loss>
@@ -225,11 +299,7 @@ void elementwise_backward(const ElementwiseArgs& args, Partial*, std::int64_t fi
         const Acc* g = run.load(args.grad_loss, g_buffer);
         if (args.grad_input.data) {
           Acc* grad = run.destination(args.grad_input, grad_buffer);
-#pragma omp simd
-          for (std::int64_t i = 0; i < run.count; ++i) {
-            const Acc slope = Loss::evaluate(x[i], t[i], p[i]).slope;
-            grad[i] = math::zero_if(t[i] == ignored, g[i] * scale * w[i] * slope);
-          }
+          gradient_run<Loss>(in, g, run.count, ignored, scale, grad);
           run.store(args.grad_input, grad);
         }
         if (args.grad_target.data) {

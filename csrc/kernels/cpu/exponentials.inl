@@ -9,7 +9,7 @@ namespace {
 // The logits that are needed next. They need not exist.
 struct Ahead {
   const char* data = nullptr;
-  std::int64_t size = 0;  // of one
+  std::int64_t stride = 0;  // bytes from those of one group to those of the next
 };
 
 // e = exp(x - shift) of `groups` groups of kWidest lanes; those of x and e lie `stride` apart, and all have the same
@@ -21,7 +21,7 @@ template <bool kAhead, class Acc>
 [[gnu::noinline]] void exponentials(const Acc* x, const Acc* shift, Acc* e, std::int64_t stride, std::int64_t groups,
                                     Ahead next = {}) {
   const auto look_ahead = [&](std::int64_t group) __attribute__((always_inline)) {
-    const char* line = next.data + group * kWidest * next.size;
+    const char* line = next.data + group * next.stride;
     for (std::int64_t i = 0; kAhead && i < kWidest * std::int64_t(sizeof(Acc)); i += kLine)
       __builtin_prefetch(line + i);
   };
@@ -32,14 +32,17 @@ template <bool kAhead, class Acc>
     Vector shifts[kParts];
     unrolled<kParts>([&](int i) { shifts[i] = Vector::load(shift + i * Vector::kLanes); });
     const auto take = [&]<int kGroups>(std::int64_t group) __attribute__((always_inline)) {
-      Vector v[kGroups * kParts];
+      FloatVectors<kGroups * kParts> v;
       const Acc* from = x + group * stride;
       Acc* to = e + group * stride;
       unrolled<kGroups * kParts>([&](int i) {
-        v[i] = Vector::load(from + i / kParts * stride + i % kParts * Vector::kLanes) - shifts[i % kParts];
+        v.part[i] =
+            (Vector::load(from + i / kParts * stride + i % kParts * Vector::kLanes) - shifts[i % kParts]).part[0];
       });
-      exp_nonpositive_each(v);
-      unrolled<kGroups * kParts>([&](int i) { v[i].store(to + i / kParts * stride + i % kParts * Vector::kLanes); });
+      v = exp_nonpositive(v);
+      unrolled<kGroups * kParts>([&](int i) {
+        std::memcpy(to + i / kParts * stride + i % kParts * Vector::kLanes, &v.part[i], sizeof(Floats));
+      });
     };
     constexpr int kAtOnce = Vector::kLanes / 4 / kParts;  // as many vectors as there are registers for
     std::int64_t group = 0;

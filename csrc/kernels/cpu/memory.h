@@ -26,6 +26,9 @@ struct Float16 {
   std::uint16_t bits;
 };
 
+template <class T>
+inline constexpr bool kIsHalf = std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>;
+
 template <class To, class From>
 [[gnu::always_inline]] inline To convert(From value) {
   return static_cast<To>(value);
@@ -79,14 +82,52 @@ template <class To, class Acc>
   }
 }
 
-// result[i] = values[i], rounded. Where an instruction rounds to float16 it is used: the compiler does not find it.
+#if FUSEDLOSS_VECTORS
+// Vectors from memory, and to it, rounded as one by one. (The instruction for bfloat16 that some processors have takes
+// denormals for zeros.)
+template <class Vectors, class T>
+FUSEDLOSS_FN Vectors load_vectors(const T* from) {
+  Vectors loaded;
+  unrolled<Vectors::kCount>([&](int i) {
+    const T* part = from + i * FUSEDLOSS_LANES;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      loaded.part[i] = std::bit_cast<Floats>(load_16_bits(part) << 16);
+    } else if constexpr (std::is_same_v<T, Float16>) {
+      loaded.part[i] = load_float16(part);
+    } else {
+      std::memcpy(&loaded.part[i], part, sizeof(Floats));
+    }
+  });
+  return loaded;
+}
+
+template <class Vectors, class T>
+FUSEDLOSS_FN void store_vectors(const Vectors& values, T* to) {
+  unrolled<Vectors::kCount>([&](int i) {
+    T* part = to + i * FUSEDLOSS_LANES;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      typedef std::uint32_t Bits __attribute__((vector_size(4 * FUSEDLOSS_LANES)));
+      const Bits bits = std::bit_cast<Bits>(values.part[i]);
+      const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+      store_16_bits(Ints((bits & 0x7fffffff) > 0x7f800000 ? Bits{} + 0x7fc0 : rounded), part);
+    } else if constexpr (std::is_same_v<T, Float16>) {
+      store_float16(values.part[i], part);
+    } else {
+      std::memcpy(part, &values.part[i], sizeof(Floats));
+    }
+  });
+}
+#endif
+
+// result[i] = values[i], rounded. Half precision is converted by the vector: the compiler does not find the
+// instructions.
 template <class T, class Acc>
 [[gnu::always_inline]] inline void store_each(T* result, std::int64_t count, const Acc* values) {
   std::int64_t done = 0;
 #if FUSEDLOSS_VECTORS
-  if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Acc, float>) {
+  if constexpr (kIsHalf<T> && std::is_same_v<Acc, float>) {
     constexpr int kVector = FloatVector::kLanes;
-    for (; done + kVector <= count; done += kVector) store_float16(FloatVector::load(values + done), result + done);
+    for (; done + kVector <= count; done += kVector) store_vectors(FloatVector::load(values + done), result + done);
   }
 #endif
 #pragma omp simd
@@ -119,9 +160,9 @@ template <class Value, class T>
 [[gnu::always_inline]] inline void load_each(Value* result, std::int64_t count, const T* values) {
   std::int64_t done = 0;
 #if FUSEDLOSS_VECTORS
-  if constexpr (std::is_same_v<T, Float16> && std::is_same_v<Value, float>) {
+  if constexpr (kIsHalf<T> && std::is_same_v<Value, float>) {
     constexpr int kVector = FloatVector::kLanes;
-    for (; done + kVector <= count; done += kVector) load_float16(values + done).store(result + done);
+    for (; done + kVector <= count; done += kVector) load_vectors<FloatVector>(values + done).store(result + done);
   }
 #endif
 #pragma omp simd
@@ -229,162 +270,13 @@ void store(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, st
 
 inline constexpr std::int64_t kLine = 64;  // bytes of a line of the cache
 
-// Starts to bring `count` neighbouring elements into the cache, which are going to be written. They need not exist.
-// Always inlined: a call that only prefetches has no effect in the eyes of GCC, which deletes it.
-[[gnu::always_inline]] inline void prefetch_for_writing(const void* data, Dtype dtype, std::int64_t offset,
-                                                        std::int64_t count) {
+// Starts to bring `count` neighbouring elements into the cache, which are going to be read or written. They need not
+// exist. Always inlined: a call that only prefetches has no effect in the eyes of GCC, which deletes it.
+template <bool kForWriting>
+[[gnu::always_inline]] inline void prefetch(const void* data, Dtype dtype, std::int64_t offset, std::int64_t count) {
   const std::int64_t size = size_of(dtype);
   const char* first = static_cast<const char*>(data) + offset * size;
-  for (std::int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(first + i, 1);
-}
-
-// Element (i, k) of four rows of four, `from_stride` apart, becomes (k, i). One at a time, an element would take more
-// instructions than the arithmetic on it.
-template <class Value>
-[[gnu::always_inline]] inline void transpose_block(const Value* from, std::int64_t from_stride, Value* to,
-                                                   std::int64_t to_stride) {
-  typedef Value Row __attribute__((vector_size(4 * sizeof(Value))));
-  Row row[4];
-  for (int i = 0; i < 4; ++i) std::memcpy(&row[i], from + i * from_stride, sizeof(Row));
-  const Row low_01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-  const Row low_23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-  const Row high_01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-  const Row high_23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-  row[0] = __builtin_shufflevector(low_01, low_23, 0, 1, 4, 5);
-  row[1] = __builtin_shufflevector(low_01, low_23, 2, 3, 6, 7);
-  row[2] = __builtin_shufflevector(high_01, high_23, 0, 1, 4, 5);
-  row[3] = __builtin_shufflevector(high_01, high_23, 2, 3, 6, 7);
-  for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &row[i], sizeof(Row));
-}
-
-// Calls block(line, lane) for blocks of four lines by four lanes that cover all lines, and returns how many lanes they
-// cover. The last block of a lane may repeat lines of the one before.
-template <class F>
-[[gnu::always_inline]] inline std::int64_t for_blocks(std::int64_t lines, std::int64_t lanes, F&& block) {
-  std::int64_t lane = 0;
-  for (; lines >= 4 && lane + 4 <= lanes; lane += 4) {
-    for (std::int64_t line = 0; line < lines; line += 4) block(std::min(line, lines - 4), lane);
-  }
-  return lane;
-}
-
-// A tile of (lines, lanes) consists of blocks of (lines, kWidest lanes): here element (line, lane) lies at
-inline std::int64_t in_tile(std::int64_t line, std::int64_t lane, std::int64_t lines) {
-  return lane / kWidest * kWidest * lines + line * kWidest + lane % kWidest;
-}
-
-// Whether lanes are rows of few neighbouring elements, that are transposed on their way.
-inline bool transposes(std::int64_t line_stride, std::int64_t lines) {
-  return line_stride == 1 && lines <= kRowClasses;
-}
-
-// Loads a tile from where element (line, lane) lies at offset + line * line_stride + lane * lane_stride in data. Lanes
-// that the last block has beyond those hold zeros. Where a lane's elements are neighbours, lanes are walked outermost,
-// so that every cache line is touched once.
-template <class Value>
-void load_tile_of(const void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride,
-                  std::int64_t lane_stride, std::int64_t lines, std::int64_t lanes, Value* tile) {
-  const std::int64_t last = lanes / kWidest * kWidest;
-  if (last < lanes) std::fill_n(tile + in_tile(0, last, lines), lines * kWidest, Value(0));
-  with_floating(dtype, [&]<class T>() {
-    const T* source = static_cast<const T*>(data) + offset;
-    if (lane_stride == 1) {
-      for (std::int64_t line = 0; line < lines; ++line) {
-        const T* from = source + line * line_stride;
-        for (std::int64_t lane = 0; lane < last; lane += kWidest) {
-          load_each(tile + in_tile(line, lane, lines), kWidest, from + lane);
-        }
-        load_each(tile + in_tile(line, last, lines), lanes - last, from + last);
-        // The lanes that follow are the next to be loaded; the processor's own prefetch stops at the end of a line.
-        for (std::int64_t lane = 0; lane < lanes; lane += 64 / sizeof(T)) __builtin_prefetch(from + lanes + lane);
-      }
-    } else if (transposes(line_stride, lines)) {
-      Value buffer[kWidest * kRowClasses];
-      for (std::int64_t first = 0; first < lanes; first += kWidest) {
-        const std::int64_t count = std::min<std::int64_t>(kWidest, lanes - first);
-        const Value* rows = buffer;
-        std::int64_t stride = lines;
-        if constexpr (std::is_same_v<T, Value>) {
-          rows = source + first * lane_stride;
-          stride = lane_stride;
-        } else if (lane_stride == lines) {
-          load_each(buffer, count * lines, source + first * lane_stride);
-        } else {
-          for (std::int64_t i = 0; i < count; ++i)
-            load_each(buffer + i * lines, lines, source + (first + i) * lane_stride);
-        }
-        Value* block = tile + in_tile(0, first, lines);
-        const std::int64_t covered = for_blocks(lines, count, [&](std::int64_t line, std::int64_t lane) {
-          transpose_block(rows + lane * stride + line, stride, block + in_tile(line, lane, lines), kWidest);
-        });
-        for (std::int64_t lane = covered; lane < count; ++lane) {
-          for (std::int64_t line = 0; line < lines; ++line)
-            block[in_tile(line, lane, lines)] = rows[lane * stride + line];
-        }
-      }
-    } else {
-      for (std::int64_t lane = 0; lane < lanes; ++lane) {
-        const T* from = source + lane * lane_stride;
-        for (std::int64_t line = 0; line < lines; ++line) {
-          tile[in_tile(line, lane, lines)] = convert<Value>(from[line * line_stride]);
-        }
-      }
-    }
-  });
-}
-
-// The same way back.
-template <class Value>
-void store_tile_of(void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride, std::int64_t lane_stride,
-                   std::int64_t lines, std::int64_t lanes, const Value* tile) {
-  with_floating(dtype, [&]<class T>() {
-    T* result = static_cast<T*>(data) + offset;
-    if (lane_stride == 1) {
-      for (std::int64_t line = 0; line < lines; ++line) {
-        for (std::int64_t lane = 0; lane < lanes; lane += kWidest) {
-          const Value* from = tile + in_tile(line, lane, lines);
-          T* to = result + line * line_stride + lane;
-          if (lane + kWidest <= lanes) {
-            store_each(to, kWidest, from);
-          } else {
-            store_each(to, lanes - lane, from);
-          }
-        }
-      }
-    } else if (transposes(line_stride, lines)) {
-      Value buffer[kWidest * kRowClasses];
-      for (std::int64_t first = 0; first < lanes; first += kWidest) {
-        const std::int64_t count = std::min<std::int64_t>(kWidest, lanes - first);
-        Value* rows = buffer;
-        std::int64_t stride = lines;
-        if constexpr (std::is_same_v<T, Value>) {
-          rows = result + first * lane_stride;
-          stride = lane_stride;
-        }
-        const Value* block = tile + in_tile(0, first, lines);
-        const std::int64_t covered = for_blocks(lines, count, [&](std::int64_t line, std::int64_t lane) {
-          transpose_block(block + in_tile(line, lane, lines), kWidest, rows + lane * stride + line, stride);
-        });
-        for (std::int64_t lane = covered; lane < count; ++lane) {
-          for (std::int64_t line = 0; line < lines; ++line)
-            rows[lane * stride + line] = block[in_tile(line, lane, lines)];
-        }
-        if constexpr (!std::is_same_v<T, Value>) {
-          const std::int64_t run = lane_stride == lines ? count * lines : lines;
-          for (std::int64_t done = 0, i = 0; done < count * lines; done += run, ++i) {
-            store_each(result + (first + i) * lane_stride, run, rows + done);
-          }
-        }
-      }
-    } else {
-      for (std::int64_t lane = 0; lane < lanes; ++lane) {
-        T* to = result + lane * lane_stride;
-        for (std::int64_t line = 0; line < lines; ++line) {
-          to[line * line_stride] = round_to<T>(tile[in_tile(line, lane, lines)]);
-        }
-      }
-    }
-  });
+  for (std::int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(first + i, kForWriting);
 }
 
 inline void store_zeros(void* data, Dtype dtype, std::int64_t offset, std::int64_t stride, std::int64_t count) {
