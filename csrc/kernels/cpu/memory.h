@@ -283,7 +283,7 @@ inline void store_zeros(void* data, Dtype dtype, std::int64_t offset, std::int64
   with_floating(dtype, [&]<class T>() {
     T* result = static_cast<T*>(data) + offset;
     if (stride == 1) {
-      std::fill_n(result, count, T{});
+      std::memset(static_cast<void*>(result), 0, count * sizeof(T));
     } else {
       for (std::int64_t i = 0; i < count; ++i) result[i * stride] = T{};
     }
