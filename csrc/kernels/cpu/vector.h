@@ -35,7 +35,8 @@ namespace {
 
 typedef float Floats __attribute__((vector_size(4 * FUSEDLOSS_LANES)));
 typedef std::int32_t Ints __attribute__((vector_size(4 * FUSEDLOSS_LANES)));
-typedef double Doubles __attribute__((vector_size(4 * FUSEDLOSS_LANES)));  // of half as many lanes
+typedef std::uint32_t Unsigned __attribute__((vector_size(4 * FUSEDLOSS_LANES)));  // whose sums wrap around
+typedef double Doubles __attribute__((vector_size(4 * FUSEDLOSS_LANES)));          // of half as many lanes
 
 // What the two sets spell differently. a * b + c and c - a * b, rounded once; the larger number; the entries of a table
 // that the lowest bits name; float16; integers of 16 bits; float64; the first lanes of what lies in memory, and of
@@ -137,10 +138,10 @@ struct IntVectors {
   }
 
   FUSEDLOSS_FN friend IntVectors operator+(IntVectors a, IntVectors b) {
-    return each<IntVectors>([](Ints a, Ints b) { return a + b; }, a, b);
+    return each<IntVectors>([](Ints a, Ints b) { return Ints(Unsigned(a) + Unsigned(b)); }, a, b);
   }
   FUSEDLOSS_FN friend IntVectors operator-(IntVectors a, IntVectors b) {
-    return each<IntVectors>([](Ints a, Ints b) { return a - b; }, a, b);
+    return each<IntVectors>([](Ints a, Ints b) { return Ints(Unsigned(a) - Unsigned(b)); }, a, b);
   }
   FUSEDLOSS_FN friend IntVectors operator&(IntVectors a, IntVectors b) {
     return each<IntVectors>([](Ints a, Ints b) { return a & b; }, a, b);
