@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine
+from benchmarks import machine, report
 from fusedloss._library import ops
 from tools import vector_loops
 
@@ -43,10 +43,11 @@ ADDITIONS = 8  # of a turn
 
 def chain() -> Callable[[int], None]:
     """A function that adds eight numbers in each turn, one after the other."""
-    folder = Path(tempfile.mkdtemp())
-    (folder / "chain.c").write_text(CHAIN)
-    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", folder / "chain.so", folder / "chain.c"], check=True)
-    function = ctypes.CDLL(str(folder / "chain.so")).chain
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "chain.so"
+        command = ["cc", "-O2", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=CHAIN, text=True, check=True)
+        function = ctypes.CDLL(str(library)).chain
     function.argtypes, function.restype = [ctypes.c_long], None
     return function
 
@@ -143,13 +144,9 @@ def main() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     name = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
     loops, additions = bounds(name), chain()
-    rows = [["traversal", "bound", "copy", "takes", "of the larger"]]
-    rows += [measure(traversal, additions, loops) for traversal in TRAVERSALS]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    lines = [" | ".join(row) for row in aligned]
-    found = f"{machine.cpu_model()}, {capability}:\n\n" + "".join(f"| {line} |\n" for line in lines)
+    titles = ["traversal", "bound", "copy", "takes", "of the larger"]
+    rows = [measure(traversal, additions, loops) for traversal in TRAVERSALS]
+    found = f"{machine.cpu_model()}, {capability}:\n\n{report.table(titles, rows)}"
     print(found, end="")
     if options.update:
         before, rest = vector_loops.README.read_text().split(MARKS[0])

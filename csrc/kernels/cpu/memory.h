@@ -51,11 +51,15 @@ template <class To>
   return static_cast<To>(std::bit_cast<float>(bits | sign));
 }
 
-// Round to nearest, ties to even.
+// Round to nearest, ties to even: a float's bits to those of a bfloat16, of one number or of a vector.
+template <class Bits>
+[[gnu::always_inline]] inline Bits bfloat16_bits(Bits bits) {
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? Bits{} + 0x7fc0 : rounded;
+}
+
 [[gnu::always_inline]] inline BFloat16 to_bfloat16(float value) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-  const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return {static_cast<std::uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+  return {static_cast<std::uint16_t>(bfloat16_bits(std::bit_cast<std::uint32_t>(value)))};
 }
 
 [[gnu::always_inline]] inline Float16 to_float16(float value) {
@@ -87,34 +91,25 @@ template <class To, class Acc>
 // denormals for zeros.)
 template <class Vectors, class T>
 FUSEDLOSS_FN Vectors load_vectors(const T* from) {
+  if constexpr (std::is_same_v<T, float>) return Vectors::load(from);
   Vectors loaded;
   unrolled<Vectors::kCount>([&](int i) {
     const T* part = from + i * FUSEDLOSS_LANES;
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      loaded.part[i] = std::bit_cast<Floats>(load_16_bits(part) << 16);
-    } else if constexpr (std::is_same_v<T, Float16>) {
-      loaded.part[i] = load_float16(part);
-    } else {
-      std::memcpy(&loaded.part[i], part, sizeof(Floats));
-    }
+    if constexpr (std::is_same_v<T, BFloat16>) loaded.part[i] = std::bit_cast<Floats>(load_16_bits(part) << 16);
+    if constexpr (std::is_same_v<T, Float16>) loaded.part[i] = load_float16(part);
   });
   return loaded;
 }
 
 template <class Vectors, class T>
 FUSEDLOSS_FN void store_vectors(const Vectors& values, T* to) {
+  if constexpr (std::is_same_v<T, float>) return values.store(to);
   unrolled<Vectors::kCount>([&](int i) {
     T* part = to + i * FUSEDLOSS_LANES;
     if constexpr (std::is_same_v<T, BFloat16>) {
-      typedef std::uint32_t Bits __attribute__((vector_size(4 * FUSEDLOSS_LANES)));
-      const Bits bits = std::bit_cast<Bits>(values.part[i]);
-      const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      store_16_bits(Ints((bits & 0x7fffffff) > 0x7f800000 ? Bits{} + 0x7fc0 : rounded), part);
-    } else if constexpr (std::is_same_v<T, Float16>) {
-      store_float16(values.part[i], part);
-    } else {
-      std::memcpy(part, &values.part[i], sizeof(Floats));
+      store_16_bits(Ints(bfloat16_bits(std::bit_cast<Unsigned>(values.part[i]))), part);
     }
+    if constexpr (std::is_same_v<T, Float16>) store_float16(values.part[i], part);
   });
 }
 #endif
