@@ -31,10 +31,12 @@ struct Group {
   std::int64_t begin;
   int count;
   // Flags are as wide as the values beside them: a vector loop over mixed widths is left scalar.
-  Class target[kLanes];      // a class index, or kNoClass: ignored, invalid, or the target is probabilities
-  Class counts[kLanes];      // contributes to the loss
-  Class skip[kLanes];        // contributes to nothing that is asked for
-  Class no_grad[kLanes];     // has a gradient of zeros, whatever its logits are
+  Class target[kLanes];   // a class index, or kNoClass: ignored, invalid, or the target is probabilities
+  Class counts[kLanes];   // contributes to the loss
+  Class skip[kLanes];     // contributes to nothing that is asked for
+  Class no_grad[kLanes];  // has a gradient of zeros, whatever its logits are
+  int taken[kLanes];      // those that are not skipped, of which there are taken_count; in row order alone
+  int taken_count;
   Acc target_mass[kLanes];   // on the target class alone
   Acc target_logit[kLanes];  // the maximum where there is no target class
   Acc weight[kLanes];        // of the position
@@ -157,8 +159,9 @@ struct CrossEntropy {
       std::fill_n(group.target_mass, count, math::index_mass(problem, Acc(1)));
       return;
     }
+    // Without a branch: which positions count may be anything, and a processor would guess wrong.
     Acc target_weight[kLanes];
-    for (int i = 0; i < count; ++i) target_weight[i] = valid[i] ? weights[target[i]] : Acc(0);
+    for (int i = 0; i < count; ++i) target_weight[i] = math::zero_if(!valid[i], weights[target[i] & -valid[i]]);
     double divisor = 0;
 #pragma omp simd reduction(+ : divisor)
     for (int i = 0; i < count; ++i) {

@@ -160,7 +160,8 @@ template <class Acc>
 class Columns {
  public:
   explicit Columns(const CrossEntropyArgs& args) : p_(args), lanes_(column_lanes(args.shape.classes)) {
-    const std::int64_t size = p_.classes * lanes_, tiles = 1 + (p_.cap != 0) + p_.problem.probabilities;
+    const std::int64_t size = std::max<std::int64_t>(p_.classes, 1) * lanes_,
+                       tiles = 1 + (p_.cap != 0) + p_.problem.probabilities;
     tile_ = static_cast<Acc*>(scratch((tiles * size + p_.classes) * sizeof(Acc)));
     slopes_ = tile_ + size;
     masses_ = p_.cap != 0 ? slopes_ + size : slopes_;
@@ -266,12 +267,16 @@ class Columns {
     for_each_block(group, [&](const Block<Acc>& block, int lane) {
       Acc* max = group.max + lane;
       find_largest(block, max);
-      for (int i = lane; i < std::min(lane + kWidest, group.count); ++i) {
-        group.target_logit[i] = group.target[i] >= 0 ? block.line(group.target[i])[i - lane] : group.max[i];
+      // Without a branch, as for the targets' weights; without classes, what is read of the tile is not used.
+      Acc logit[kWidest], shift[kWidest];
+      for (int i = 0; i < std::min(kWidest, group.count - lane); ++i) {
+        logit[i] = block.line(std::max<std::int64_t>(group.target[lane + i], 0))[i];
       }
-      Acc shift[kWidest];
 #pragma omp simd
-      for (int i = 0; i < kWidest; ++i) shift[i] = math::finite_shift(max[i]);
+      for (int i = 0; i < kWidest; ++i) {
+        group.target_logit[lane + i] = math::select(group.target[lane + i] < 0, max[i], logit[i]);
+        shift[i] = math::finite_shift(max[i]);
+      }
       if (p_.problem.probabilities) {
         add_dense_losses(block, shift, this->block(masses_, lane).data, group.dense_loss + lane);
       } else if (p_.problem.dense()) {

@@ -116,6 +116,45 @@ Acc largest(const Acc* x, std::int64_t count) {
   return combine_lanes(largest_lanes(x, count), kLarger);
 }
 
+// The same of `count` logits of a row as they lie in memory. Those that cannot stay there are written to e: all where
+// they have another type, else the last group if it is ragged. It is padded with logits that change nothing in a sum of
+// exponentials, so that no exponential is computed alone.
+template <class T, class Acc>
+[[gnu::noinline]] Largests<Acc> load_largest_lanes(const T* x, std::int64_t count, Acc* e) {
+  constexpr bool kConverts = !std::is_same_v<T, Acc>;
+  const std::int64_t whole = count / kWidest * kWidest;
+#if FUSEDLOSS_VECTORS
+  if constexpr (kHasVectors<Acc>) {
+    constexpr int kVector = FloatVector::kLanes;
+    Largests<Acc> most[4];
+    const auto look = [&](int i, Floats found, std::int64_t k, bool stores) __attribute__((always_inline)) {
+      if (stores) std::memcpy(e + k, &found, sizeof(found));
+      most[i] = found > most[i] ? found : most[i];
+    };
+    const auto look_at = [&](int i, std::int64_t k) __attribute__((always_inline)) {
+      look(i, load_vectors<FloatVector>(x + k).part[0], k, kConverts);
+    };
+    unrolled<4>([&](int i) { most[i] = Largests<Acc>{} - math::kInfinity<Acc>; });
+    std::int64_t k = 0;
+    for (; k + 4 * kVector <= whole; k += 4 * kVector) unrolled<4>([&](int i) { look_at(i, k + i * kVector); });
+    for (; k < whole; k += kVector) look_at(0, k);
+    for (int i = 0; whole < count && i < kWidest / kVector; ++i, k += kVector) {
+      look(i, load_row_end(x + k, count - k, Floats{} - math::kInfinity<Acc>), k, true);
+    }
+    return kLarger(kLarger(most[0], most[1]), kLarger(most[2], most[3]));
+  }
+#endif
+  const std::int64_t first = kConverts ? 0 : whole, padded = ceil_div(count, kWidest) * kWidest;
+  load_each(e + first, count - first, x + first);
+  std::fill(e + count, e + padded, -math::kInfinity<Acc>);
+  const auto of_written = largest_lanes(static_cast<const Acc*>(e + first), padded - first);
+  if constexpr (kConverts) {
+    return of_written;
+  } else {
+    return kLarger(largest_lanes(x, whole), of_written);
+  }
+}
+
 // The sum of a multiple of kWidest entries: four are added as they are, and then in float64, since a float32 sum near 1
 // loses the digits that log(sum) consists of. An entry is a number, or as many as a vector has.
 template <class Acc, class Entry>
@@ -377,7 +416,7 @@ class Rows {
     for (group.begin = 0; group.begin < p_.args.shape.positions(); ++group.begin) {
       if (partial) {
         p_.load_targets(group, *partial);
-        begin_row(group, 0);
+        begin_rows(group);
         const auto find = [&](std::int64_t begin, std::int64_t end) {
           const Rows rows(p_.args, chunk_max_);
           for (std::int64_t i = begin; i < end; ++i)
@@ -468,7 +507,9 @@ class Rows {
   Acc logit(std::int64_t position, std::int64_t c) const {
     const ClassTensor& tensor = p_.args.logits;
     Acc x, slope;
-    x = *load(tensor.data, tensor.dtype, p_.offset(tensor, position, c), 1, 1, &x);
+    with_floating(tensor.dtype, [&]<class T>() {
+      x = convert<Acc>(static_cast<const T*>(tensor.data)[p_.offset(tensor, position, c)]);
+    });
     if (p_.args.transforms()) p_.transform(&x, &x, &slope, 1);
     return x;
   }
@@ -507,7 +548,7 @@ class Rows {
   Acc& max_of_chunk(int i, std::int64_t c) const { return chunk_max_[i * chunks_ + c / kChunk]; }
 
   void statistics(Group<Acc>& group) const {
-    for (int i = 0; i < group.count; ++i) begin_row(group, i);
+    begin_rows(group);
     if (chunks_ == 1) return statistics_of_short(group);
     for (int i = 0; i < group.count; ++i) {
       if (group.skip[i]) continue;
@@ -521,35 +562,42 @@ class Rows {
   }
 
   // Rows of one chunk, kWidest at a time: the lanes of their maxima are combined together, and then those of their
-  // sums. Those that are left out keep what begin_row gives them.
+  // sums.
   void statistics_of_short(Group<Acc>& group) const {
-    for (int first = 0; first < group.count; first += kWidest) {
-      const int last = std::min(first + kWidest, group.count);
+    for (int first = 0; first < group.taken_count; first += kWidest) {
+      const int *taken = group.taken + first, count = std::min(kWidest, group.taken_count - first);
       Largests<Acc> largests[kWidest];
       Sums<Acc> sums[kWidest], dense[kWidest];
-      for (int i = first; i < first + kWidest; ++i) {
-        largests[i - first] = Largests<Acc>{} - math::kInfinity<Acc>;
-        sums[i - first] = dense[i - first] = Sums<Acc>{};
-        if (i >= last || group.skip[i]) continue;
-        const Part<Acc> part = part_of(group, i, 0, true);
+      std::fill(largests + count, largests + kWidest, Largests<Acc>{});
+      std::fill(sums + count, sums + kWidest, Sums<Acc>{});
+      std::fill(dense + count, dense + kWidest, Sums<Acc>{});
+      for (int j = 0; j < count; ++j) {
+        const Part<Acc> part = part_of(group, taken[j], 0, true);
         // Under a transformation those that are given, whose place those that the softmax sees may take.
         if (p_.args.argmax && p_.args.transforms()) find_argmax(group, part, -math::kInfinity<Acc>);
-        largests[i - first] = largest_lanes_of(part, group.begin + i);
+        largests[j] = largest_lanes_of(part, group.begin + part.row);
       }
-      combine_lanes(largests, group.max + first, kLarger);
-      for (int i = first; i < last; ++i) {
-        if (group.skip[i]) continue;
-        const Part<Acc> part = part_of(group, i, 0, true);
-        if (p_.args.argmax && !p_.args.transforms()) find_argmax(group, part, group.max[i]);
-        const Lanes found = lanes_of(part, group.begin + i, group.max[i]);
-        sums[i - first] = found.sum;
-        dense[i - first] = found.dense_loss;
-        group.gap[i] = found.gap;
-        group.mass[i] = found.mass;
-        if (group.target[i] == Group<Acc>::kNoClass) group.target_logit[i] = group.max[i];
+      Acc max[kWidest];
+      combine_lanes(largests, max, kLarger);
+      for (int j = 0; j < count; ++j) {
+        const Part<Acc> part = part_of(group, taken[j], 0, true);
+        if (p_.args.argmax && !p_.args.transforms()) find_argmax(group, part, max[j]);
+        const Lanes found = lanes_of(part, group.begin + part.row, max[j]);
+        sums[j] = found.sum;
+        dense[j] = found.dense_loss;
+        group.gap[part.row] = found.gap;
+        group.mass[part.row] = found.mass;
       }
-      combine_lanes(sums, group.sum + first, kPlus);
-      if (p_.problem.dense()) combine_lanes(dense, group.dense_loss + first, kPlus);
+      double sum[kWidest], dense_loss[kWidest];
+      combine_lanes(sums, sum, kPlus);
+      combine_lanes(dense, dense_loss, kPlus);
+      for (int j = 0; j < count; ++j) {
+        const int i = taken[j];
+        group.max[i] = max[j];
+        group.sum[i] = sum[j];
+        group.dense_loss[i] = dense_loss[j];
+        if (group.target[i] == Group<Acc>::kNoClass) group.target_logit[i] = max[j];
+      }
     }
     for (int i = 0; p_.entropy && i < group.count; ++i) {
       if (!group.skip[i]) group.sum[i] = rich_sum(part_of(group, i, 0, true), group.sum[i]);
@@ -562,13 +610,23 @@ class Rows {
     p_.args.argmax[group.begin + part.row] = found.c;
   }
 
-  // What a row has that is not read; and its target's logit, before the exponentials may take its place.
-  void begin_row(Group<Acc>& group, int i) const {
-    const bool has_target = !group.skip[i] && group.target[i] != Group<Acc>::kNoClass;
-    group.max[i] = -math::kInfinity<Acc>;
-    group.target_logit[i] = has_target ? logit(group.begin + i, group.target[i]) : group.max[i];
-    group.sum[i] = group.gap[i] = group.dense_loss[i] = group.mass[i] = 0;
-    if (p_.args.argmax) p_.args.argmax[group.begin + i] = 0;
+  // What rows have that are not read; which are, so that no branch guesses it again at every step; and the targets'
+  // logits, before the exponentials may take their place.
+  void begin_rows(Group<Acc>& group) const {
+    const int count = group.count;
+    std::fill_n(group.max, count, -math::kInfinity<Acc>);
+    std::fill_n(group.target_logit, count, -math::kInfinity<Acc>);
+    for (double* statistic : {group.sum, group.gap, group.dense_loss, group.mass}) std::fill_n(statistic, count, 0.0);
+    if (p_.args.argmax) std::fill_n(p_.args.argmax + group.begin, count, 0);
+    group.taken_count = 0;
+    for (int i = 0; i < count; ++i) {
+      group.taken[group.taken_count] = i;
+      group.taken_count += group.skip[i] == 0;
+    }
+    for (int j = 0; j < group.taken_count; ++j) {
+      const int i = group.taken[j];
+      if (group.target[i] != Group<Acc>::kNoClass) group.target_logit[i] = logit(group.begin + i, group.target[i]);
+    }
   }
 
   void end_row(Group<Acc>& group, int i, const Found& found) const {
@@ -608,10 +666,19 @@ class Rows {
   }
 
   Largests<Acc> largest_lanes_of(const Part<Acc>& part, std::int64_t position) const {
-    load_logits(part, position);
-    const Largests<Acc> of_whole = largest_lanes(part.x, part.whole);
-    if (part.whole == part.padded) return of_whole;
-    return kLarger(of_whole, largest_lanes(part.e + part.whole, kWidest));
+    if (p_.args.transforms()) {
+      load_logits(part, position);
+      return largest_lanes(part.x, part.padded);
+    }
+    const ClassTensor& tensor = p_.args.logits;
+    return with_floating(tensor.dtype, [&]<class T>() {
+      if constexpr (std::is_same_v<T, Acc> || (kIsHalf<T> && std::is_same_v<Acc, float>)) {
+        const T* x = static_cast<const T*>(tensor.data) + p_.offset(tensor, position, part.c);
+        return load_largest_lanes(x, part.count, part.e);
+      }
+      __builtin_unreachable();
+      return Largests<Acc>{};
+    });
   }
 
   // The first of the largest logits, as they are given: where the softmax sees others, they are read by themselves.

@@ -112,6 +112,34 @@ FUSEDLOSS_FN void store_vectors(const Vectors& values, T* to) {
     if constexpr (std::is_same_v<T, Float16>) store_float16(values.part[i], part);
   });
 }
+
+// The first `count` lanes from memory, in which elements of the same row lie before, as many as a vector has or more;
+// `rest` in the others.
+template <class T>
+FUSEDLOSS_FN Floats load_row_end(const T* from, std::int64_t count, Floats rest) {
+  if constexpr (std::is_same_v<T, float>) {
+    return load_first(from, count, rest);
+  } else {
+    if (count >= FUSEDLOSS_LANES) return load_vectors<FloatVector>(from).part[0];
+    if (count <= 0) return rest;
+    // The vector that ends with them, of which the last lanes move to the front.
+    const Floats last = load_vectors<FloatVector>(from + count - FUSEDLOSS_LANES).part[0];
+    const Ints lane = kLaneNumbers, moved = entries(std::bit_cast<Ints>(last), lane - std::int32_t(count));
+    return lane < std::int32_t(count) ? std::bit_cast<Floats>(moved) : rest;
+  }
+}
+
+// Calls body(i) for vectors that begin at i and cover the first of `count` elements; returns how many. If there are
+// enough for one vector they cover all of them: the last repeats what the one before has done.
+template <class Body>
+[[gnu::always_inline]] inline std::int64_t by_vectors(std::int64_t count, Body body) {
+  constexpr int kVector = FloatVector::kLanes;
+  std::int64_t done = 0;
+  for (; done + kVector <= count; done += kVector) body(done);
+  if (done == 0 || done == count) return done;
+  body(count - kVector);
+  return count;
+}
 #endif
 
 // result[i] = values[i], rounded. Half precision is converted by the vector: the compiler does not find the
@@ -121,8 +149,9 @@ template <class T, class Acc>
   std::int64_t done = 0;
 #if FUSEDLOSS_VECTORS
   if constexpr (kIsHalf<T> && std::is_same_v<Acc, float>) {
-    constexpr int kVector = FloatVector::kLanes;
-    for (; done + kVector <= count; done += kVector) store_vectors(FloatVector::load(values + done), result + done);
+    done = by_vectors(count, [=](std::int64_t i) __attribute__((always_inline)) {
+      store_vectors(FloatVector::load(values + i), result + i);
+    });
   }
 #endif
 #pragma omp simd
@@ -156,8 +185,9 @@ template <class Value, class T>
   std::int64_t done = 0;
 #if FUSEDLOSS_VECTORS
   if constexpr (kIsHalf<T> && std::is_same_v<Value, float>) {
-    constexpr int kVector = FloatVector::kLanes;
-    for (; done + kVector <= count; done += kVector) load_vectors<FloatVector>(values + done).store(result + done);
+    done = by_vectors(count, [=](std::int64_t i) __attribute__((always_inline)) {
+      load_vectors<FloatVector>(values + i).store(result + i);
+    });
   }
 #endif
 #pragma omp simd

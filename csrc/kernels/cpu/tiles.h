@@ -136,6 +136,25 @@ inline bool transposes(std::int64_t line_stride, std::int64_t lines) {
   return line_stride == 1 && lines <= kRowClasses;
 }
 
+// Elements that are converted before the first of them is transposed, or transposed before they are converted: what
+// is read across vectors that have just been written waits until they are in the cache.
+inline constexpr std::int64_t kConverted = 2 * kWidest * kRowClasses;
+
+// How many lanes these are; without a conversion, all.
+template <class T, class Value>
+std::int64_t converted_lanes(std::int64_t lines) {
+  if (std::is_same_v<T, Value> || lines == 0) return kLanes;
+  return kConverted / (lines * kWidest) * kWidest;
+}
+
+// Calls body(lane, elements) for each run of neighbouring elements of the lanes [begin, end).
+template <class Body>
+[[gnu::always_inline]] inline void for_runs(std::int64_t lines, std::int64_t lane_stride, std::int64_t begin,
+                                            std::int64_t end, Body body) {
+  if (lane_stride == lines) return body(begin, (end - begin) * lines);
+  for (std::int64_t lane = begin; lane < end; ++lane) body(lane, lines);
+}
+
 // Loads a tile from where element (line, lane) lies at offset + line * line_stride + lane * lane_stride in data. Lanes
 // that the last block has beyond those hold zeros. Where a lane's elements are neighbours, lanes are walked outermost,
 // so that every cache line is touched once.
@@ -155,21 +174,24 @@ void load_tile_of(const void* data, Dtype dtype, std::int64_t offset, std::int64
         load_each(tile + in_tile(line, last, lines), lanes - last, from + last);
       }
     } else if (transposes(line_stride, lines)) {
-      Value buffer[kWidest * kRowClasses];
-      for (std::int64_t first = 0; first < lanes; first += kWidest) {
-        const std::int64_t count = std::min<std::int64_t>(kWidest, lanes - first);
+      Value buffer[kConverted];
+      const std::int64_t at_once = converted_lanes<T, Value>(lines);
+      for (std::int64_t begin = 0; begin < lanes; begin += at_once) {
+        const std::int64_t end = std::min(lanes, begin + at_once);
         const Value* rows = buffer;
         std::int64_t stride = lines;
         if constexpr (std::is_same_v<T, Value>) {
-          rows = source + first * lane_stride;
+          rows = source + begin * lane_stride;
           stride = lane_stride;
-        } else if (lane_stride == lines) {
-          load_each(buffer, count * lines, source + first * lane_stride);
         } else {
-          for (std::int64_t i = 0; i < count; ++i)
-            load_each(buffer + i * lines, lines, source + (first + i) * lane_stride);
+          for_runs(lines, lane_stride, begin, end, [&](std::int64_t lane, std::int64_t count) {
+            load_each(buffer + (lane - begin) * lines, count, source + lane * lane_stride);
+          });
         }
-        rows_to_lines(rows, stride, lines, count, tile + in_tile(0, first, lines));
+        for (std::int64_t lane = begin; lane < end; lane += kWidest, rows += kWidest * stride) {
+          rows_to_lines(rows, stride, lines, std::min<std::int64_t>(kWidest, end - lane),
+                        tile + in_tile(0, lane, lines));
+        }
       }
     } else {
       for (std::int64_t lane = 0; lane < lanes; ++lane) {
@@ -201,21 +223,24 @@ void store_tile_of(void* data, Dtype dtype, std::int64_t offset, std::int64_t li
         }
       }
     } else if (transposes(line_stride, lines)) {
-      Value buffer[kWidest * kRowClasses];
-      for (std::int64_t first = 0; first < lanes; first += kWidest) {
-        const std::int64_t count = std::min<std::int64_t>(kWidest, lanes - first);
+      Value buffer[kConverted];
+      const std::int64_t at_once = converted_lanes<T, Value>(lines);
+      for (std::int64_t begin = 0; begin < lanes; begin += at_once) {
+        const std::int64_t end = std::min(lanes, begin + at_once);
         Value* rows = buffer;
         std::int64_t stride = lines;
         if constexpr (std::is_same_v<T, Value>) {
-          rows = result + first * lane_stride;
+          rows = result + begin * lane_stride;
           stride = lane_stride;
         }
-        lines_to_rows(tile + in_tile(0, first, lines), lines, count, rows, stride);
+        for (std::int64_t lane = begin; lane < end; lane += kWidest, rows += kWidest * stride) {
+          lines_to_rows(tile + in_tile(0, lane, lines), lines, std::min<std::int64_t>(kWidest, end - lane), rows,
+                        stride);
+        }
         if constexpr (!std::is_same_v<T, Value>) {
-          const std::int64_t run = lane_stride == lines ? count * lines : lines;
-          for (std::int64_t done = 0, i = 0; done < count * lines; done += run, ++i) {
-            store_each(result + (first + i) * lane_stride, run, rows + done);
-          }
+          for_runs(lines, lane_stride, begin, end, [&](std::int64_t lane, std::int64_t count) {
+            store_each(result + lane * lane_stride, count, buffer + (lane - begin) * lines);
+          });
         }
       }
     } else {

@@ -38,6 +38,13 @@ typedef std::int32_t Ints __attribute__((vector_size(4 * FUSEDLOSS_LANES)));
 typedef std::uint32_t Unsigned __attribute__((vector_size(4 * FUSEDLOSS_LANES)));  // whose sums wrap around
 typedef double Doubles __attribute__((vector_size(4 * FUSEDLOSS_LANES)));          // of half as many lanes
 
+inline constexpr Ints kLaneNumbers = {
+    0, 1, 2,  3,  4,  5,  6,  7,
+#if FUSEDLOSS_LANES == 16
+    8, 9, 10, 11, 12, 13, 14, 15,
+#endif
+};
+
 // What the two sets spell differently. a * b + c and c - a * b, rounded once; the larger number; the entries of a table
 // that the lowest bits name; float16; integers of 16 bits; float64; the first lanes of what lies in memory, and of
 // `rest` the others.
@@ -63,7 +70,7 @@ FUSEDLOSS_FN void store_16_bits(Ints x, void* to) {
 }
 FUSEDLOSS_FN Doubles widened(__m128 x) { return _mm256_cvtps_pd(x); }
 FUSEDLOSS_FN Floats load_first(const float* from, std::int64_t count, Floats rest) {
-  const Ints mask = Ints{0, 1, 2, 3, 4, 5, 6, 7} < Ints{} + static_cast<std::int32_t>(count);
+  const Ints mask = kLaneNumbers < static_cast<std::int32_t>(count);
   const Floats loaded = _mm256_maskload_ps(from, __m256i(mask));
   return mask ? loaded : rest;
 }
