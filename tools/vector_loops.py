@@ -48,7 +48,7 @@ def evaluate_run(loss: str, stored: int) -> str:
 
 LOOPS = [
     Loop("exponentials", r"exponentials<true, float>", "stores"),
-    Loop("rows: maximum", r"largest_lanes<float>", "loads"),
+    Loop("rows: maximum", r"(load_largest<float, float>|largest_number<float>)", "loads"),
     Loop("rows: their sum", r"sums_of<float>", "loads"),
     Loop("rows: loss of masses on all classes", r"dense_losses<float>", "loads", 2),
     Loop("rows: gradient", r"write_gradient<float, float>\([^,]*, float, [^,]*, long\)", "stores"),

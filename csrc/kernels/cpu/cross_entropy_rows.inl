@@ -78,28 +78,13 @@ template <class Lanes, class Combine>
   }
 }
 
-// The largest of a multiple of kWidest elements, found lane by lane: clang has no vector form of a reduction that
-// passes over NaN. Four vectors at a time, since each waits for what the one before has found in its lanes.
+// The largest of a multiple of kWidest numbers, found lane by lane: clang has no vector form of a reduction that passes
+// over NaN. Four vectors at a time, since each waits for what the one before has found in its lanes.
 template <class Acc>
-[[gnu::noinline]] Largests<Acc> largest_lanes(const Acc* x, std::int64_t count) {
-  std::int64_t k = 0;
-#if FUSEDLOSS_VECTORS
-  if constexpr (kHasVectors<Acc>) {
-    constexpr int kVector = FloatVector::kLanes;
-    Largests<Acc> most[4];
-    const auto look = [&](int i, const Acc* x) __attribute__((always_inline)) {
-      Largests<Acc> found;
-      std::memcpy(&found, x, sizeof(found));
-      most[i] = found > most[i] ? found : most[i];
-    };
-    unrolled<4>([&](int i) { most[i] = Largests<Acc>{} - math::kInfinity<Acc>; });
-    for (; k + 4 * kVector <= count; k += 4 * kVector) unrolled<4>([&](int i) { look(i, x + k + i * kVector); });
-    for (; k < count; k += kVector) look(0, x + k);
-    return kLarger(kLarger(most[0], most[1]), kLarger(most[2], most[3]));
-  }
-#endif
+[[gnu::noinline]] Acc largest_number(const Acc* x, std::int64_t count) {
   Acc lanes[4 * kWidest];
   std::fill_n(lanes, 4 * kWidest, -math::kInfinity<Acc>);
+  std::int64_t k = 0;
   for (; k + 4 * kWidest <= count; k += 4 * kWidest) {
 #pragma omp simd
     for (int i = 0; i < 4 * kWidest; ++i) lanes[i] = x[k + i] > lanes[i] ? x[k + i] : lanes[i];
@@ -108,19 +93,14 @@ template <class Acc>
 #pragma omp simd
     for (int i = 0; i < kWidest; ++i) lanes[i] = x[k + i] > lanes[i] ? x[k + i] : lanes[i];
   }
-  if constexpr (!kHasVectors<Acc>) return by_halves(lanes, kLarger);
+  return by_halves(lanes, kLarger);
 }
 
-template <class Acc>
-Acc largest(const Acc* x, std::int64_t count) {
-  return combine_lanes(largest_lanes(x, count), kLarger);
-}
-
-// The same of `count` logits of a row as they lie in memory. Those that cannot stay there are written to e: all where
-// they have another type, else the last group if it is ragged. It is padded with logits that change nothing in a sum of
-// exponentials, so that no exponential is computed alone.
+// The largest of `count` logits of a row as they lie in memory. Those that cannot stay there are written to e: all
+// where they have another type, else the last group if it is ragged. It is padded with logits that change nothing in a
+// sum of exponentials, so that no exponential is computed alone.
 template <class T, class Acc>
-[[gnu::noinline]] Largests<Acc> load_largest_lanes(const T* x, std::int64_t count, Acc* e) {
+[[gnu::noinline]] Largests<Acc> load_largest(const T* x, std::int64_t count, Acc* e) {
   constexpr bool kConverts = !std::is_same_v<T, Acc>;
   const std::int64_t whole = count / kWidest * kWidest;
 #if FUSEDLOSS_VECTORS
@@ -144,15 +124,12 @@ template <class T, class Acc>
     return kLarger(kLarger(most[0], most[1]), kLarger(most[2], most[3]));
   }
 #endif
-  const std::int64_t first = kConverts ? 0 : whole, padded = ceil_div(count, kWidest) * kWidest;
-  load_each(e + first, count - first, x + first);
+  const std::int64_t written = kConverts ? 0 : whole, padded = ceil_div(count, kWidest) * kWidest;
+  load_each(e + written, count - written, x + written);
   std::fill(e + count, e + padded, -math::kInfinity<Acc>);
-  const auto of_written = largest_lanes(static_cast<const Acc*>(e + first), padded - first);
-  if constexpr (kConverts) {
-    return of_written;
-  } else {
-    return kLarger(largest_lanes(x, whole), of_written);
-  }
+  Acc largest = largest_number(e + written, padded - written);
+  if constexpr (!kConverts) largest = kLarger(largest_number(x, whole), largest);
+  if constexpr (!kHasVectors<Acc>) return largest;
 }
 
 // The sum of a multiple of kWidest entries: four are added as they are, and then in float64, since a float32 sum near 1
@@ -668,13 +645,13 @@ class Rows {
   Largests<Acc> largest_lanes_of(const Part<Acc>& part, std::int64_t position) const {
     if (p_.args.transforms()) {
       load_logits(part, position);
-      return largest_lanes(part.x, part.padded);
+      return load_largest(part.e, part.padded, part.e);
     }
     const ClassTensor& tensor = p_.args.logits;
     return with_floating(tensor.dtype, [&]<class T>() {
       if constexpr (std::is_same_v<T, Acc> || (kIsHalf<T> && std::is_same_v<Acc, float>)) {
         const T* x = static_cast<const T*>(tensor.data) + p_.offset(tensor, position, part.c);
-        return load_largest_lanes(x, part.count, part.e);
+        return load_largest(x, part.count, part.e);
       }
       __builtin_unreachable();
       return Largests<Acc>{};
@@ -688,7 +665,8 @@ class Rows {
     const Acc* x = load(tensor.data, tensor.dtype, p_.offset(tensor, position, part.c), 1, part.count, buffer);
     std::copy_n(x, x == buffer ? 0 : part.count, buffer);
     std::fill(buffer + part.count, buffer + part.padded, -math::kInfinity<Acc>);
-    largest_logit.look(buffer, part.c, part.padded, p_.args.transforms() ? largest(buffer, part.padded) : max);
+    if (p_.args.transforms()) max = combine_lanes(load_largest(buffer, part.padded, buffer), kLarger);
+    largest_logit.look(buffer, part.c, part.padded, max);
   }
 
   // Replaces a part's logits by their exponentials, and returns its statistics.
