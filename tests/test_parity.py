@@ -70,6 +70,15 @@ def test_number_of_classes(loss, classes, dtype, device):
     compare(loss, *loss.sample(ROWS, classes, dtype=dtype, device=device), reduction="none")
 
 
+@each_dtype
+@each("cross_entropy")
+def test_every_ragged_end_of_a_row(loss, dtype, device):
+    for classes in range(66, 80):
+        input, target = loss.sample(ROWS, classes, dtype=dtype, device=device)
+        target[::3] = -100
+        compare(loss, input, target, reduction="mean")
+
+
 @pytest.mark.parametrize("classes", CLASSES)
 @each("cross_entropy", "cross_entropy_soft")
 def test_number_of_classes_with_every_option_at_once(loss, classes, device):

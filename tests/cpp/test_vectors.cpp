@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <vector>
 
 #include "check.h"
 #include "kernels/cpu/memory.h"
@@ -117,6 +118,28 @@ void test_half(const char* name) {
   }
 }
 
+// Runs of half precision of any length, as it is done one by one: where they end, memory does, too.
+template <class Half>
+void test_runs(const char* name) {
+  for (int count = 0; count <= 3 * kVector; ++count) {
+    std::vector<Half> narrow(count), back(count);
+    std::vector<float> wide(count);
+    for (int i = 0; i < count; ++i) narrow[i] = round_to<Half>(static_cast<float>(i + 1));
+    load_each(wide.data(), count, static_cast<const Half*>(narrow.data()));
+    store_each(back.data(), count, static_cast<const float*>(wide.data()));
+    for (int i = 0; i < count; ++i) {
+      EXPECT(wide[i] == i + 1 && back[i].bits == narrow[i].bits, "%s %d of %d is %g", name, i, count, wide[i]);
+    }
+    for (int rest = -1; count >= kVector && rest <= kVector + 1; ++rest) {
+      const Floats end = load_row_end(narrow.data() + count - std::clamp(rest, 0, kVector), rest, Floats{} - 2);
+      for (int i = 0; i < kVector; ++i) {
+        const float expected = i < rest ? static_cast<float>(count - std::min(rest, kVector) + i + 1) : -2;
+        EXPECT(end[i] == expected, "%s, lane %d of %d at the end is %g, not %g", name, i, rest, end[i], expected);
+      }
+    }
+  }
+}
+
 // The lanes of one vector, of several at once, and of sums in float64; and of a vector that memory has a part of.
 void test_lanes() {
   const auto minus = [](auto a, auto b) { return 3 * a - b; };  // whose order shows
@@ -161,6 +184,8 @@ int main() {
   test_logarithm();
   test_half<Float16>("float16");
   test_half<BFloat16>("bfloat16");
+  test_runs<Float16>("float16");
+  test_runs<BFloat16>("bfloat16");
   test_lanes();
   return finish("test_vectors");
 }

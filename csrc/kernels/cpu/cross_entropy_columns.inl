@@ -40,6 +40,17 @@ template <class Acc>
   for (int i = 0; i < kWidest; ++i) max[i] = odd[i] > even[i] ? odd[i] : even[i];
 }
 
+// The logits of the targets, or the maxima of positions without one. No branch, as for the targets' weights; and
+// without classes, what is read of the tile is not used.
+template <class Acc>
+[[gnu::noinline]] void find_target_logits(const Block<Acc>& block, int count, const typename Group<Acc>::Class* target,
+                                          const Acc* max, Acc* logits) {
+  Acc found[kWidest];
+  for (int i = 0; i < count; ++i) found[i] = block.line(std::max<std::int64_t>(target[i], 0))[i];
+#pragma omp simd
+  for (int i = 0; i < kWidest; ++i) logits[i] = math::select(target[i] < 0, max[i], found[i]);
+}
+
 // Adds the lines: line(c) is a function of the lane. As in rows, four are added before they become float64.
 template <class Line>
 [[gnu::always_inline]] inline void add_lines(std::int64_t lines, double* sum, Line line) {
@@ -267,16 +278,11 @@ class Columns {
     for_each_block(group, [&](const Block<Acc>& block, int lane) {
       Acc* max = group.max + lane;
       find_largest(block, max);
-      // Without a branch, as for the targets' weights; without classes, what is read of the tile is not used.
-      Acc logit[kWidest], shift[kWidest];
-      for (int i = 0; i < std::min(kWidest, group.count - lane); ++i) {
-        logit[i] = block.line(std::max<std::int64_t>(group.target[lane + i], 0))[i];
-      }
+      find_target_logits(block, std::min(kWidest, group.count - lane), group.target + lane, max,
+                         group.target_logit + lane);
+      Acc shift[kWidest];
 #pragma omp simd
-      for (int i = 0; i < kWidest; ++i) {
-        group.target_logit[lane + i] = math::select(group.target[lane + i] < 0, max[i], logit[i]);
-        shift[i] = math::finite_shift(max[i]);
-      }
+      for (int i = 0; i < kWidest; ++i) shift[i] = math::finite_shift(max[i]);
       if (p_.problem.probabilities) {
         add_dense_losses(block, shift, this->block(masses_, lane).data, group.dense_loss + lane);
       } else if (p_.problem.dense()) {

@@ -567,12 +567,12 @@ class Rows {
       }
       double sum[kWidest], dense_loss[kWidest];
       combine_lanes(sums, sum, kPlus);
-      combine_lanes(dense, dense_loss, kPlus);
+      if (p_.problem.dense()) combine_lanes(dense, dense_loss, kPlus);
       for (int j = 0; j < count; ++j) {
         const int i = taken[j];
         group.max[i] = max[j];
         group.sum[i] = sum[j];
-        group.dense_loss[i] = dense_loss[j];
+        if (p_.problem.dense()) group.dense_loss[i] = dense_loss[j];
         if (group.target[i] == Group<Acc>::kNoClass) group.target_logit[i] = max[j];
       }
     }

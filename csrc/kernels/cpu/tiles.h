@@ -168,10 +168,11 @@ void load_tile_of(const void* data, Dtype dtype, std::int64_t offset, std::int64
     if (lane_stride == 1) {
       for (std::int64_t line = 0; line < lines; ++line) {
         const T* from = source + line * line_stride;
-        for (std::int64_t lane = 0; lane < last; lane += kWidest) {
-          load_each(tile + in_tile(line, lane, lines), kWidest, from + lane);
+        Value* to = tile + in_tile(line, 0, lines);
+        for (std::int64_t lane = 0; lane < last; lane += kWidest, to += lines * kWidest) {
+          load_each(to, kWidest, from + lane);
         }
-        load_each(tile + in_tile(line, last, lines), lanes - last, from + last);
+        load_each(to, lanes - last, from + last);
       }
     } else if (transposes(line_stride, lines)) {
       Value buffer[kConverted];
@@ -208,19 +209,17 @@ void load_tile_of(const void* data, Dtype dtype, std::int64_t offset, std::int64
 template <class Value>
 void store_tile_of(void* data, Dtype dtype, std::int64_t offset, std::int64_t line_stride, std::int64_t lane_stride,
                    std::int64_t lines, std::int64_t lanes, const Value* tile) {
+  const std::int64_t last = lanes / kWidest * kWidest;
   with_floating(dtype, [&]<class T>() {
     T* result = static_cast<T*>(data) + offset;
     if (lane_stride == 1) {
       for (std::int64_t line = 0; line < lines; ++line) {
-        for (std::int64_t lane = 0; lane < lanes; lane += kWidest) {
-          const Value* from = tile + in_tile(line, lane, lines);
-          T* to = result + line * line_stride + lane;
-          if (lane + kWidest <= lanes) {
-            store_each(to, kWidest, from);
-          } else {
-            store_each(to, lanes - lane, from);
-          }
+        const Value* from = tile + in_tile(line, 0, lines);
+        T* to = result + line * line_stride;
+        for (std::int64_t lane = 0; lane < last; lane += kWidest, from += lines * kWidest) {
+          store_each(to + lane, kWidest, from);
         }
+        store_each(to + last, lanes - last, from);
       }
     } else if (transposes(line_stride, lines)) {
       Value buffer[kConverted];
