@@ -527,8 +527,8 @@ class Rows {
   void statistics(Group<Acc>& group) const {
     begin_rows(group);
     if (chunks_ == 1) return statistics_of_short(group);
-    for (int i = 0; i < group.count; ++i) {
-      if (group.skip[i]) continue;
+    for (int j = 0; j < group.taken_count; ++j) {
+      const int i = group.taken[j];
       // In segments, as by many threads: how many rows there are must not decide how one is added up.
       Found found = find(group, i, 0, kSegment, p_.gradient);
       for (std::int64_t c = kSegment; c < p_.classes; c += kSegment) {
@@ -576,8 +576,9 @@ class Rows {
         if (group.target[i] == Group<Acc>::kNoClass) group.target_logit[i] = max[j];
       }
     }
-    for (int i = 0; p_.entropy && i < group.count; ++i) {
-      if (!group.skip[i]) group.sum[i] = rich_sum(part_of(group, i, 0, true), group.sum[i]);
+    for (int j = 0; p_.entropy && j < group.taken_count; ++j) {
+      const int i = group.taken[j];
+      group.sum[i] = rich_sum(part_of(group, i, 0, true), group.sum[i]);
     }
   }
 
